@@ -13,8 +13,19 @@ from lra.options import UsageError, construct, unknown
 
 NOT_TASKS = {"base", "prepared"}
 NOT_ATTENTIONS = {"base"}
-TRAITS = ("exact", "random", "causal", "linear", "fixed_length", "reads_qk")
-CONTRACT = ("Config", "forward", *TRAITS, "flops", "state_bytes", "before_step", "tie")
+TRAITS = ("exact", "random", "causal", "recurrent", "linear", "fixed_length", "reads_qk")
+CONTRACT = (
+    "Config",
+    "forward",
+    *TRAITS,
+    "flops",
+    "state_bytes",
+    "before_step",
+    "tie",
+    "step",
+    "calibrate",
+    "add_alibi",
+)
 
 
 def attention_names() -> list[str]:

@@ -21,10 +21,13 @@ class SelfAttention(nn.Module):
         self.to_qkv = nn.Linear(width, (3 if attention.reads_qk else 1) * width)
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x_BNE, mask_BN):
+    def forward(self, x_BNE, mask_BN, rotation=None):
+        """`rotation`: (cos, sin) of `rotary`, applied to q and k where the attention reads them."""
         B, N, E = x_BNE.shape
         parts = self.to_qkv(x_BNE).view(B, N, -1, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
         q_BHND, k_BHND, v_BHND = parts if len(parts) == 3 else (parts[0],) * 3
+        if rotation is not None and self.attention.reads_qk:
+            q_BHND, k_BHND = rotate(q_BHND, *rotation), rotate(k_BHND, *rotation)
         out_BHND = self.attention(q_BHND, k_BHND, v_BHND, mask_BN)
         return self.to_out(out_BHND.transpose(1, 2).reshape(B, N, E))
 
@@ -39,8 +42,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BNE, mask_BN):
-        x_BNE = x_BNE + self.dropout(self.mixer(self.norm1(x_BNE), mask_BN))
+    def forward(self, x_BNE, mask_BN, rotation=None):
+        x_BNE = x_BNE + self.dropout(self.mixer(self.norm1(x_BNE), mask_BN, rotation))
         hidden_BNF = self.dropout(F.gelu(self.up(self.norm2(x_BNE))))
         return x_BNE + self.dropout(self.down(hidden_BNF))
 
@@ -50,7 +53,10 @@ class Encoder(nn.Module):
 
     Mean pooling averages the real tokens only; "cls" prepends a learned token and returns its output.
     `build_attention(layer, max_len)` returns the attention of one layer; everything else is the same for all.
-    Raises ValueError when N exceeds max_len or heads do not divide width.
+    Positions: "learned" and "sinusoidal" are added to the embeddings; "rotary" turns q and k in every layer
+    (arXiv 2104.09864); "alibi" adds a distance to the logits (arXiv 2108.12409), where a method has logits.
+    Raises ValueError when N exceeds max_len, heads do not divide width, rotary meets an odd head width, or an
+    attention cannot add ALiBi.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class Encoder(nn.Module):
         heads: int,
         ffn: int,
         dropout: float,
-        positions: Literal["learned", "sinusoidal"] = "learned",
+        positions: Literal["learned", "sinusoidal", "rotary", "alibi"] = "learned",
         pooling: Literal["mean", "cls"] = "mean",
     ):
         super().__init__()
@@ -72,15 +78,23 @@ class Encoder(nn.Module):
             raise ValueError(f"encoder width {width} is not a multiple of {heads} heads")
         self.max_len, self.pooling = max_len, pooling
         self.embed = nn.Embedding(vocab, width)
+        total_len = max_len + (pooling == "cls")
+        self.positions = positions
         if positions == "learned":
             self.positions_NE = nn.Parameter(torch.randn(max_len, width))
-        else:
+        elif positions == "sinusoidal":
             self.register_buffer("positions_NE", sinusoids(max_len, width), persistent=False)
+        elif positions == "rotary":
+            for name, table in zip(("cos_ND", "sin_ND"), rotary(total_len, width // heads), strict=True):
+                self.register_buffer(name, table, persistent=False)
         if pooling == "cls":
             self.cls_E = nn.Parameter(torch.randn(width))
-        attentions = [build_attention(layer, max_len + (pooling == "cls")) for layer in range(layers)]
+        attentions = [build_attention(layer, total_len) for layer in range(layers)]
         for attention in attentions[1:]:
             attention.tie(attentions[0])
+        if positions == "alibi":
+            for attention in attentions:
+                attention.add_alibi(2.0 ** (-8 / heads * torch.arange(1, heads + 1)))
         self.blocks = nn.ModuleList(Block(width, heads, ffn, dropout, a) for a in attentions)
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
@@ -95,12 +109,18 @@ class Encoder(nn.Module):
         B, N = tokens_BN.shape
         if N > self.max_len:
             raise ValueError(f"sequence of {N} tokens exceeds the model's max_len {self.max_len}")
-        x_BNE = self.dropout(self.embed(tokens_BN) + self.positions_NE[:N])
+        x_BNE = self.embed(tokens_BN)
+        if self.positions in ("learned", "sinusoidal"):
+            x_BNE = x_BNE + self.positions_NE[:N]
+        x_BNE = self.dropout(x_BNE)
         if self.pooling == "cls":
             x_BNE = torch.cat([self.cls_E.expand(B, 1, -1), x_BNE], 1)
             mask_BN = mask_BN if mask_BN is None else F.pad(mask_BN, (1, 0), value=True)
+        length, rotation = x_BNE.shape[1], None
+        if self.positions == "rotary":
+            rotation = self.cos_ND[:length], self.sin_ND[:length]
         for block in self.blocks:
-            x_BNE = block(x_BNE, mask_BN)
+            x_BNE = block(x_BNE, mask_BN, rotation)
         x_BNE = self.norm(x_BNE)
         return x_BNE[:, 0] if self.pooling == "cls" else masked_mean(x_BNE, mask_BN)
 
@@ -118,3 +138,21 @@ def sinusoids(max_len: int, width: int) -> torch.Tensor:
         torch.arange(0, width, 2) * (-math.log(10000.0) / width)
     )
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
+
+
+def rotary(max_len: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (max_len, dim) of n / 10000^(2i/dim), each twice  (arXiv 2104.09864, eq. 34).
+
+    Raises ValueError for an odd `dim`: coordinates turn in pairs.
+    """
+    if dim % 2:
+        raise ValueError(f"rotary positions need an even head width; got {dim}")
+    angles = torch.arange(max_len)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    angles_ND = torch.cat([angles, angles], -1)
+    return angles_ND.cos(), angles_ND.sin()
+
+
+def rotate(x_BHND: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
+    """Turns coordinate i against i + D/2 by the angle of its position: q.k then depends on n - m alone."""
+    first, second = x_BHND.chunk(2, -1)
+    return (x_BHND * cos_ND + torch.cat([-second, first], -1) * sin_ND).to(x_BHND.dtype)

@@ -64,7 +64,7 @@ class Encoder:
     heads: int = 2
     ffn: int = 128
     dropout: float = 0.1
-    positions: Literal["learned", "sinusoidal"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi"] = "learned"
     pooling: Literal["mean", "cls"] = "mean"
     max_len: int = 0
 

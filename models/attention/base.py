@@ -12,7 +12,8 @@ A file models/attention/<name>.py exports
 
     Config          frozen, keyword-only dataclass of `option`s
     Attention       subclass of AttentionBase with `Config = Config`
-    naive_<name>    float64 reference (attention, q, k, v, mask_BN=None, *, scale=None) -> out, no cleverness
+    naive_<name>    float64 reference (attention, q, k, v, mask_BN=None, *, scale=None) -> out, no cleverness;
+                    with `causal=False` as one more keyword where the method is causal
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class AttentionBase(nn.Module):
     Config: ClassVar[type]
     exact: ClassVar[bool] = False  # equals softmax attention
     random: ClassVar[bool] = False  # draws randomness; converges to its stated kernel
-    causal: ClassVar[bool] = False  # can be asked for causal evaluation
+    causal: ClassVar[bool] = False  # can be asked for causal evaluation: token i sees tokens up to i alone
+    recurrent: ClassVar[bool] = False  # causal, with a state of constant size: has `step`
     linear: ClassVar[bool] = False  # memory grows no faster than N
     fixed_length: ClassVar[bool] = False  # has parameters per position: N may not exceed max_len
     reads_qk: ClassVar[bool] = True  # False: output depends on v alone, and the encoder passes v for q and k
@@ -68,7 +70,8 @@ class AttentionBase(nn.Module):
         sequences beyond max_len where the method is `fixed_length`.
         """
         self._check(q_BHND, k_BHND, v_BHND, mask_BN, causal)
-        return self.attend(q_BHND, k_BHND, v_BHND, mask_BN, self.head_dim**-0.5 if scale is None else scale)
+        scale = self.head_dim**-0.5 if scale is None else scale
+        return self.attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
 
     def attend(
         self,
@@ -77,9 +80,27 @@ class AttentionBase(nn.Module):
         v_BHND: torch.Tensor,
         mask_BN: torch.Tensor | None,
         scale: float,
+        causal: bool,
     ) -> torch.Tensor:
-        """The method itself, on checked inputs."""
+        """The method itself, on checked inputs; `causal` is never True where the trait is not."""
         raise NotImplementedError
+
+    def step(
+        self,
+        q_BHD: torch.Tensor,
+        k_BHD: torch.Tensor,
+        v_BHD: torch.Tensor,
+        state: Any = None,
+        mask_B: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """One more token of the causal form: its output (B, H, D), and the state after it.
+
+        `state` is what the step before returned, None at the first token; its size does not grow. A token that
+        `mask_B` calls padding leaves the state as it was. Only where the trait `recurrent` is True.
+        """
+        raise ValueError(f"{self.name} has no recurrent form")
 
     def flops(self, B: int, H: int, N: int, D: int) -> int:
         """Floating-point operations of one forward pass, a multiply-add counted as two."""
@@ -95,8 +116,30 @@ class AttentionBase(nn.Module):
     def tie(self, first: AttentionBase) -> None:
         """Called on the attentions of layers 1, 2, ... with that of layer 0, to share parameters with it."""
 
+    def calibrate(
+        self,
+        q_BHND: torch.Tensor,
+        k_BHND: torch.Tensor,
+        mask_BN: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> None:
+        """Fit what the method takes from data (means, alignments, proposals) to queries and keys of a model."""
+
+    def add_alibi(self, slopes_H: torch.Tensor) -> None:
+        """Add -slopes_h |i - n| to the logit of every pair from now on (ALiBi, arXiv 2108.12409).
+
+        Raises ValueError where the method has no logits of pairs to add to.
+        """
+        raise ValueError(f"{self.name} cannot add ALiBi: it never forms the logits of pairs of tokens")
+
+    @property
+    def name(self) -> str:
+        """The name of its file, for messages."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
     def _check(self, q, k, v, mask, causal) -> None:
-        name = type(self).__module__.rsplit(".", 1)[-1]
+        name = self.name
         if causal and not self.causal:
             raise ValueError(f"{name} has no causal form")
         expected = (q.shape[0], self.heads, q.shape[2], self.head_dim) if q.dim() == 4 else None

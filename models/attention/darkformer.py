@@ -28,7 +28,7 @@ class Attention(RandomFeatureAttention):
         super().__init__(config, **shape)
         self.G_HDD = nn.Parameter(torch.eye(self.head_dim).repeat(self.heads, 1, 1))
 
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale):
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         with torch.autocast(q_BHND.device.type, enabled=False):
             wide = torch.promote_types(k_BHND.dtype, torch.float32)
             G_HDD = self.G_HDD.to(wide)

@@ -49,7 +49,7 @@ class Attention(AttentionBase):
         if self.config.share == "layers":
             self.project_k_HKN = self.project_v_HKN = first.project_k_HKN
 
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale):
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         N = q_BHND.shape[2]
         if mask_BN is not None:
             padding_B1N1 = ~mask_BN[:, None, :, None]

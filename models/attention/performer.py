@@ -21,7 +21,7 @@ class Attention(RandomFeatureAttention):
 
     Config = Config
 
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale):
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         wide = torch.promote_types(k_BHND.dtype, torch.float32)
         a_HMD = scale**0.5 * self.w_HMD.to(wide)
         key_bias_BHN = -0.5 * scale * k_BHND.to(wide).square().sum(-1)

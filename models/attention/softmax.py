@@ -16,21 +16,51 @@ class Config:
 class Attention(AttentionBase):
     """out_i = sum_n softmax_n(scale q_i.k_n) v_n  (Vaswani et al., arXiv 1706.03762, eq. 1).
 
-    PyTorch's fused kernel: 4 B H N^2 D operations, O(N) memory.
+    PyTorch's fused kernel: 4 B H N^2 D operations (half of them causal), O(N) memory; with ALiBi a bias of
+    (B, H, N, N) besides.
     """
 
     Config = Config
     exact = True
+    causal = True
     linear = True  # in memory: the fused kernel never holds the N x N matrix
 
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale):
+    def __init__(self, config, **shape):
+        super().__init__(config, **shape)
+        self.register_buffer("slopes_H", None, persistent=False)  # of ALiBi
+
+    def add_alibi(self, slopes_H):
+        self.slopes_H = slopes_H
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        qkv = q_BHND, k_BHND, v_BHND
+        if self.slopes_H is not None:
+            return self._biased(*qkv, mask_BN, scale, causal)
         if mask_BN is None:
-            return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, scale=scale)
+            return F.scaled_dot_product_attention(*qkv, scale=scale, is_causal=causal)
         real = real_rows(mask_BN)
+        if causal:
+            # Real tokens to the front, in their order: padding then is the future, and needs no N x N mask.
+            order_BN = mask_BN.argsort(dim=1, descending=True, stable=True)
+            packed = (take(x, order_BN) for x in qkv)
+            out_BHND = F.scaled_dot_product_attention(*packed, scale=scale, is_causal=True)
+            return take(out_BHND, order_BN.argsort(1)).masked_fill(~real, 0)
         # A row without real tokens may look anywhere: its softmax stays finite, and its output becomes 0.
         allowed_B11N = mask_BN[:, None, None, :] | ~real
-        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=allowed_B11N, scale=scale)
+        out_BHND = F.scaled_dot_product_attention(*qkv, attn_mask=allowed_B11N, scale=scale)
         return out_BHND.masked_fill(~real, 0)
+
+    def _biased(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        """With ALiBi's distances, and -inf where a token may not look, as one additive bias."""
+        bias_BHNN = alibi(self.slopes_H, q_BHND.shape[2])[None]
+        if causal:
+            bias_BHNN = bias_BHNN + torch.full_like(bias_BHNN[0, 0], float("-inf")).triu(1)
+        if mask_BN is not None:
+            bias_BHNN = bias_BHNN.masked_fill(~mask_BN[:, None, None, :], float("-inf"))
+        blind = bias_BHNN.isneginf().all(-1, keepdim=True)
+        bias_BHNN = bias_BHNN.masked_fill(blind, 0).to(q_BHND.dtype)
+        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=bias_BHNN, scale=scale)
+        return out_BHND.masked_fill(blind, 0)
 
     def flops(self, B, H, N, D):
         return 4 * B * H * N * N * D
@@ -39,11 +69,27 @@ class Attention(AttentionBase):
         return 4 * self.heads * N  # the log-sum-exp of each query
 
 
-def naive_softmax(attention, q, k, v, mask_BN=None, *, scale=None):
+def take(x_BHND: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
+    """The tokens of each row in the order of `index`."""
+    return x_BHND.gather(2, index_BN[:, None, :, None].expand_as(x_BHND))
+
+
+def alibi(slopes_H: torch.Tensor, N: int) -> torch.Tensor:
+    """-slope_h |i - n|, (H, N, N)  (Press et al., arXiv 2108.12409; both directions for an encoder)."""
+    n_N = torch.arange(N, device=slopes_H.device)
+    return -slopes_H[:, None, None] * (n_N[:, None] - n_N).abs()
+
+
+def naive_softmax(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
     """Equation 1 with the N x N matrix written out."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kernel_BHNN = torch.exp(scale * q @ k.transpose(-1, -2))
+    logits_BHNN = scale * q @ k.transpose(-1, -2)
+    if attention.slopes_H is not None:
+        logits_BHNN = logits_BHNN + alibi(attention.slopes_H.to(q.dtype), q.shape[2])
+    kernel_BHNN = torch.exp(logits_BHNN)
     if mask_BN is not None:
         kernel_BHNN = kernel_BHNN * mask_BN[:, None, None, :]
+    if causal:
+        kernel_BHNN = kernel_BHNN.tril()
     total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
     return kernel_BHNN @ v / torch.where(total_BHN1 == 0, 1, total_BHN1)

@@ -50,27 +50,27 @@ def impostor(*fails, base=softmax.Attention, **traits):
 
     def plant(attend):
         members = {"__module__": __name__, "__doc__": base.__doc__, "attend": attend, "fails": fails}
-        return type(attend.__name__, (base,), members | traits)
+        return type(attend.__name__, (base,), members | {"causal": False} | traits)
 
     return plant
 
 
-def exact(attention, q, k, v, mask, scale):
-    return softmax.Attention.attend(attention, q, k, v, mask, scale)
+def exact(attention, q, k, v, mask, scale, causal=False):
+    return softmax.Attention.attend(attention, q, k, v, mask, scale, causal)
 
 
 @impostor("gradients_reach_every_input_and_parameter", "exact_equals_scaled_dot_product_attention")
-def Identity(self, q, k, v, mask, scale):
+def Identity(self, q, k, v, mask, scale, causal):
     return v
 
 
 @impostor("gradients_reach_every_input_and_parameter", "exact_equals_scaled_dot_product_attention")
-def MeanOfValues(self, q, k, v, mask, scale):
+def MeanOfValues(self, q, k, v, mask, scale, causal):
     return exact(self, 0 * q, k, v, mask, scale)
 
 
 @impostor("exact_equals_scaled_dot_product_attention", "equals_the_naive_reference")
-def WrongTemperature(self, q, k, v, mask, scale):
+def WrongTemperature(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, 2 * scale)
 
 
@@ -78,17 +78,17 @@ naive_wrongtemperature = naive_softmax
 
 
 @impostor("exact_equals_scaled_dot_product_attention")
-def IgnoresScale(self, q, k, v, mask, scale):
+def IgnoresScale(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, self.head_dim**-0.5)
 
 
 @impostor("error_to_softmax_falls_as_one_over_root_features", base=performer.Attention)
-def RandomAtAnotherTemperature(self, q, k, v, mask, scale):
-    return performer.Attention.attend(self, q, k, v, mask, 1.25 * scale)
+def RandomAtAnotherTemperature(self, q, k, v, mask, scale, causal):
+    return performer.Attention.attend(self, q, k, v, mask, 1.25 * scale, causal)
 
 
 @impostor("garbage_at_masked_tokens_changes_nothing", "appending_padding_changes_nothing")
-def LeaksPadding(self, q, k, v, mask, scale):
+def LeaksPadding(self, q, k, v, mask, scale, causal):
     return (
         exact(self, q, k, v, mask, scale)
         if mask is None
@@ -97,97 +97,112 @@ def LeaksPadding(self, q, k, v, mask, scale):
 
 
 @impostor("appending_padding_changes_nothing")
-def DividesByLength(self, q, k, v, mask, scale):
+def DividesByLength(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale / q.shape[2])
 
 
 @impostor("a_mask_of_ones_is_no_mask")
-def NoticesTheMask(self, q, k, v, mask, scale):
+def NoticesTheMask(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale if mask is None else 2 * scale)
 
 
 @impostor("batch_rows_are_independent")
-def MixesRows(self, q, k, v, mask, scale):
+def MixesRows(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v - 1e-3 * v.mean(0), mask, scale)
 
 
 @impostor("an_empty_row_gives_zeros_and_finite_gradients")
-def NoGuardForEmptyRows(self, q, k, v, mask, scale):
+def NoGuardForEmptyRows(self, q, k, v, mask, scale, causal):
     logits = scale * q @ k.transpose(-1, -2)
     return (logits if mask is None else logits.masked_fill(~mask[:, None, None], -torch.inf)).softmax(-1) @ v
 
 
 @impostor("keeps_shape_dtype_and_device")
-def WidensTheDtype(self, q, k, v, mask, scale):
+def WidensTheDtype(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale).float()
 
 
 @impostor("is_finite_with_queries_and_keys_times_30", "is_finite_and_keeps_dtype_under_autocast")
-def ExponentialOverflows(self, q, k, v, mask, scale):
+def ExponentialOverflows(self, q, k, v, mask, scale, causal):
     weights = torch.exp(scale * q @ k.transpose(-1, -2))
     weights = weights if mask is None else weights * mask[:, None, None]
     return weights @ v / weights.sum(-1, keepdim=True)
 
 
 @impostor("half_precision_stays_close_on_long_sums")
-def SumsInHalf(self, q, k, v, mask, scale):
+def SumsInHalf(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale) + 0 * v.sum(2, keepdim=True)
 
 
 @impostor("leaves_its_inputs_alone_and_accepts_strided_ones")
-def ScalesInPlace(self, q, k, v, mask, scale):
+def ScalesInPlace(self, q, k, v, mask, scale, causal):
     q.data.mul_(scale)
     return exact(self, q, k, v, mask, 1.0)
 
 
 @impostor("evaluation_is_deterministic")
-def RandomInEvaluation(self, q, k, v, mask, scale):
+def RandomInEvaluation(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale * (1 + 1e-3 * torch.rand(())))
 
 
 @impostor("training_is_seeded")
-def DrawsFromNowhere(self, q, k, v, mask, scale):
+def DrawsFromNowhere(self, q, k, v, mask, scale, causal):
     noise = int.from_bytes(os.urandom(4), "little") / 2**32 if self.training else 0
     return exact(self, q, k, v, mask, scale * (1 + noise))
 
 
 @impostor("random_draws_follow_seed_and_layer", random=True)
-def ForgetsTheSeed(self, q, k, v, mask, scale):
+def ForgetsTheSeed(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale)
 
 
 @impostor("refuses_causal_when_it_has_no_causal_form", "bad_input_raises_value_error", _check=lambda *_: None)
-def ChecksNothing(self, q, k, v, mask, scale):
+def ChecksNothing(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale)
 
 
 @impostor("causal_outputs_depend_on_the_prefix_only", causal=True)
-def LooksAhead(self, q, k, v, mask, scale):
+def LooksAhead(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale)
 
 
+def growing_step(self, q, k, v, state=None, mask=None, *, scale=None):
+    state = (
+        [torch.cat([s, x[:, :, None]], 2) for s, x in zip(state, (k, v))]
+        if state
+        else [k[:, :, None], v[:, :, None]]
+    )
+    out = exact(self, q[:, :, None], *state, None, self.head_dim**-0.5)
+    return out[:, :, 0], state
+
+
+@impostor("steps_equal_the_causal_form", causal=True, recurrent=True, step=growing_step)
+def KeepsEveryToken(self, q, k, v, mask, scale, causal):
+    return exact(self, q, k, v, mask, scale, causal)
+
+
 @impostor("linear_memory_at_2n_is_below_2_2_times_that_at_n")
-def HoldsTheMatrix(self, q, k, v, mask, scale):
-    return NoGuardForEmptyRows.attend(self, q, k, v, mask, scale)
+def HoldsTheMatrix(self, q, k, v, mask, scale, causal):
+    return NoGuardForEmptyRows.attend(self, q, k, v, mask, scale, causal)
 
 
 @impostor("declared_cost_is_the_cost", flops=lambda self, B, H, N, D: 2 * B * H * N * N * D)
-def CountsHalf(self, q, k, v, mask, scale):
+def CountsHalf(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale)
 
 
 @impostor("compiled_equals_eager")
-def OtherWhenCompiled(self, q, k, v, mask, scale):
+def OtherWhenCompiled(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale * (2 if torch.compiler.is_compiling() else 1))
 
 
 @impostor("max_len_binds_fixed_length_methods_only", fixed_length=True, _check=lambda *_: None)
-def AnyLengthAfterAll(self, q, k, v, mask, scale):
+def AnyLengthAfterAll(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale)
 
 
 @impostor("output_depends_on_v_alone", reads_qk=False)
-def ReadsThemAnyway(self, q, k, v, mask, scale):
+def ReadsThemAnyway(self, q, k, v, mask, scale, causal):
     return exact(self, q, k, v, mask, scale)
 
 
@@ -200,7 +215,7 @@ class LosesItsState(softmax.Attention):
         super().__init__(config, **shape)
         self.register_buffer("temperature", torch.tensor(1.0 + self.seed), persistent=False)
 
-    def attend(self, q, k, v, mask, scale):
+    def attend(self, q, k, v, mask, scale, causal):
         return exact(self, q, k, v, mask, scale * self.temperature.item())
 
 
@@ -241,7 +256,7 @@ IMPOSTORS = [c for c in list(globals().values()) if isinstance(c, type) and hasa
     ("impostor", "check"), [pytest.param(i, c, id=f"{i.__name__}-{c}") for i in IMPOSTORS for c in i.fails]
 )
 def test_an_impostor_fails_the_check_meant_for_it(impostor, check):
-    case = Case(f"{__name__}:{impostor.__name__}")
+    case = Case(f"{__name__}:{impostor.__name__}", causal=impostor.causal)
     needs_compiler(check)
     assert failures(case, [check])[check].partition(":")[0].endswith("AssertionError")
 
@@ -258,9 +273,10 @@ def test_every_check_has_an_impostor_that_fails_it():
 
 def test_an_outside_class_passes_through_the_registry_and_the_contract():
     name = f"{__name__}:Honest"
-    assert registry.attention_class(name) is Honest and variants(name) == [Case(name)]
+    cases = [Case(name), Case(name, causal=True)]
+    assert registry.attention_class(name) is Honest and variants(name) == cases
     assert CHECKS["equals_the_naive_reference"].applies(Case(name))
-    assert failures(Case(name), set(CHECKS) - {"compiled_equals_eager"}) == {}
+    assert [failures(case, set(CHECKS) - {"compiled_equals_eager"}) for case in cases] == [{}, {}]
 
 
 @pytest.mark.parametrize(

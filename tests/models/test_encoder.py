@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from lra.registry import attention_names, build_attention
-from models.encoder import Encoder, masked_mean, sinusoids
+from models.attention.softmax import naive_softmax
+from models.encoder import Encoder, masked_mean, rotary, rotate, sinusoids
 from models.heads import Classifier, Classify, Match
 
 B, N, WIDTH, HEADS, VOCAB, MAX_LEN = 3, 7, 12, 2, 13, 11
@@ -159,6 +160,57 @@ def test_without_positions_order_does_not_matter():
     with torch.no_grad():
         model.positions_NE.zero_()
     torch.testing.assert_close(model(tokens(B, N).flip(1)), model(tokens(B, N)))
+
+
+def test_rotary_logits_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 6, generator=torch.Generator().manual_seed(1)).double().unbind()
+    cos, sin = (x.double() for x in rotary(MAX_LEN, 6))
+    turned_q, turned_k = (rotate(x.expand(1, 1, MAX_LEN, 6), cos, sin) for x in (q, k))
+    logits = (turned_q @ turned_k.mT)[0, 0]
+    for distance in range(-3, 4):
+        diagonal = logits.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits[0, :1], logits[0, 3:4])
+    torch.testing.assert_close(logits[0, 0], (q * k).sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rotary_works_with_every_attention_and_makes_order_matter_where_q_and_k_are_read(name):
+    model, ids = encoder(name, positions="rotary"), tokens(B, N)
+    out = model(ids, RAGGED)
+    assert out.isfinite().all() and "positions_NE" not in model.state_dict()
+    if model.attentions[0].reads_qk:
+        assert not torch.allclose(model(ids.flip(1)), model(ids))
+
+
+def test_rotary_refuses_an_odd_head_width():
+    with pytest.raises(ValueError, match="rotary positions need an even head width; got 3"):
+        encoder(positions="rotary", width=6, heads=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alibi_works_or_is_refused_with_the_reason(name):
+    try:
+        model = encoder(name, positions="alibi")
+    except ValueError as error:
+        assert str(error) == f"{name} cannot add ALiBi: it never forms the logits of pairs of tokens"
+        return
+    ids = torch.arange(N).expand(B, N)
+    order = torch.tensor([1, 0, *range(2, N)])
+    assert not torch.allclose(model(ids), model(ids[:, order]))
+    torch.testing.assert_close(model(ids), model(ids.flip(1)))  # the bias looks the same from both ends
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_with_alibi_equals_its_reference(masked, causal):
+    attention = build_attention("softmax", heads=HEADS, head_dim=5, max_len=N).double()
+    attention.add_alibi(torch.tensor([0.5, 0.25]).double())
+    q, k, v = torch.randn(3, B, HEADS, N, 5, generator=torch.Generator().manual_seed(2)).double().unbind()
+    mask = (torch.arange(N) + torch.arange(B)[:, None]) % 3 != 1 if masked else None
+    torch.testing.assert_close(
+        attention(q, k, v, mask, causal=causal), naive_softmax(attention, q, k, v, mask, causal=causal)
+    )
 
 
 # Heads

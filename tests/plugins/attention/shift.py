@@ -22,7 +22,7 @@ class Attention(AttentionBase):
     Config = Config
     linear = True
 
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale):
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         """The shifted values."""
         return torch.roll(v_BHND, self.config.by, 2)
 
@@ -30,6 +30,6 @@ class Attention(AttentionBase):
 class Broken(Attention):
     """An attention with a bug that only running it shows."""
 
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale):
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         """Raises."""
         raise RuntimeError("broken on purpose")
