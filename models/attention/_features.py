@@ -1,66 +1,33 @@
-"""The engine of the random-feature family, and its random projections.
+"""The random-feature family: what its methods share around the engine.
 
 With x~ = sqrt(scale) x, Sigma = G^T G and w_j ~ N(0, I), positive random features
 
     phi_j(x) = M^-1/2 exp( w_j . G x~  -  1/2 |G x~|^2 ),    E[phi(q).phi(k)] = exp(q~^T Sigma k~)
 
-(Choromanski et al., arXiv 2009.14794, Lemma 1; G = I there.) Normalised attention with these features is
-exactly two softmaxes, with a_j = sqrt(scale) G^T w_j:
-
-    l_jn  = a_j.k_n + key_bias_n + feature_bias_j       (-inf where key n is padding)
-    Y_j   = sum_n softmax_n(l_jn) v_n                   features attend to keys
-    L_j   = logsumexp_n l_jn
-    out_i = sum_j softmax_j(a_j.q_i + L_j) Y_j          queries attend to features
-
-The |q|^2 term cancels, nothing is divided by a small number and every output is a convex combination of
-values, so it is finite in half precision.
+(Choromanski et al., arXiv 2009.14794, Lemma 1; G = I there) give normalised attention that is exactly the two
+softmaxes of _engine.py with aq_j = ak_j = sqrt(scale) G^T w_j and key bias -1/2 |G k~|^2; the |q|^2 term cancels.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from models.attention.base import AttentionBase, option, real_rows
+from models.attention._engine import attend
+from models.attention._products import NEVER
+from models.attention.base import AttentionBase, option
 
 
-def attend(
-    q_BHND: torch.Tensor,
-    k_BHND: torch.Tensor,
-    v_BHND: torch.Tensor,
-    aq_HMD: torch.Tensor,
-    ak_HMD: torch.Tensor,
-    key_bias_BHN: torch.Tensor | None = None,
-    feature_bias_HM: torch.Tensor | None = None,
-    mask_BN: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The two softmaxes above, with `aq` on the query side and `ak` on the key side. Returns (B, H, N, D).
+class Maps(NamedTuple):
+    """What makes a method of the family: the projections and biases of its two softmaxes, in fp32 at least."""
 
-    Statistics are computed in fp32 at least, whatever the inputs and autocast. Cost: 8 B H N M D operations.
-    """
-    dtype = v_BHND.dtype
-    with torch.autocast(q_BHND.device.type, enabled=False):
-        wide = torch.promote_types(dtype, torch.float32)
-        q_BHND, k_BHND, v_BHND, aq_HMD, ak_HMD = (
-            x.to(wide) for x in (q_BHND, k_BHND, v_BHND, aq_HMD, ak_HMD)
-        )
-        l_BHMN = ak_HMD @ k_BHND.transpose(-1, -2)
-        if key_bias_BHN is not None:
-            l_BHMN = l_BHMN + key_bias_BHN.to(wide)[:, :, None, :]
-        if feature_bias_HM is not None:
-            l_BHMN = l_BHMN + feature_bias_HM.to(wide)[:, :, None]
-        if mask_BN is not None:
-            real = real_rows(mask_BN)
-            # A row without real tokens keeps its logits, so that it stays finite, and is zeroed at the end.
-            l_BHMN = l_BHMN.masked_fill(~(mask_BN[:, None, None, :] | ~real), float("-inf"))
-        L_BHM = l_BHMN.logsumexp(-1)
-        Y_BHMD = l_BHMN.softmax(-1) @ v_BHND
-        out_BHND = (q_BHND @ aq_HMD.transpose(-1, -2) + L_BHM[:, :, None, :]).softmax(-1) @ Y_BHMD
-        if mask_BN is not None:
-            out_BHND = out_BHND.masked_fill(~real, 0)
-    return out_BHND.to(dtype)
+    aq_HMD: torch.Tensor
+    ak_HMD: torch.Tensor
+    key_bias_BHN: torch.Tensor
+    feature_bias_HM: torch.Tensor | None = None
 
 
 def gaussian(heads: int, features: int, dim: int, *, orthogonal: bool, seed: int, layer: int, redraw: int):
@@ -103,6 +70,8 @@ class RandomFeatureAttention(AttentionBase):
 
     random = True
     linear = True
+    causal = True
+    recurrent = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
@@ -130,15 +99,51 @@ class RandomFeatureAttention(AttentionBase):
             self.redraws.fill_(redraw)
             self.w_HMD.copy_(self._draw(redraw))
 
+    def maps(self, k_BHND: torch.Tensor, scale: float) -> Maps:
+        """The method: called outside of autocast with keys in fp32 at least."""
+        raise NotImplementedError
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        return attend(q_BHND, k_BHND, v_BHND, *self._maps(k_BHND, scale), mask_BN, causal=causal)
+
+    def _maps(self, k_BHND, scale):
+        with torch.autocast(k_BHND.device.type, enabled=False):
+            return self.maps(k_BHND.to(torch.promote_types(k_BHND.dtype, torch.float32)), scale)
+
+    def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
+        """State: L (B, H, M) and Y (B, H, M, D) of _engine.py over the tokens so far."""
+        scale = self.head_dim**-0.5 if scale is None else scale
+        aq_HMD, ak_HMD, key_bias_BH1, feature_bias_HM = self._maps(k_BHD[:, :, None], scale)
+        q_BHD1, k_BHD1, v_BH1D = (
+            q_BHD.to(aq_HMD)[..., None],
+            k_BHD.to(aq_HMD)[..., None],
+            v_BHD.to(aq_HMD)[:, :, None],
+        )
+        l_BHM = (ak_HMD @ k_BHD1)[..., 0] + key_bias_BH1
+        if mask_B is not None:
+            l_BHM = l_BHM.masked_fill(~mask_B[:, None, None], NEVER)
+        if state is None:
+            state = torch.full_like(l_BHM, NEVER), torch.zeros_like(l_BHM)[..., None] * v_BH1D
+        L_BHM = torch.logaddexp(state[0], l_BHM)
+        Y_BHMD = (state[0] - L_BHM).exp()[..., None] * state[1] + (l_BHM - L_BHM).exp()[..., None] * v_BH1D
+        r_BHM = (aq_HMD @ q_BHD1)[..., 0] + L_BHM
+        if feature_bias_HM is not None:
+            r_BHM = r_BHM + feature_bias_HM
+        out_BHD = (r_BHM.softmax(-1)[..., None, :] @ Y_BHMD)[..., 0, :]
+        seen_BH1 = L_BHM.amax(-1, keepdim=True) > NEVER / 2
+        return out_BHD.where(seen_BH1, 0).to(v_BHD.dtype), (L_BHM, Y_BHMD)
+
     def flops(self, B, H, N, D):
         return 8 * B * H * N * self.config.num_features * D
 
     def state_bytes(self, N):
         M = self.config.num_features
-        return 4 * self.heads * (2 * N * M + M * (self.head_dim + 1))
+        return (
+            4 * self.heads * M * (self.head_dim + 1)
+        )  # Y and L: the weights are recomputed, a chunk at a time
 
 
-def naive_features(q, k, v, w_HMD, geometry_HDD, mask_BN, scale):
+def naive_features(q, k, v, w_HMD, geometry_HDD, mask_BN, scale, causal=False):
     """The textbook form: feature vectors, then (phi(q) . sum phi(k) v) / (phi(q) . sum phi(k)).
 
     `geometry_HDD` is G; all in the dtype of q.
@@ -154,5 +159,7 @@ def naive_features(q, k, v, w_HMD, geometry_HDD, mask_BN, scale):
     if mask_BN is not None:
         phi_k = phi_k * mask_BN[:, None, :, None]
     kernel_BHNN = phi_q @ phi_k.transpose(-1, -2)
+    if causal:
+        kernel_BHNN = kernel_BHNN.tril()
     total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
     return kernel_BHNN @ v / torch.where(total_BHN1 == 0, 1, total_BHN1)

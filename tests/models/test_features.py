@@ -1,4 +1,4 @@
-"""The random-feature engine, its projections and their redraws."""
+"""The random projections, their redraws, and the methods of the family."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 
 from lra.registry import build_attention
-from models.attention._features import attend, gaussian
+from models.attention._engine import attend
+from models.attention._features import gaussian
 
 B, H, N, D, M = 2, 3, 7, 5, 11
 SHAPE = {"heads": H, "head_dim": D, "max_len": N}
@@ -21,78 +22,8 @@ def qkv(n=N, dtype=torch.float64):
     return [normal(B, H, n, D, seed=s, dtype=dtype) for s in range(3)]
 
 
-def textbook(q, k, v, aq, ak, key_bias, feature_bias, mask):
-    """phi(q) phi(k)^T, features written out, one division; key_bias (B, H, N), feature_bias (H, M)."""
-    phi_q = torch.exp(torch.einsum("hmd,bhnd->bhnm", aq, q))
-    phi_k = torch.exp(
-        torch.einsum("hmd,bhnd->bhnm", ak, k) + key_bias[..., None] + feature_bias[..., None, :]
-    )
-    if mask is not None:
-        phi_k = phi_k * mask[:, None, :, None]
-    kernel = torch.einsum("bhim,bhnm->bhin", phi_q, phi_k)
-    return kernel @ v / kernel.sum(-1, keepdim=True)
-
-
 def draw(heads=H, features=M, dim=D, *, orthogonal=True, seed=0, layer=0, redraw=0):
     return gaussian(heads, features, dim, orthogonal=orthogonal, seed=seed, layer=layer, redraw=redraw)
-
-
-# The engine
-
-
-@pytest.mark.parametrize("n", [1, N, 301])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_engine_equals_the_textbook_form_with_its_gradients(n, masked, biased):
-    leaves = [*qkv(n), normal(H, M, D, seed=3), normal(H, M, D, seed=4)]
-    leaves += [normal(B, H, n, seed=5), normal(H, M, seed=6)] if biased else []
-    leaves = [x.requires_grad_() for x in leaves]
-    mask = torch.arange(n) < torch.tensor([[n], [max(1, n - 3)]]) if masked else None
-    biases = leaves[5:] or [None, None]
-    got = attend(*leaves[:5], *biases, mask)
-    zeros = [torch.zeros(B, H, n).double(), torch.zeros(H, M).double()]
-    wanted = textbook(*leaves[:5], *(leaves[5:] or zeros), mask)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    weight = normal(B, H, n, D, seed=7)
-    pairs = zip(
-        torch.autograd.grad((weight * got).sum(), leaves),
-        torch.autograd.grad((weight * wanted).sum(), leaves),
-        strict=True,
-    )
-    for gradient, expected in pairs:
-        torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-11)
-
-
-def test_a_constant_added_to_every_bias_changes_nothing():
-    q, k, v = qkv()
-    a, key_bias, feature_bias = normal(H, M, D, seed=3), normal(B, H, N, seed=5), normal(H, M, seed=6)
-    wanted = attend(q, k, v, a, a, key_bias, feature_bias)
-    torch.testing.assert_close(
-        attend(q, k, v, a, a, key_bias + 70, feature_bias - 900), wanted, rtol=0, atol=1e-12
-    )
-
-
-def test_importance_weights_undo_the_proposal():
-    """Features drawn from N(0, 4 I) with b = log p/psi estimate the kernel of N(0, I)."""
-    q, k, v = (x[:1, :1] for x in qkv())
-    q, k = q / 3, k / 3
-    w = 2 * draw(1, 400_000, orthogonal=False, seed=1).double()
-    log_ratio = D * math.log(2) - w.square().sum(-1) * (1 / 2 - 1 / 8)
-    a, key_bias = D**-0.25 * w, -0.5 * D**-0.5 * k.square().sum(-1)
-    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attend(q, k, v, a, a, key_bias, log_ratio), exact, rtol=0, atol=0.005)
-    assert (attend(q, k, v, a, a, key_bias) - exact).abs().max() > 0.05
-
-
-def test_outputs_are_convex_combinations_of_values_in_half_precision():
-    for dtype in (torch.bfloat16, torch.float16):
-        q, k, v = qkv(dtype=dtype)
-        out = attend(
-            300 * q, 300 * k, v, *[normal(H, M, D, seed=3)] * 2, 1e4 * normal(B, H, N, seed=5).float()
-        )
-        assert out.dtype == dtype and out.isfinite().all()
-        low, high = v.amin(2, keepdim=True), v.amax(2, keepdim=True)
-        assert (out >= low - 0.01).all() and (out <= high + 0.01).all()
 
 
 # Projections
@@ -168,6 +99,18 @@ def test_orthogonal_features_have_the_smaller_variance():
 
 
 # The family
+
+
+def test_importance_weights_undo_the_proposal():
+    """Features drawn from N(0, 4 I) with b = log p/psi estimate the kernel of N(0, I)."""
+    q, k, v = (x[:1, :1] for x in qkv())
+    q, k = q / 3, k / 3
+    w = 2 * draw(1, 400_000, orthogonal=False, seed=1).double()
+    log_ratio = D * math.log(2) - w.square().sum(-1) * (1 / 2 - 1 / 8)
+    a, key_bias = D**-0.25 * w, -0.5 * D**-0.5 * k.square().sum(-1)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend(q, k, v, a, a, key_bias, log_ratio), exact, rtol=0, atol=0.005)
+    assert (attend(q, k, v, a, a, key_bias) - exact).abs().max() > 0.05
 
 
 def test_darkformer_at_the_identity_is_performer_with_the_same_draws():
