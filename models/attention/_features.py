@@ -10,7 +10,6 @@ softmaxes of _engine.py with aq_j = ak_j = sqrt(scale) G^T w_j and key bias -1/2
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,10 @@ import torch
 
 from models.attention._engine import attend
 from models.attention._products import NEVER
+from models.attention._projections import gaussian
 from models.attention.base import AttentionBase, option
+
+SAMPLE = 256  # queries and keys that an adapting method remembers of the last training step
 
 
 class Maps(NamedTuple):
@@ -30,43 +32,16 @@ class Maps(NamedTuple):
     feature_bias_HM: torch.Tensor | None = None
 
 
-def gaussian(heads: int, features: int, dim: int, *, orthogonal: bool, seed: int, layer: int, redraw: int):
-    """Projections w_HMD with rows N(0, I), a pure function of the arguments, drawn in float64 on the CPU.
-
-    `orthogonal`: in blocks of `dim`, rows are Haar-distributed directions times independent chi(dim) norms;
-    each row is still N(0, I), but rows of a block are orthogonal (arXiv 2009.14794, section 2.4). QR alone is
-    not Haar: the sign of diag(R) has to be moved into Q (Mezzadri 2007, arXiv math-ph/0609050).
-    """
-    key = hashlib.sha256(f"gaussian {seed} {layer} {redraw}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    if not orthogonal:
-        return normal(heads, features, dim).float()
-    blocks = -(-features // dim)
-    q, r = torch.linalg.qr(normal(heads, blocks, dim, dim))
-    haar = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
-    norms_HM1 = normal(heads, features, dim).norm(dim=-1, keepdim=True)
-    return (haar.transpose(-1, -2).reshape(heads, blocks * dim, dim)[:, :features] * norms_HM1).float()
-
-
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Options every method of the family has."""
+    """Options of every method of the family."""
 
     num_features: int = option(64, "random features M per head", budget=True)
     orthogonal: bool = option(True, "draw the projections in orthogonal blocks")
-    redraw_every: int = option(0, "training steps between redraws of the projections; 0 = never")
 
 
-class RandomFeatureAttention(AttentionBase):
-    """Base of the family: holds the projections and redraws them during training, never in evaluation.
-
-    `config` is a FeatureConfig. Projections are buffers, saved with the model
-    and identical on every rank: a function of (seed, layer, number of redraws).
-    """
+class FeatureAttention(AttentionBase):
+    """Base of the family: `maps` into the engine, the recurrent step, costs. `config` is a FeatureConfig."""
 
     random = True
     linear = True
@@ -77,27 +52,6 @@ class RandomFeatureAttention(AttentionBase):
         super().__init__(config, **shape)
         if config.num_features < 1:
             raise ValueError(f"num_features must be at least 1; got {config.num_features}")
-        if config.redraw_every < 0:
-            raise ValueError(f"redraw_every must be 0 (never) or more; got {config.redraw_every}")
-        self.register_buffer("redraws", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("w_HMD", self._draw(0))
-
-    def _draw(self, redraw: int) -> torch.Tensor:
-        return gaussian(
-            self.heads,
-            self.config.num_features,
-            self.head_dim,
-            orthogonal=self.config.orthogonal,
-            seed=self.seed,
-            layer=self.layer,
-            redraw=redraw,
-        )
-
-    def before_step(self, step):
-        redraw = step // self.config.redraw_every if self.config.redraw_every else 0
-        if redraw != int(self.redraws):
-            self.redraws.fill_(redraw)
-            self.w_HMD.copy_(self._draw(redraw))
 
     def maps(self, k_BHND: torch.Tensor, scale: float) -> Maps:
         """The method: called outside of autocast with keys in fp32 at least."""
@@ -142,20 +96,84 @@ class RandomFeatureAttention(AttentionBase):
             4 * self.heads * M * (self.head_dim + 1)
         )  # Y and L: the weights are recomputed, a chunk at a time
 
+    @property
+    def feature_dim(self) -> int:
+        """Width of the vectors that the projections are drawn for."""
+        return self.head_dim
 
-def naive_features(q, k, v, w_HMD, geometry_HDD, mask_BN, scale, causal=False):
-    """The textbook form: feature vectors, then (phi(q) . sum phi(k) v) / (phi(q) . sum phi(k)).
+    def _gaussian(self, *, pool: int = 1) -> torch.Tensor:
+        """`pool` times as many projections as there are features, (H, pool M, feature_dim)."""
+        return gaussian(
+            self.heads,
+            pool * self.config.num_features,
+            self.feature_dim,
+            orthogonal=self.config.orthogonal,
+            seed=self.seed,
+            layer=self.layer,
+            redraw=int(getattr(self, "redraws", 0)),
+        )
 
-    `geometry_HDD` is G; all in the dtype of q.
+
+@dataclass(frozen=True, kw_only=True)
+class RandomFeatureConfig(FeatureConfig):
+    """Options of methods that draw their projections."""
+
+    redraw_every: int = option(0, "training steps between redraws of the projections; 0 = never")
+
+
+class RandomFeatureAttention(FeatureAttention):
+    """Holds random projections and redraws them during training, never in evaluation.
+
+    They are buffers, saved with the model and identical on every rank: a function of (seed, layer, number of
+    redraws) and of the data seen, where a method `adapts` to it. Such a method is calibrated once, by
+    `calibrate` or before training step 1 on SAMPLE queries and keys of step 0.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def phi(x_BHND):
-        y_BHND = scale**0.5 * torch.einsum("hed,bhnd->bhne", geometry_HDD, x_BHND)
-        dot_BHNM = torch.einsum("hmd,bhnd->bhnm", w_HMD, y_BHND)
-        return torch.exp(dot_BHNM - y_BHND.square().sum(-1, keepdim=True) / 2) / w_HMD.shape[1] ** 0.5
+    adapts = False
 
-    phi_q, phi_k = phi(q), phi(k)
+    def __init__(self, config, **shape):
+        super().__init__(config, **shape)
+        if config.redraw_every < 0:
+            raise ValueError(f"redraw_every must be 0 (never) or more; got {config.redraw_every}")
+        self.register_buffer("redraws", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("w_HMD", self._gaussian())
+        if self.adapts:
+            for name in ("seen_q_HSD", "seen_k_HSD"):
+                self.register_buffer(name, torch.zeros(self.heads, SAMPLE, self.head_dim))
+            self.register_buffer("seen_scale", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+
+    def _redraw(self) -> None:
+        """Sets the projections from the number of redraws and, where the method adapts, from the data seen."""
+        self.w_HMD.copy_(self._gaussian())
+
+    def before_step(self, step):
+        if self.adapts and step == 1 and not self.calibrated:
+            self.calibrate(self.seen_q_HSD[None], self.seen_k_HSD[None], scale=float(self.seen_scale))
+        redraw = step // self.config.redraw_every if self.config.redraw_every else 0
+        if redraw != int(self.redraws):
+            self.redraws.fill_(redraw)
+            self._redraw()
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        if self.adapts and self.training:
+            self._watch(q_BHND.detach(), k_BHND.detach(), mask_BN, scale)
+        return super().attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
+
+    def _watch(self, q_BHND, k_BHND, mask_BN, scale):
+        """Remembers SAMPLE tokens, evenly spaced over the real ones of the batch."""
+        B, _, N, _ = q_BHND.shape
+        real = torch.ones(B * N, device=q_BHND.device) if mask_BN is None else mask_BN.flatten()
+        count = real.cumsum(0, dtype=torch.int64)
+        wanted = 1 + torch.arange(SAMPLE, device=count.device) * count[-1] // SAMPLE
+        index = torch.searchsorted(count, wanted).clamp(max=B * N - 1)
+        for seen_HSD, x_BHND in ((self.seen_q_HSD, q_BHND), (self.seen_k_HSD, k_BHND)):
+            seen_HSD.copy_(x_BHND[index // N, :, index % N].transpose(0, 1))
+        self.seen_scale.fill_(scale)
+
+
+def naive_features(q, k, v, phi_q, phi_k, mask_BN, causal):
+    """The textbook form: (phi(q) . sum phi(k) v) / (phi(q) . sum phi(k)), feature vectors (B, H, N, M) given."""
     if mask_BN is not None:
         phi_k = phi_k * mask_BN[:, None, :, None]
     kernel_BHNN = phi_q @ phi_k.transpose(-1, -2)
@@ -163,3 +181,9 @@ def naive_features(q, k, v, w_HMD, geometry_HDD, mask_BN, scale, causal=False):
         kernel_BHNN = kernel_BHNN.tril()
     total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
     return kernel_BHNN @ v / torch.where(total_BHN1 == 0, 1, total_BHN1)
+
+
+def naive_phi(w_HMD, x_BHND):
+    """exp(w.x - |x|^2 / 2) / M^1/2, (B, H, N, M): positive random features of scaled vectors x."""
+    dot_BHNM = torch.einsum("hmd,bhnd->bhnm", w_HMD, x_BHND)
+    return torch.exp(dot_BHNM - x_BHND.square().sum(-1, keepdim=True) / 2) / w_HMD.shape[1] ** 0.5

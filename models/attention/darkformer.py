@@ -1,44 +1,113 @@
 """DARKFormer: random features whose covariance Sigma = G^T G is learned."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
-from models.attention._features import FeatureConfig, Maps, RandomFeatureAttention, naive_features
+from models.attention._aligned import AlignedAttention, AlignedConfig, naive_aligned
+from models.attention._projections import power, ridged, variance_optimal
+from models.attention.base import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FeatureConfig):
+class Config(AlignedConfig):
     """Options of the data-aware random kernel."""
 
+    init: Literal["identity", "whitening", "aligned"] = option(
+        "identity",
+        "where G starts: identity; whitening = the inverse root covariance of q and k, their mean norm kept; "
+        "aligned = the identity times the temperature of target_norm, learned from there; needs align",
+    )
+    rank: int = option(0, "rows of G, at most the head width; 0 = the head width")
+    share_heads: bool = option(False, "one G for all heads")
+    proposal: Literal["isotropic", "variance_optimal"] = option(
+        "isotropic",
+        "distribution of the projections; variance_optimal = theorem 3.2 on the data calibrated with",
+    )
 
-class Attention(RandomFeatureAttention):
+
+class Attention(AlignedAttention):
     """Unbiased estimate of the kernel exp(scale q^T Sigma k), normalised, Sigma = G^T G (arXiv 2603.04127).
 
-    The engine with a_j = sqrt(scale) G^T w_j, so that a_j ~ N(0, scale Sigma), and key bias
-    -scale |G k|^2 / 2. The paper calls the geometry matrix M; M here is the number of features. G, one D x D
-    matrix per head, starts at the identity: DARKFormer then is Performer.
-    8 B H N M D + 2 B H N D^2 operations, O(N + M) memory.
+    The engine with a_j = sqrt(scale) G^T w_j, so that a_j ~ N(0, scale Sigma), and key bias -scale |G k|^2 / 2.
+    The paper calls the geometry matrix M; M here is the number of features. G, one D x D matrix per head,
+    starts at the identity: DARKFormer then is Performer. With `align`, G acts on aligned q and k.
+    8 B H N M D + 2 B H N D^2 operations, O(N + M) memory. Raises ValueError for a rank beyond the head width.
     """
 
     Config = Config
 
     def __init__(self, config, **shape):
+        if not 0 <= config.rank <= shape["head_dim"]:
+            raise ValueError(f"rank must be 0 to the head width {shape['head_dim']}; got {config.rank}")
+        if config.init == "aligned" and (config.align == "none" or not config.target_norm):
+            raise ValueError(
+                "init=aligned needs align=centre or align=balance, and a target_norm above 0; "
+                f"got align={config.align}, target_norm={config.target_norm}"
+            )
         super().__init__(config, **shape)
-        self.G_HDD = nn.Parameter(torch.eye(self.head_dim).repeat(self.heads, 1, 1))
+        G_RD = torch.eye(self.feature_dim, self.head_dim)
+        self.G_HRD = nn.Parameter(G_RD.repeat(1 if config.share_heads else self.heads, 1, 1))
+        if config.proposal == "variance_optimal":
+            self.register_buffer("root_HRR", torch.eye(self.feature_dim).repeat(self.heads, 1, 1))
+            self.b_HM = torch.zeros(self.heads, config.num_features)
 
-    def maps(self, k_BHND, scale):
-        G_HDD = self.G_HDD.to(k_BHND.dtype)
-        a_HMD = scale**0.5 * self.w_HMD.to(k_BHND.dtype) @ G_HDD
-        Gk_BHND = k_BHND @ G_HDD.transpose(-1, -2)
-        return Maps(a_HMD, a_HMD, -0.5 * scale * Gk_BHND.square().sum(-1))
+    @property
+    def feature_dim(self):
+        return self.config.rank or self.head_dim
+
+    @property
+    def adapts(self):
+        return super().adapts or self.config.init != "identity" or self.config.proposal != "isotropic"
+
+    @property
+    def cools(self):
+        return (
+            super().cools and self.config.init != "aligned"
+        )  # there G starts at the temperature, and learns it
+
+    def geometry(self):
+        return self.G_HRD
+
+    def _fit(self, Lambda_HDD):
+        heads = self.G_HRD.shape[0]
+        shared_HDD = Lambda_HDD.mean(0, keepdim=True) if heads == 1 else Lambda_HDD
+        if self.config.init == "aligned":
+            self.G_HRD.copy_(self.temperature(2 * shared_HDD) * torch.eye(self.feature_dim, self.head_dim))
+        elif self.config.init == "whitening":
+            self.G_HRD.copy_(whitening(shared_HDD, self.feature_dim))
+        if self.config.proposal == "variance_optimal":
+            G_HRD = self.G_HRD.detach().cpu().double()
+            name = f"{self.name}, layer {self.layer}"
+            self.root_HRR.copy_(variance_optimal(G_HRD @ Lambda_HDD @ G_HRD.mT, name))
+
+    def _redraw(self):
+        super()._redraw()
+        if self.config.proposal == "variance_optimal":
+            z_HMR = self.w_HMD.clone()
+            self.w_HMD.copy_(z_HMR @ self.root_HRR)
+            # log N(w; 0, I) / N(w; 0, Sigma*), but for a constant
+            self.b_HM.copy_((z_HMR.square().sum(-1) - self.w_HMD.square().sum(-1)) / 2)
 
     def flops(self, B, H, N, D):
-        return super().flops(B, H, N, D) + 2 * B * H * N * D * D
+        return super().flops(B, H, N, D) + 2 * B * H * N * D * self.feature_dim
+
+
+def whitening(Lambda_HDD: torch.Tensor, rank: int) -> torch.Tensor:
+    """c Lambda^-1/2, (H, rank, D), on the `rank` largest eigenvectors; c keeps the mean of |x|^2, x of covariance
+    Lambda, so that only the directions are evened out and the temperature stays."""
+    Lambda_HDD = ridged(Lambda_HDD)
+    trace_H11 = Lambda_HDD.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    if rank == Lambda_HDD.shape[-1]:
+        root_HRD = power(Lambda_HDD, -0.5)
+    else:
+        values, vectors = torch.linalg.eigh(Lambda_HDD)
+        root_HRD = vectors[..., -rank:].mT / values[:, -rank:, None].sqrt()
+    return (trace_H11 / rank).sqrt() * root_HRD
 
 
 def naive_darkformer(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
     """phi(x) = M^-1/2 exp(w.G x~ - |G x~|^2 / 2), feature vectors written out."""
-    w_HMD, G_HDD = attention.w_HMD.to(q.dtype), attention.G_HDD.to(q.dtype)
-    return naive_features(q, k, v, w_HMD, G_HDD, mask_BN, scale, causal)
+    return naive_aligned(attention, q, k, v, mask_BN, scale, causal)

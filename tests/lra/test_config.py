@@ -101,7 +101,7 @@ def test_approximation_size_comes_from_the_recipe_for_every_method(resolved):
         "encoder.dropout=-0.1",
         "encoder.max_len=8",
         "encoder.max_len=-1",
-        "encoder.positions=rotary",
+        "encoder.positions=relative",
         "encoder.width=1e13",
     ],
 )

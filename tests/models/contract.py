@@ -94,6 +94,10 @@ class Case(NamedTuple):
             for parameter in attention.parameters() if trained else ():
                 rms = parameter.square().mean().sqrt()
                 parameter += 0.3 * torch.where(rms > 0, rms, 1.0) * torch.randn_like(parameter)
+            if trained:
+                # On short vectors with a mean and unequal directions: what is calibrated is not the identity.
+                q, k = (0.15 * (x + torch.linspace(-1, 2, D)).to(dtype) for x in torch.randn(2, 3, H, 19, D))
+                attention.calibrate(q * torch.linspace(0.5, 1.5, D).to(dtype), k)
         if self.causal:
             attention.forward = functools.partial(attention.forward, causal=True)
         return attention.eval()

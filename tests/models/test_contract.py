@@ -14,9 +14,27 @@ from lra.options import UsageError
 from models.attention import performer, softmax
 from models.attention.base import AttentionBase
 from models.attention.softmax import naive_softmax
-from tests.models.contract import CHECKS, Case, applicable, failures, variants
+from tests.models.contract import CHECKS, SETTINGS, Case, applicable, failures, variants
 
 NAMES = registry.attention_names()
+TOGETHER = [  # options that change each other's meaning, or need each other
+    Case("performer", {"align": "balance", "learn_mean": True, "target_norm": 1.0, "redraw_every": 2}),
+    Case("darkformer", {"align": "balance", "init": "whitening", "proposal": "variance_optimal", "rank": 3}),
+    Case("darkformer", {"align": "centre", "init": "aligned", "target_norm": 1.0, "learn_mean": True}),
+    Case("darkformer", {"init": "whitening", "share_heads": True, "rank": 4}),
+    Case("optimal", {"align": "balance", "pool": 3, "redraw_every": 1}),
+]
+TOGETHER += [case._replace(causal=True) for case in TOGETHER]
+TESTS = [
+    *applicable(NAMES),
+    *(
+        (c, one, s)
+        for c in TOGETHER
+        for one in CHECKS.values()
+        if one.sized and one.applies(c)
+        for s in SETTINGS
+    ),
+]
 
 
 def needs_compiler(check):
@@ -26,7 +44,7 @@ def needs_compiler(check):
 
 @pytest.mark.parametrize(
     ("case", "check", "setting"),
-    [pytest.param(*t, id="-".join(str(x) for x in (t[1].name, t[0], t[2]) if x)) for t in applicable(NAMES)],
+    [pytest.param(*t, id="-".join(str(x) for x in (t[1].name, t[0], t[2]) if x)) for t in TESTS],
 )
 def test_contract(case, check, setting):
     needs_compiler(check.name)

@@ -1,0 +1,38 @@
+"""Learned feature kernel: the projections themselves are parameters."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from models.attention._features import FeatureAttention, FeatureConfig, Maps, naive_features, naive_phi
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(FeatureConfig):
+    """Options of the learned feature kernel."""
+
+
+class Attention(FeatureAttention):
+    """phi_j(x) = M^-1/2 exp(w_j.x~ - |x~|^2 / 2), every w_j learned from a Gaussian draw on (arXiv 2603.04127).
+
+    A baseline of the DARKFormer paper: M D free numbers per head instead of DARKFormer's D^2, and no kernel
+    that it estimates once they have moved. 8 B H N M D operations, O(N + M) memory.
+    """
+
+    Config = Config
+
+    def __init__(self, config, **shape):
+        super().__init__(config, **shape)
+        self.w_HMD = nn.Parameter(self._gaussian())
+
+    def maps(self, k_BHND, scale):
+        a_HMD = scale**0.5 * self.w_HMD.to(k_BHND.dtype)
+        return Maps(a_HMD, a_HMD, -0.5 * scale * k_BHND.square().sum(-1))
+
+
+def naive_lfk(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
+    """Feature vectors written out."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    w_HMD = attention.w_HMD.to(q.dtype)
+    phi_q, phi_k = (naive_phi(w_HMD, scale**0.5 * x) for x in (q, k))
+    return naive_features(q, k, v, phi_q, phi_k, mask_BN, causal)

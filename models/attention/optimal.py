@@ -1,0 +1,55 @@
+"""Random features sampled by the optimal policy for the data seen."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.attention._aligned import AlignedAttention, AlignedConfig, naive_aligned
+from models.attention._projections import generator, optimal_resample
+from models.attention.base import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AlignedConfig):
+    """Options of optimal sampling."""
+
+    pool: int = option(8, "candidates per feature that each resampling chooses from")
+
+
+class Attention(AlignedAttention):
+    """Performer's kernel with w ~ psi*(w) in proportion to N(w; 0, I) (E_q phi(q; w)^2 E_k phi(k; w)^2)^1/2.
+
+    The policy of least variance for given data (arXiv 2406.18802), by resampling: M of `pool` M Gaussian
+    candidates, in proportion to the root taken over queries and keys seen, weighted back by b_j = log p/psi.
+    Resampled every `redraw_every` steps on the step before; Gaussian until the first calibration. Unbiased
+    for pool -> infinity only. 8 B H N M D operations, O(N + M) memory.
+    """
+
+    Config = Config
+    adapts = True
+
+    def __init__(self, config, **shape):
+        if config.pool < 1:
+            raise ValueError(f"pool must be at least 1; got {config.pool}")
+        super().__init__(config, **shape)
+        self.b_HM = torch.zeros(self.heads, config.num_features)
+
+    @torch.no_grad()
+    def _redraw(self):
+        if not self.calibrated:
+            return super()._redraw()
+        pool_HPD = self._gaussian(pool=self.config.pool).double()
+        root_scale = self.seen_scale.cpu() ** 0.5
+        q_HSD, k_HSD = (
+            root_scale * self.aligned(seen[None].double(), side)[0].cpu()
+            for seen, side in ((self.seen_q_HSD, "q"), (self.seen_k_HSD, "k"))
+        )
+        source = generator("resample", self.seed, self.layer, int(self.redraws))
+        w_HMD, b_HM = optimal_resample(pool_HPD, q_HSD, k_HSD, self.config.num_features, source)
+        self.w_HMD.copy_(w_HMD)
+        self.b_HM.copy_(b_HM)
+
+
+def naive_optimal(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
+    """Feature vectors written out, the queries' times the importance weights."""
+    return naive_aligned(attention, q, k, v, mask_BN, scale, causal)
