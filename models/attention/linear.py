@@ -79,21 +79,21 @@ def divide(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def causal_product(q_BHND: torch.Tensor, k_BHND: torch.Tensor, v_BHND: torch.Tensor) -> torch.Tensor:
     """sum_(n <= i) q_i.k_n v_n / sum_(n <= i) q_i.k_n for positive q and k, by chunks.
 
-    Shapes here: J chunks of C tokens. Only the states between chunks are summed up, J D^2 numbers, not N D^2.
+    Only the states between chunks are summed up, J D^2 numbers, not N D^2.
     """
     B, H, N, D = q_BHND.shape
-    C = min(CHUNK, N)
-    ahead = -N % C  # zeros at the end, which nobody earlier sees
-    q, k, v = (F.pad(x, (0, 0, 0, ahead)).view(B, H, -1, C, D) for x in (q_BHND, k_BHND, v_BHND))
-    inside_BHJCC = (q @ k.transpose(-1, -2)).tril()
-    total_BHJCD = inside_BHJCC @ v + q @ before(k.transpose(-1, -2) @ v)
-    weight_BHJC1 = inside_BHJCC.sum(-1, keepdim=True) + q @ before(k.sum(3)[..., None])
-    return divide(total_BHJCD, weight_BHJC1).view(B, H, -1, D)[:, :, :N]
+    L = min(CHUNK, N)
+    ahead = -N % L  # zeros at the end, which nobody earlier sees
+    q, k, v = (F.pad(x, (0, 0, 0, ahead)).view(B, H, -1, L, D) for x in (q_BHND, k_BHND, v_BHND))
+    inside_BHJLL = (q @ k.transpose(-1, -2)).tril()
+    total_BHJLD = inside_BHJLL @ v + q @ before(k.transpose(-1, -2) @ v)
+    weight_BHJL1 = inside_BHJLL.sum(-1, keepdim=True) + q @ before(k.sum(3)[..., None])
+    return divide(total_BHJLD, weight_BHJL1).view(B, H, -1, D)[:, :, :N]
 
 
-def before(x_BHJXY: torch.Tensor) -> torch.Tensor:
-    """The sum over the earlier chunks: zero for the first. (No subtraction from a sum that holds later ones.)"""
-    return F.pad(x_BHJXY.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
+def before(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the earlier chunks, axis 2: zero for the first."""
+    return F.pad(x.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
 
 
 def naive_linear(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):

@@ -42,7 +42,8 @@ class Attention(AttentionBase):
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         if mask_BN is None:
-            return self._window(q_BHND, k_BHND, v_BHND, None, scale, causal)
+            everyone_BN = torch.ones_like(q_BHND[:, 0, :, 0], dtype=torch.bool)
+            return self._window(q_BHND, k_BHND, v_BHND, everyone_BN, scale, causal)
         # Real tokens to the front, in their order.
         order_BN = mask_BN.argsort(dim=1, descending=True, stable=True)
         packed = (take(x, order_BN) for x in (q_BHND, k_BHND, v_BHND))
@@ -50,73 +51,70 @@ class Attention(AttentionBase):
         return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_rows(mask_BN), 0)
 
     def _window(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        """`attend` by blocks, real tokens first. Shapes here: J blocks of W queries, each with K keys."""
+        """`attend` by blocks, real tokens first. K is the number of keys of a block."""
         B, H, N, D = q_BHND.shape
-        W = min(self.config.window, N)
-        J = -(-N // W)
+        L = min(self.config.window, N)
+        J = -(-N // L)
         shifts = [0] if J == 1 else [-1, 0] if causal else [-1, 0, 1]
-        real_BN11 = torch.ones(B, N, 1, 1, device=q_BHND.device, dtype=torch.bool)
-        if mask_BN is not None:
-            real_BN11 = mask_BN[..., None, None]
-        q_BJHWD, k_BJHKD, v_BJHKD = (
-            blocks(x.transpose(1, 2), W, s).transpose(2, 3)
+        q_BJHLD, k_BJHKD, v_BJHKD = (
+            blocks(x.transpose(1, 2), L, s).transpose(2, 3)
             for x, s in ((q_BHND, [0]), (k_BHND, shifts), (v_BHND, shifts))
         )
-        key_BJ1K = blocks(real_BN11, W, shifts)[..., 0].transpose(2, 3)
-        query_W1 = torch.arange(W, device=q_BHND.device)[:, None]
-        ahead_WK = torch.arange(len(shifts) * W, device=q_BHND.device) + shifts[0] * W - query_W1
-        near_WK = ahead_WK.abs() <= self.config.window
+        key_BJ1K = blocks(mask_BN[..., None, None], L, shifts)[..., 0].transpose(2, 3)
+        query_L1 = torch.arange(L, device=q_BHND.device)[:, None]
+        ahead_LK = torch.arange(len(shifts) * L, device=q_BHND.device) + shifts[0] * L - query_L1
+        near_LK = ahead_LK.abs() <= self.config.window
         if causal:
-            near_WK = near_WK & (ahead_WK <= 0)
+            near_LK = near_LK & (ahead_LK <= 0)
         # A query that is padding sees itself, so that its softmax stays finite.
-        allowed = ((near_WK & key_BJ1K) | (ahead_WK == 0)).flatten(0, 1)[:, None]
+        allowed = ((near_LK & key_BJ1K) | (ahead_LK == 0)).flatten(0, 1)[:, None]
         if self.slopes_H is not None:
-            bias_HWK = -self.slopes_H.to(q_BHND.dtype)[:, None, None] * ahead_WK.abs()
-            allowed = bias_HWK.masked_fill(~allowed, float("-inf"))
-        out_JHWD = F.scaled_dot_product_attention(
-            *(x.flatten(0, 1) for x in (q_BJHWD, k_BJHKD, v_BJHKD)), attn_mask=allowed, scale=scale
+            bias_HLK = -self.slopes_H[:, None, None] * ahead_LK.abs()
+            allowed = bias_HLK.masked_fill(~allowed, float("-inf")).to(q_BHND.dtype)
+        out_JHLD = F.scaled_dot_product_attention(
+            *(x.flatten(0, 1) for x in (q_BJHLD, k_BJHKD, v_BJHKD)), attn_mask=allowed, scale=scale
         )
-        return out_JHWD.view(B, J, H, W, D).transpose(2, 3).reshape(B, J * W, H, D)[:, :N].transpose(1, 2)
+        return out_JHLD.view(B, J, H, L, D).transpose(2, 3).reshape(B, J * L, H, D)[:, :N].transpose(1, 2)
 
     def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
-        W, (B, H, D) = self.config.window, q_BHD.shape
+        K, (B, H, D) = self.config.window, q_BHD.shape
         if state is None:
-            empty_BHWD = k_BHD.new_zeros(B, H, W, D)
-            state = empty_BHWD, empty_BHWD, torch.zeros(B, 1, 1, 1, dtype=torch.int64, device=q_BHD.device)
-        old_k_BHWD, old_v_BHWD, seen_B111 = state
+            empty_BHKD = k_BHD.new_zeros(B, H, K, D)
+            state = empty_BHKD, empty_BHKD, torch.zeros(B, 1, 1, 1, dtype=torch.int64, device=q_BHD.device)
+        old_k_BHKD, old_v_BHKD, seen_B111 = state
         # The last `window` tokens, oldest first, and the new one behind them.
-        k = torch.cat([old_k_BHWD, k_BHD[:, :, None]], 2)
-        v = torch.cat([old_v_BHWD, v_BHD[:, :, None]], 2)
-        ago = torch.arange(W, -1, -1, device=q_BHD.device)
+        k = torch.cat([old_k_BHKD, k_BHD[:, :, None]], 2)
+        v = torch.cat([old_v_BHKD, v_BHD[:, :, None]], 2)
+        ago = torch.arange(K, -1, -1, device=q_BHD.device)
         allowed = ago <= seen_B111
         if self.slopes_H is not None:
-            bias_H1K = -self.slopes_H.to(q_BHD.dtype)[:, None, None] * ago
-            allowed = bias_H1K.masked_fill(~allowed, float("-inf"))
+            bias = -self.slopes_H[:, None, None] * ago
+            allowed = bias.masked_fill(~allowed, float("-inf")).to(q_BHD.dtype)
         out_BH1D = F.scaled_dot_product_attention(q_BHD[:, :, None], k, v, attn_mask=allowed, scale=scale)
         real = (torch.ones_like(seen_B111) if mask_B is None else mask_B.view(B, 1, 1, 1)).bool()
-        kept = torch.where(real, k[:, :, 1:], old_k_BHWD), torch.where(real, v[:, :, 1:], old_v_BHWD)
+        kept = torch.where(real, k[:, :, 1:], old_k_BHKD), torch.where(real, v[:, :, 1:], old_v_BHKD)
         return out_BH1D[:, :, 0], (*kept, seen_B111 + real)
 
     def flops(self, B, H, N, D):
-        W = min(self.config.window, N)
-        J = -(-N // W)
-        return 4 * B * H * J * W * (W if J == 1 else 3 * W) * D
+        L = min(self.config.window, N)
+        J = -(-N // L)
+        return 4 * B * H * J * L * (L if J == 1 else 3 * L) * D
 
     def state_bytes(self, N):
-        W = min(self.config.window, N)
-        keys = -(-N // W) * (W if W == N else 3 * W)
-        return 4 * keys * (2 * self.heads * self.head_dim + W)  # keys and values by block, and who sees whom
+        L = min(self.config.window, N)
+        keys = -(-N // L) * (L if L == N else 3 * L)
+        return 4 * keys * (2 * self.heads * self.head_dim + L)  # keys and values by block, and who sees whom
 
 
-def blocks(x_BNHD: torch.Tensor, W: int, shifts: list[int]) -> torch.Tensor:
-    """Blocks of W tokens, each joined with the blocks at the given consecutive shifts: (B, J, W * shifts, H, D).
+def blocks(x_BNHD: torch.Tensor, L: int, shifts: list[int]) -> torch.Tensor:
+    """Blocks of L tokens, each joined with the blocks at the given consecutive shifts: (B, J, L * shifts, H, D).
 
     Zeros, or False, beyond both ends.
     """
     B, N, H, D = x_BNHD.shape
-    J = -(-N // W)
-    before, after = -shifts[0] * W, shifts[-1] * W
-    padded = F.pad(x_BNHD, (0, 0, 0, 0, before, J * W - N + after)).view(B, -1, W, H, D)
+    J = -(-N // L)
+    before, after = -shifts[0] * L, shifts[-1] * L
+    padded = F.pad(x_BNHD, (0, 0, 0, 0, before, J * L - N + after)).view(B, -1, L, H, D)
     return torch.cat([padded[:, s : s + J] for s in range(len(shifts))], 2)
 
 

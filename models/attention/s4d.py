@@ -52,7 +52,7 @@ class Attention(AttentionBase):
             raise ValueError(
                 f"num_states must be a multiple of 4 (pairs, in two directions); got {config.num_states}"
             )
-        # Shapes here: E = H D channels, S conjugate pairs of states, the first half of them forward in time.
+        # E = H D channels; the first half of the S pairs of states runs forward in time.
         E, S = self.heads * self.head_dim, config.num_states // 2
         frequency_S = math.pi * torch.arange(S // 2).repeat(2)
         self.log_decay_ES = nn.Parameter(torch.full((E, S), math.log(0.5)))
@@ -76,7 +76,7 @@ class Attention(AttentionBase):
             return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_B1N1, 0).to(dtype)
 
     def _convolve(self, v_BHND, causal):
-        """`attend` without padding, by J chunks of L tokens."""
+        """`attend` without padding, by chunks."""
         B, H, N, D = v_BHND.shape
         L = min(CHUNK, N)
         v_BHJLD = F.pad(v_BHND, (0, 0, 0, -N % L)).view(B, H, -1, L, D)
