@@ -114,8 +114,8 @@ def pseudo_inverse(a_BHKK: torch.Tensor, iterations: int) -> torch.Tensor:
     """Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from Z = A^T / (|A|_1 |A|_inf)  (section 3.2 of the paper).
 
     Rows of A add up to 1 or are 0, so that |A|_inf = 1; |A|_1, the largest sum of a column, is taken for each
-    matrix alone. Zero rows and columns stay zero. A step multiplies what it finds of 1 / sigma by 13/4 at most:
-    directions whose singular value is far below (4/13)^iterations are left out rather than inverted.
+    matrix alone. Zero rows and columns stay zero. For a singular value sigma of A, Z starts at sigma / |A|_1 and
+    grows by 13/4 a step at most: where sigma^2 is far below |A|_1 (4/13)^iterations, 1 / sigma is never reached.
     """
     largest = a_BHKK.sum(-2).amax(-1)[..., None, None].clamp(min=0.5)  # 0 only where A = 0, else at least 1
     z_BHKK = a_BHKK.mT / largest

@@ -17,9 +17,7 @@ FAR = 2**30  # the mark of a key that is not there
 class Config:
     """Options of LSH attention."""
 
-    num_keys: int = option(
-        64, "most keys a query looks at: rounds x chunk on either side (causal: on one)", budget=True
-    )
+    num_keys: int = option(64, "most keys found by hashing: rounds x chunk before and after", budget=True)
     rounds: int = option(2, "independent hashes; a query looks at the keys of all")
     buckets: int = option(0, f"buckets of a hash, 1 or even; 0 = max_len / chunk, from 2 to {MOST_BUCKETS}")
     redraw_every: int = option(1, "training steps between redraws of the hashes; 0 = never")
