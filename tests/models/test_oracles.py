@@ -111,3 +111,48 @@ def test_linformer_equals_linformer(share, length):
     expected = [dx, dk.T[None], dv.T[None]] if share == "heads" else [dx, (dk + dv).T[None]]
     for one, other in zip(mine, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+def nystrom_attention(heads, q, k, v, mask=None, **options):
+    """Their module without its projections, which have no place for q, k and v of one's own."""
+    Oracle = oracle("nystrom_attention.nystrom_attention", "NystromAttention")
+    theirs = Oracle(heads * D, D, heads, residual=False, **options).double()
+
+    def flat(x):
+        return x.transpose(1, 2).flatten(2)
+
+    theirs.to_qkv = theirs.to_out = torch.nn.Identity()
+    out = theirs(torch.cat([flat(q), flat(k), flat(v)], -1), mask)
+    return out.unflatten(-1, (heads, D)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("landmarks", [2, 4, 8])
+def test_nystrom_equals_nystrom_attention_where_it_has_one_row_and_head(landmarks):
+    """More, and its first guess at the inverse is not that of the paper; a length that K divides, no mask."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 16, D, dtype=torch.float64).requires_grad_() for _ in range(3))
+    options = {"heads": 1, "head_dim": D, "max_len": 16}
+    attention = build_attention("nystrom", num_landmarks=landmarks, **options).double()
+    wanted = outputs_and_gradients(
+        nystrom_attention(1, q, k, v, num_landmarks=landmarks), None, q=q, k=k, v=v
+    )
+    assert_same(outputs_and_gradients(attention(q, k, v), None, q=q, k=k, v=v), wanted, 1e-11)
+
+
+def test_nystrom_equals_nystrom_attention_once_its_inverse_has_converged():
+    q, k, v = qkv()
+    attention = ours("nystrom", num_landmarks=N, iterations=40)
+    theirs = nystrom_attention(H, q, k, v, num_landmarks=N, pinv_iterations=40)
+    wanted = outputs_and_gradients(theirs, None, q=q, k=k, v=v)
+    assert_same(outputs_and_gradients(attention(q, k, v), None, q=q, k=k, v=v), wanted, 1e-7)
+
+
+def test_nystrom_attention_lets_a_row_change_with_the_rest_of_its_batch_and_ours_does_not():
+    """Its first guess divides by maxima over batch and heads (section 3.2 of the paper: of one matrix)."""
+    q, k, v = (x.detach() for x in qkv())
+    alone = [x[:1] for x in (q, k, v)]
+    with_another = [torch.cat([x[:1], 5 * x[1:]]) for x in (q, k, v)]
+    attention = ours("nystrom", num_landmarks=N)
+    assert torch.equal(attention(*with_another)[:1], attention(*alone))
+    theirs = [nystrom_attention(H, *x, num_landmarks=N)[:1] for x in (with_another, alone)]
+    assert (theirs[0] - theirs[1]).abs().max() > 1e-2
