@@ -73,7 +73,8 @@ def test_same_request_gives_the_same_bytes(task, tmp_path):
     one, _ = prepare(task, "smoke", out=tmp_path / "a", workers=1)
     two, _ = prepare(task, "smoke", out=tmp_path / "b", workers=3)
     assert one.manifest == two.manifest
-    files = sorted((tmp_path / "a" / "tiny" / "smoke").iterdir())
+    files = [f for f in (tmp_path / "a" / "tiny" / "smoke").iterdir() if f.name != prepared.STAMP]
+    assert len(files) == 10
     assert all(f.read_bytes() == (tmp_path / "b" / "tiny" / "smoke" / f.name).read_bytes() for f in files)
 
 
@@ -189,7 +190,7 @@ def test_interrupted_renewal_keeps_the_old_data(task, tmp_path, monkeypatch):
 def test_what_a_killed_process_left_behind_is_cleared_away(task, tmp_path):
     prepare(task, "smoke", out=tmp_path)
     folder = tmp_path / "tiny" / "smoke"
-    shutil.copytree(folder, folder.with_name(".smoke.99999"))
+    shutil.copytree(folder, folder.with_name(".smoke.new"))
     flip(folder / "train.tokens.npy")
     prepare(task, "smoke", out=tmp_path)
     assert not hidden(folder)
@@ -272,8 +273,8 @@ def test_rule_7_splits_are_disjoint_by_content_and_test_is_never_touched():
         "val": Split.of(sequences("c", "e", "f"), [2, 5, 6]),
         "test": Split.of(sequences("b", "e", "g"), [1, 5, 7]),
     }
-    kept, removed = disjoint(splits, 1)
-    assert removed == {"train": 2, "val": 1}
+    kept, removed, repeated = disjoint(splits, 1)
+    assert removed == {"train": 2, "val": 1} and repeated == {"train": 1}
     assert kept["test"] is splits["test"]
     assert kept["val"].labels.tolist() == [2, 6]
     assert kept["train"].labels.tolist() == [0, 3, 4]
@@ -286,8 +287,8 @@ def test_rule_7_a_pair_is_a_duplicate_only_as_a_pair():
         "val": Split.of(sequences("b", "a", "a", "bc"), [3, 4]),
         "test": Split.of(sequences("x", "y"), [5]),
     }
-    kept, removed = disjoint(splits, 2)
-    assert removed == {"train": 1} and kept["train"].labels.tolist() == [0, 1]
+    kept, removed, repeated = disjoint(splits, 2)
+    assert removed == {"train": 1} and not repeated and kept["train"].labels.tolist() == [0, 1]
     assert len(kept["train"].offsets) == 5 and len(kept["val"].labels) == 2
 
 
@@ -303,6 +304,7 @@ def test_rule_7_removed_duplicates_are_counted_in_the_manifest(task, tmp_path, m
     monkeypatch.setattr(task.Task, "build", build)
     manifest = prepare(task, "smoke", out=tmp_path)[0].manifest
     assert manifest["duplicates_removed"] == {"train": 1} and manifest["splits"]["train"]["n"] == 9
+    assert manifest["duplicates_within"] == {}
 
 
 # What a task may not deliver

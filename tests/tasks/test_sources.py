@@ -31,14 +31,15 @@ def test_sha256_file_is_the_standard_one(tmp_path):
     assert _sources.sha256_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_sha256_folder_sees_names_and_contents_but_not_order(tmp_path):
+def test_the_hash_of_a_folder_sees_names_and_contents_but_not_order(tmp_path):
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for path, content in zip(paths, "xy", strict=True):
         path.write_text(content)
-    before = _sources.sha256_folder(paths)
-    assert _sources.sha256_folder(paths[::-1]) == before
+    contents, before = _sources.read_folder(paths, 2)
+    assert contents == [b"x", b"y"]
+    assert _sources.read_folder(paths[::-1], 1) == ([b"y", b"x"], before)
     paths[1].write_text("z")
-    assert _sources.sha256_folder(paths) != before
+    assert _sources.read_folder(paths, 1)[1] != before
 
 
 def test_atomic_path_replaces_the_file_and_leaves_nothing_else(tmp_path):
