@@ -90,6 +90,23 @@ def test_hub_file_of_another_content_shows_both_hashes(monkeypatch, tmp_path):
         _sources.hub_file("a/b", "a", revision="d", sha256="0" * 64)
 
 
+def test_hub_file_without_a_known_hash_must_match_the_name_its_commit_gives_it(monkeypatch, tmp_path):
+    """The hub's cache: a link into blobs/, where a large file is named by the sha256 in the git commit."""
+    (tmp_path / "blobs").mkdir()
+    right = hashlib.sha256(b"abc").hexdigest()
+    blob, link = tmp_path / "blobs" / right, tmp_path / "a.tsv"
+    link.symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(link))
+    blob.write_bytes(b"abc")
+    assert _sources.hub_file("a/b", "a.tsv", revision="d") == link
+    blob.write_bytes(b"ab")
+    found = hashlib.sha256(b"ab").hexdigest()
+    with pytest.raises(
+        SourceError, match=f"sha256 is {found}, expected {right}; delete it and fetch it again"
+    ):
+        _sources.hub_file("a/b", "a.tsv", revision="d")
+
+
 def test_hub_file_asks_for_the_pinned_revision_of_a_dataset(monkeypatch, tmp_path):
     asked = {}
 
