@@ -47,6 +47,8 @@ def opened(
     `data_dir` is that folder unless it is an archive, or a folder that holds the task's archive under its
     published name and not the files themselves. What is extracted, into `scratch`, is removed at the end.
     """
+    if data_dir is not None and not Path(data_dir).exists():
+        raise SourceError(f"--data-dir {data_dir}: no such folder or archive")
     archive = data_dir and _archive(task, data, Path(data_dir))
     if not archive:
         yield data_dir, {}
@@ -137,7 +139,7 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> str:
                 stream.allowed = size * MAX_RATIO + FREE_BYTES
                 while stream.read(1 << 20):  # the checksum stands at the end
                     pass
-            except tarfile.TarError as error:
+            except (tarfile.TarError, ValueError, LookupError) as error:  # of malformed headers
                 problem = f"not a whole tar archive ({one_line(error)})"
                 raise SourceError(f"{archive}: {problem}; fetch it again") from error
     if stream.last > end or stream.count < end + BLOCK:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from tasks._archives import LRA_RELEASE as ARCHIVES  # noqa: F401 (of the task contract)
+from tasks._archives import LRA_RELEASE
 from tasks._expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits
 from tasks._rng import below, stream, uniform
 from tasks._sources import sha256_file
@@ -139,6 +139,9 @@ def _generated(data: Data, workers: int) -> dict[str, Split]:
     tokens, labels = generate(sum(sizes.values()), seed=data.seed, workers=workers, **options)
     parts = {name: slice(end - sizes[name], end) for name, end in zip(sizes, np.cumsum([*sizes.values()]))}
     return {name: Split.of(tokens[part], labels[part]) for name, part in parts.items()}
+
+
+ARCHIVES = LRA_RELEASE
 
 
 def members(data: Data) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks import _pathfinder_files
-from tasks._archives import LRA_RELEASE as ARCHIVES  # noqa: F401 (of the task contract)
+from tasks._archives import LRA_RELEASE
 from tasks._paddles import GEOMETRIES, tables_of
 from tasks._pathfinder_files import FOLDERS, find, read
 from tasks._snakes import draw
@@ -172,6 +172,9 @@ def _name(size: int, contour_length: int, factor: int, levels: int, matched: int
     parts = [f"contour {contour_length}", f"{size // factor} px"]
     parts += [f"{levels} grey levels"] * (levels < 256) + ["matched discs"] * matched
     return f"Pathfinder ({', '.join(parts)})"
+
+
+ARCHIVES = LRA_RELEASE
 
 
 def members(data: Data) -> tuple[str, ...]:

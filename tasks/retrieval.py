@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks import _imports
-from tasks._archives import LRA_RELEASE as ARCHIVES  # noqa: F401 (of the task contract)
+from tasks._archives import LRA_RELEASE
 from tasks._sources import check_source, find_one, hub_file, one_line, seeded_order, sha256_file
 from tasks.base import PAD, SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
@@ -60,6 +60,7 @@ SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}  # of LRA's files
 FILES = {"train": "train", "val": "eval", "test": "test"}  # LRA's names of the splits
 FOLDERS = ("", "retrieval_aan/", "tsv_data/")
 ENDINGS = ("", ".gz", ".xz")
+ARCHIVES = LRA_RELEASE
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
 HUB_REPO, HUB_REVISION = "OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775"

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,21 @@ def test_a_task_without_archives_says_so(tmp_path, plugins, error_line):
     (tmp_path / "a.tar").write_bytes(b"")
     words = ("prepare", "tiny", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path / "a.tar")
     assert "tiny reads no archives; give a folder" in error_line(*words)
+
+
+@pytest.mark.parametrize("name", ["listops", "text"])
+def test_a_data_dir_that_is_not_there_is_an_error_for_every_task(tmp_path, error_line, name):
+    words = ("prepare", name, "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path / "absent")
+    assert "absent: no such folder or archive" in error_line(*words)
+    assert [p.name for p in (tmp_path / "out" / name).iterdir()] == ["smoke.lock"]
+
+
+def test_raw_data_may_go_once_they_are_prepared(tmp_path, monkeypatch):
+    small(text, monkeypatch)
+    acl_imdb(tmp_path / "raw", 47)
+    prepare(text, "smoke", out=tmp_path / "out", data_dir=tmp_path / "raw")
+    shutil.rmtree(tmp_path / "raw")
+    assert prepare(text, "smoke", out=tmp_path / "out", data_dir=tmp_path / "raw")[1]
 
 
 def hostile(tmp_path, damage):

@@ -212,6 +212,32 @@ def test_a_flipped_bit_of_a_compressed_archive_is_refused(refused):
     assert "fetch it again" in refused(bytes(content))
 
 
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_headers_of_any_content_are_refused_in_one_line_or_read(extract, tmp_path, kind):
+    """Random bytes in headers whose checksums are right, so that they are looked at."""
+    rng = np.random.default_rng(1)
+    sparse = member(
+        "train/pos/4.txt", size=512, pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.name": "x"}
+    )
+    whole = bytearray(pack(*GOOD, ("folder/" * 40 + "train/pos/5.txt", b"x"), sparse, kind=kind))
+    outcomes = set()
+    for _ in range(150):
+        content = whole.copy()
+        start = 512 * int(rng.integers(0, 12))
+        for at in rng.integers(0, 512, 4):
+            content[start + at] = rng.choice([0, 32, 48, 55, 61, 83, 120, 128, 255])
+        header = content[start : start + 512]
+        checksum = sum(header[:148]) + 8 * 32 + sum(header[156:])
+        content[start + 148 : start + 156] = b"%06o\0 " % checksum
+        try:
+            extract(bytes(content))
+            outcomes.add("read")
+        except SourceError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
 def test_a_full_disk_is_one_line(refused, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
