@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import ModuleType
 from typing import IO
 
-from tasks._sources import one_line
+from tasks._sources import ROOTS, one_line
 from tasks.base import Data, SourceError
 
 MAX_RATIO = 200  # bytes unpacked per byte read: texts and pictures reach 10, gzipped zeros 1,000
@@ -35,6 +35,14 @@ BLOCK = 512  # bytes; tar's unit, an archive ends with a block of zeros
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
 
 
+UNPACKED = (  # folders that the published archives unpack to, where tasks look for their files
+    "",
+    "aclImdb/",
+    "cifar-10-batches-py/",
+    "cifar-10-batches-bin/",
+    "listops-1000/",
+    "tsv_data/",
+)
 LRA_RELEASE = ("lra_release.gz", "lra_release.tar.gz", "lra_release.tar")  # names it is known by
 
 
@@ -72,7 +80,7 @@ def _archive(task: ModuleType, data: Data, data_dir: Path) -> Path | None:
     present = [data_dir / name for name in getattr(task, "ARCHIVES", ()) if (data_dir / name).is_file()]
     if not present:
         return None
-    globs = [depth + pattern for pattern in task.members(data) for depth in ("", "*/", "*/*/")]
+    globs = [root + folder + name for name in task.members(data) for root in ROOTS for folder in UNPACKED]
     return None if any(any(data_dir.glob(pattern)) for pattern in globs) else present[0]
 
 

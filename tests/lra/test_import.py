@@ -125,6 +125,26 @@ def test_folder_archive_and_folder_with_the_archive_are_the_same_data(tmp_path, 
     assert prepare(task, "smoke", out=tmp_path / "1", data_dir=packed)[1]
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_archive_beside_its_unpacked_files_is_not_read(tmp_path, monkeypatch, name):
+    task, archive, inside, write = LAYOUTS[name]
+    write(tmp_path / inside, 47)
+    (tmp_path / archive).write_bytes(b"half a download")
+    assert (
+        archive
+        not in prepare(small(task, monkeypatch), "smoke", out=tmp_path / "out", data_dir=tmp_path)[
+            0
+        ].manifest["files"]
+    )
+
+
+def test_files_deep_in_other_folders_do_not_hide_an_archive(tmp_path, monkeypatch):
+    acl_imdb(tmp_path / "raw" / "aclImdb", 47)
+    archive_of(tmp_path / "raw", tmp_path / "aclImdb_v1.tar.gz", ".")
+    made, _ = prepare(small(text, monkeypatch), "smoke", out=tmp_path / "out", data_dir=tmp_path)
+    assert "aclImdb_v1.tar.gz" in made.manifest["files"]
+
+
 def test_an_archive_without_the_files_says_what_was_looked_for(tmp_path, error_line):
     lra_texts(tmp_path / "raw", 5)
     packed = archive_of(tmp_path / "raw", tmp_path / "lra_release.gz", "tsv_data")
