@@ -26,15 +26,12 @@ from typing import IO
 from tasks._sources import ROOTS, one_line
 from tasks.base import Data, SourceError
 
-MAX_RATIO = 200  # bytes unpacked per byte read: texts and pictures reach 10, gzipped zeros 1,000
+MAX_RATIO = 200  # bytes unpacked per byte read: texts and pictures stay below 10, gzipped zeros reach 1,000
 FREE_BYTES = 1 << 26  # unpacked before the ratio counts: it says nothing about a small archive
 MAX_BYTES = 1 << 36  # of all wanted files together; LRA's texts are 10 GB
-MAX_MEMBERS = 10_000_000  # LRA's release has 2.5 million
+MAX_MEMBERS = 10_000_000  # LRA's release has 12 sets of 200,000 pictures
 MAX_HEADER = 1 << 20  # bytes between two members: tar keeps long names there, and reads them into memory
 BLOCK = 512  # bytes; tar's unit, an archive ends with a block of zeros
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
-
-
 UNPACKED = (  # folders that the published archives unpack to, where tasks look for their files
     "",
     "aclImdb/",
@@ -44,6 +41,7 @@ UNPACKED = (  # folders that the published archives unpack to, where tasks look 
     "tsv_data/",
 )
 LRA_RELEASE = ("lra_release.gz", "lra_release.tar.gz", "lra_release.tar")  # names it is known by
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
 
 
 @contextmanager
@@ -55,7 +53,7 @@ def opened(
     `data_dir` is that folder unless it is an archive, or a folder that holds the task's archive under its
     published name and not the files themselves. What is extracted, into `scratch`, is removed at the end.
     """
-    if data_dir is not None and not Path(data_dir).exists():
+    if task.META.generated and data_dir is not None and not Path(data_dir).exists():  # others look there
         raise SourceError(f"--data-dir {data_dir}: no such folder or archive")
     archive = data_dir and _archive(task, data, Path(data_dir))
     if not archive:

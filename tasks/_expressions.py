@@ -23,7 +23,7 @@ ZERO, MIN, CLOSE = SYMBOLS.index("0"), SYMBOLS.index("[MIN"), SYMBOLS.index("X")
 _ID = {symbol: i for i, symbol in enumerate(SYMBOLS[:CLOSE]) if i} | {"]": CLOSE}  # as files spell them
 _HEADER = "Source\tTarget\n"
 NAMES = {split: f"basic_{split}.tsv" for split in SPLITS}
-FOLDERS = ("", "listops-1000/", "listops/")  # of --data-dir and of the LRA release
+FOLDERS = ("", "listops-1000/")  # of --data-dir and of the LRA release
 
 
 @njit(cache=True, nogil=True)

@@ -69,7 +69,7 @@ def prepare(
         except SourceError as error:
             found = None
             if folder.exists():
-                print(error, file=sys.stderr)
+                print(f"making it again: {error}", file=sys.stderr)
         if found is not None:
             before = found.manifest["request"]
             if before == request:
