@@ -12,7 +12,8 @@ usage: bash run_all.sh [--preset P] [--tasks A,B] [--attentions A,B] [--seeds N]
   --tasks A,B     default: all              --attentions A,B  default: all
   --seeds N       seeds 0..N-1 of each cell (default: 1; small: 3)
   --results DIR   folder of records and tables (default: results)
-  --data-dir DIR  raw data (IMDb, CIFAR-10, AAN, ...) in place of what the packages embed; prepared under data/local
+  --data-dir DIR  raw data (IMDb, CIFAR-10, AAN, ...), a folder or archive, in place of what the packages embed;
+                  prepared under data/local
   anything else goes to `python -m lra sweep`, see its --help
 TEXT
 }

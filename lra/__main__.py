@@ -85,13 +85,15 @@ def preset_options(add) -> None:
 def source_options(add) -> None:
     """Where raw data comes from."""
     add("--source", help="embedded, hub or local (default: local with --data-dir, else the preset's)")
-    add("--data-dir", type=Path, help="folder with raw data")
+    add("--data-dir", type=Path, help="folder with raw data, or a tar archive of it (.tar, .gz, .bz2, .xz)")
 
 
 def prepare_options(add) -> None:
     """Of `prepare`."""
     add("--out", type=Path, default=Path("data"), help="folder of prepared data")
-    add("--workers", type=at_least(0), default=0, help="threads of the generators; 0 = all cores")
+    add("--workers", type=at_least(0), default=0, help="threads of generators and readers; 0 = all cores")
+    verify = "hash every byte of data that are there, not only those of another size or time"
+    add("--verify", action="store_true", help=verify)
 
 
 def cell_options(add) -> None:

@@ -209,7 +209,6 @@ def _entry(record: dict[str, Any]) -> Entry:
                 *_flat("attention", model["attention_config"]),
                 *_flat("encoder", model["encoder"]),
                 *_flat("train", training["recipe"]),
-                ("data.source", str(data["source"])),
             ]
         ),
         open=task["protocol"] != PROTOCOL or ratio > MAX_PARAMETER_RATIO,

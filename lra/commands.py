@@ -26,9 +26,16 @@ def prepare(args: Namespace) -> None:
     config.load_preset(task, args.preset)
     workers = args.workers or os.cpu_count() or 1
     prepared, reused = prepare_task(
-        task, args.preset, out=args.out, source=args.source, data_dir=args.data_dir, workers=workers
+        task,
+        args.preset,
+        out=args.out,
+        source=args.source,
+        data_dir=args.data_dir,
+        workers=workers,
+        verify=args.verify,
     )
-    print(f"{args.out / args.task / args.preset}: {'reused' if reused else 'prepared'}")
+    done = ("reused, every hash verified" if args.verify else "reused") if reused else "prepared"
+    print(f"{args.out / args.task / args.preset}: {done}")
     print(describe(prepared))
 
 
@@ -41,6 +48,8 @@ def describe(prepared: Prepared) -> str:
     if m["duplicates_removed"]:
         dropped = ", ".join(f"{n} from {name}" for name, n in m["duplicates_removed"].items())
         lines.append(f"  duplicates across splits removed: {dropped}")
+    if repeated := m.get("duplicates_within"):  # manifests of before it was counted have none
+        lines.append("  repeated within: " + ", ".join(f"{n} in {name}" for name, n in repeated.items()))
     lines.append(
         "  floors, % of test: " + ", ".join(f"{name} {100 * v:.1f}" for name, v in m["floors"].items())
     )

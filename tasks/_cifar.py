@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks._sources import find_one, hub_file, one_line, read_parquet, sha256_file, sha256_folder
+from tasks._sources import find_one, hub_file, one_line, read_folder, read_parquet, sha256_file
+from tasks._threads import in_chunks
 from tasks.base import SourceError
 
 SIDE = 32
@@ -40,10 +41,19 @@ LAYOUTS = (  # looked for in this order
     "{half}/*/*.png",
 )
 
+MEMBERS = (  # of an archive, whatever folder they are in
+    "data_batch_?",
+    "test_batch",
+    "data_batch_?.bin",
+    "test_batch.bin",
+    "train/*/*.png",
+    "test/*/*.png",
+)
+
 Pictures = tuple[np.ndarray, np.ndarray, bool]  # grey uint8 (n, 32, 32), labels uint8 (n,), any JPEG?
 
 
-def read_half(half: str, data_dir: Path | None, files: dict[str, str]) -> Pictures:
+def read_half(half: str, data_dir: Path | None, files: dict[str, str], workers: int) -> Pictures:
     """The train or test half, from data_dir or else from the hub; its files' hashes are added to `files`.
 
     SourceError if it is not found, unreadable, or holds anything but 32 x 32 pictures of classes 0..9.
@@ -55,10 +65,10 @@ def read_half(half: str, data_dir: Path | None, files: dict[str, str]) -> Pictur
         names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
         path = find_one(data_dir, names, f"the CIFAR-10 {half} half")
     if path.suffix == ".png":
-        return _folders(path.parents[1], files)
+        return _folders(path.parents[1], files, workers)
     if path.suffix == ".parquet":
         files[path.name] = sha256_file(path)
-        return _parquet(path, half)
+        return _parquet(path, half, workers)
     batches = sorted(path.parent.glob(BATCHES[half] + path.suffix))
     files.update((batch.name, sha256_file(batch)) for batch in batches)
     read = _binary if path.suffix == ".bin" else _pickled
@@ -95,13 +105,19 @@ def _labels(path: Path, labels: Sequence) -> np.ndarray:
     return np.array(labels, np.uint8)
 
 
-def _stack(path: Path, decoded: Sequence[tuple[np.ndarray, bool]], labels: np.ndarray) -> Pictures:
-    if not decoded:
-        raise SourceError(f"{path}: no images; fetch it again")
-    return np.stack([image for image, _ in decoded]), labels, any(jpeg for _, jpeg in decoded)
+def _decode_all(pictures: Sequence[bytes], names: Sequence[str], workers: int) -> tuple[np.ndarray, bool]:
+    """All pictures of a half as grey uint8 (n, 32, 32), and whether any was a JPEG."""
+    grey, jpeg = np.empty((len(pictures), SIDE, SIDE), np.uint8), np.zeros(len(pictures), bool)
+
+    def fill(start: int, end: int) -> None:
+        for i in range(start, end):
+            grey[i], jpeg[i] = _decode(pictures[i], names[i])
+
+    in_chunks(fill, len(pictures), workers, "images")
+    return grey, bool(jpeg.any())
 
 
-def _parquet(path: Path, half: str) -> Pictures:
+def _parquet(path: Path, half: str, workers: int) -> Pictures:
     """The hub's layout (img {bytes, path}, label), or one file of both halves (split, label, image_jpeg)."""
     if path.name == "cifar10.parquet":
         columns = read_parquet(path, ["split", "label", "image_jpeg"])
@@ -111,21 +127,28 @@ def _parquet(path: Path, half: str) -> Pictures:
         columns = read_parquet(path, ["img", "label"])
         rows = list(range(len(columns["label"])))
         pictures = [img.get("bytes") if isinstance(img, dict) else img for img in columns["img"]]
-    decoded = [_decode(pictures[k], f"{path}: row {k}") for k in rows]
-    return _stack(path, decoded, _labels(path, columns["label"])[rows])
+    if not rows:
+        raise SourceError(f"{path}: no images of the {half} half; fetch it again")
+    names = [f"{path}: row {k}" for k in rows]
+    grey, jpeg = _decode_all([pictures[k] for k in rows], names, workers)
+    return grey, _labels(path, columns["label"])[rows], jpeg
 
 
-def _folders(folder: Path, files: dict[str, str]) -> Pictures:
+def _folders(folder: Path, files: dict[str, str], workers: int) -> Pictures:
     """Pictures in one folder per class, named as CLASSES or 0..9."""
-    decoded, labels = [], []
+    pictures: list[bytes] = []
+    names: list[str] = []
+    labels: list[int] = []
     for child in sorted(path for path in folder.iterdir() if path.is_dir()):
         if child.name not in CLASSES and child.name not in map(str, range(len(CLASSES))):
             raise SourceError(f"{child}: not a class; expected folders {', '.join(CLASSES)} or 0..9")
         paths = sorted(child.glob("*.png"))
-        files[f"{folder.name}/{child.name}/*.png"] = sha256_folder(paths)
-        decoded += [_decode(path.read_bytes(), str(path)) for path in paths]
+        contents, files[f"{folder.name}/{child.name}/*.png"] = read_folder(paths, workers)
+        pictures += contents
+        names += map(str, paths)
         labels += [CLASSES.index(child.name) if child.name in CLASSES else int(child.name)] * len(paths)
-    return _stack(folder, decoded, np.array(labels, np.uint8))
+    grey, jpeg = _decode_all(pictures, names, workers)
+    return grey, np.array(labels, np.uint8), jpeg
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:

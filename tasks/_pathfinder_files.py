@@ -1,4 +1,4 @@
-"""Reading Pathfinder from the layout of the LRA release, and doing many small things on threads.
+"""Reading Pathfinder from the layout of the LRA release.
 
     pathfinder32/curv_contour_length_14/imgs/K/sample_I.png
     pathfinder32/curv_contour_length_14/metadata/K.npy
@@ -10,43 +10,38 @@ starts with folder, file, index and label. Nothing is unpickled, and names must 
 import hashlib
 import io
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from tasks._sources import one_line, seeded_order, sha256_file
+from tasks._sources import ROOTS, one_line, seeded_order, sha256_file
+from tasks._threads import in_chunks
 from tasks.base import Data, SourceError
 
 # By dashes per curve
 FOLDERS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
 EMPTY = {("curv_baseline", "imgs/0", "sample_172.png")}  # files the release is known to hold empty
-CHUNK = 64  # images per unit of work
-
-
-def in_chunks(work: Callable[[int, int], None], count: int, workers: int) -> None:
-    """Call work(start, end) on chunks of 0..count, on threads, with a progress bar."""
-    from tqdm import tqdm
-
-    starts = range(0, count, CHUNK)
-    ends = [min(start + CHUNK, count) for start in starts]
-    bar = tqdm(total=count, desc="pathfinder", unit=" images", delay=2, disable=None)  # None: not a terminal
-    with bar, ThreadPoolExecutor(workers) as pool:
-        for start, end, _ in zip(starts, ends, pool.map(work, starts, ends), strict=True):
-            bar.update(end - start)
 
 
 def find(data_dir: Path | None, size: int, contour_length: int) -> Path | None:
     """The folder of the LRA release that holds these images, None if data_dir has nothing of this size."""
     if data_dir is None or contour_length not in FOLDERS:
         return None
-    if not (root := Path(data_dir) / f"pathfinder{size}").is_dir():
+    roots = [Path(data_dir) / root / f"pathfinder{size}" for root in ROOTS]
+    if not (present := [root for root in roots if root.is_dir()]):
         return None
-    folder = root / FOLDERS[contour_length]
+    folder = present[0] / FOLDERS[contour_length]
     if not any((folder / "metadata").glob("*.npy")):
         raise SourceError(f"{folder}/metadata: no .npy files; add them, or leave out --data-dir to generate")
     return folder
+
+
+def members(size: int, contour_length: int) -> tuple[str, ...]:
+    """The files of these images in an archive of the release, as _archives.extract takes them."""
+    if contour_length not in FOLDERS:
+        return ()
+    folder = f"pathfinder{size}/{FOLDERS[contour_length]}"
+    return f"{folder}/metadata/*.npy", f"{folder}/imgs/*/*.png"
 
 
 def _rows(path: Path) -> list[tuple[str, str, int]]:
@@ -98,7 +93,7 @@ def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray,
         for i in range(start, end):
             images[i], digests[i] = _pixels(folder / rows[i][0] / rows[i][1], size)
 
-    in_chunks(fill, len(rows), workers)
+    in_chunks(fill, len(rows), workers, "images")
     files = {f"{folder.name}/metadata/{path.name}": sha256_file(path) for path in metadata}
     files[f"{folder.name}/imgs ({len(rows)} read)"] = hashlib.sha256(b"".join(digests)).hexdigest()
     return images, np.array([row[2] for row in rows], np.uint8), files

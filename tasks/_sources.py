@@ -12,9 +12,10 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -22,9 +23,11 @@ from typing import TextIO
 
 import numpy as np
 
+from tasks._threads import in_chunks
 from tasks.base import Data, SourceError
 
 SOURCES = ("embedded", "hub", "local")
+ROOTS = ("", "lra_release/", "lra_release/lra_release/")  # folders below --data-dir that are looked into
 WAYS_OUT = (
     "--data-dir DIR with a copy of it",
     "--source embedded",
@@ -40,7 +43,7 @@ def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = S
         raise SourceError(f"source {source!r} is not one of {', '.join(accepted)}{hint}")
     if (source == "local") != (data_dir is not None):
         given = "no --data-dir" if data_dir is None else f"--data-dir {data_dir}"
-        raise SourceError(f"--source {source} with {given}: a folder goes with --source local alone")
+        raise SourceError(f"--source {source} with {given}: it goes with --source local alone")
 
 
 def one_line(error: BaseException) -> str:
@@ -54,10 +57,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_folder(paths: Iterable[Path]) -> str:
-    """One hex sha256 for many small files of one folder: over the sorted `name sha256` lines."""
-    lines = sorted(f"{path.name} {sha256_file(path)}\n" for path in paths)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def read_folder(paths: Sequence[Path], workers: int) -> tuple[list[bytes], str]:
+    """Contents of many small files of one folder, and one hex sha256: over the sorted `name sha256` lines."""
+    contents = [b""] * len(paths)
+
+    def read(start: int, end: int) -> None:
+        contents[start:end] = [path.read_bytes() for path in paths[start:end]]
+
+    in_chunks(read, len(paths), workers, "files")
+    digests = [hashlib.sha256(content).hexdigest() for content in contents]
+    lines = sorted(f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True))
+    return contents, hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @contextmanager
@@ -94,7 +104,8 @@ def hub_file(
 ) -> Path:
     """Path of one file of a Hugging Face dataset repository at a pinned revision, in the hub's cache.
 
-    SourceError if it cannot be had (the ways out are listed) or, given `sha256`, if its content is another.
+    SourceError if it cannot be had (the ways out are listed) or if its content is not that of `sha256`: by
+    default what the revision itself says, for the hub keeps a large file under the sha256 its commit names.
     """
     import huggingface_hub
 
@@ -105,6 +116,8 @@ def hub_file(
             f"{repo}/{filename} at {revision[:12]}: cannot be fetched ({one_line(error)}); use "
             + ", or ".join(ways_out)
         ) from error
+    blob = Path(path).resolve().name
+    sha256 = sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
     if sha256 is not None and (found := sha256_file(Path(path))) != sha256:
         raise SourceError(f"{path}: sha256 is {found}, expected {sha256}; delete it and fetch it again")
     return Path(path)
@@ -116,8 +129,9 @@ def find_one(data_dir: Path | None, names: Sequence[str], what: str) -> Path:
         looked_for = ", ".join(names)
         raise SourceError(f"--data-dir {data_dir}: no such folder; {what} is looked for as {looked_for}")
     for name in names:
-        if found := sorted(Path(data_dir).glob(name)):
-            return found[0]
+        for root in ROOTS:
+            if found := sorted(Path(data_dir).glob(root + name)):
+                return found[0]
     raise SourceError(f"--data-dir {data_dir}: {what} not found; looked for {', '.join(names)}")
 
 

@@ -6,6 +6,11 @@ A task file exports three names:
     RECIPES  {"smoke": Recipe, "small": Recipe, "paper": Recipe}: the same for every attention
     Task     a class with `build(recipe, *, source, data_dir, workers) -> Built`
 
+and, if its raw files are published in an archive, two more, so that `--data-dir` may be one:
+
+    ARCHIVES         file names it is published under, looked for in a folder without the files themselves
+    members(data)    patterns of the files that `build` looks for: the last parts of their paths
+
 `build` returns token sequences; tasks/prepared.py writes them once as memory-mapped arrays with a
 manifest, and training reads only those. Token id 0 is padding in every task and never a symbol.
 """

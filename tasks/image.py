@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks._cifar import HUB_REVISION, SIDE, read_half
+from tasks._cifar import HUB_REVISION, MEMBERS, SIDE, read_half
 from tasks._sources import check_source, choose, seeded_order, sha256_file
 from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
@@ -57,13 +57,21 @@ LICENCE = "CIFAR-10, Krizhevsky 2009; research use"
 LICENCE_DIGITS = "UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998; CC BY 4.0"
 
 
+ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+
+
+def members(data: Data) -> tuple[str, ...]:
+    """The raw files in an archive."""
+    return MEMBERS
+
+
 class Task:
     """Grey images as sequences of exactly `recipe.data.seq_len` = (32 / downsample)^2 tokens."""
 
     def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
         """Read all three splits from `source`: embedded (digits), hub or local (which needs data_dir).
 
-        `workers` is not used: reading takes seconds. SourceError if a file is missing or malformed.
+        `workers` threads decode pictures. SourceError if a file is missing or malformed.
         """
         check_source(source, data_dir)
         data = recipe.data
@@ -73,7 +81,7 @@ class Task:
             grey, labels = _digits(files)
             name, notes, revision, sizes = "digits", ["substitute for CIFAR-10"], "scikit-learn digits", None
         else:
-            halves = [read_half(half, data_dir, files) for half in ("train", "test")]
+            halves = [read_half(half, data_dir, files, workers) for half in ("train", "test")]
             grey, labels = (np.concatenate([half[k] for half in halves]) for k in (0, 1))
             sizes = tuple(len(half[1]) for half in halves)
             name, notes = "CIFAR-10", ["JPEG copy"] if any(half[2] for half in halves) else []

@@ -5,7 +5,6 @@ at depth < max_depth (the root has 1) is an operator with probability 1/4, with 
 uniform digit. A tree is kept if min_length < length < max_length; an operator counts 2, with its bracket.
 """
 
-import gzip
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,15 +12,12 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from tasks._archives import LRA_RELEASE
+from tasks._expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits
 from tasks._rng import below, stream, uniform
-from tasks._sources import open_text, sha256_file
-from tasks.base import SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks._sources import sha256_file
+from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
-# The vocabulary: a symbol's id is its position. `]` is written X; parentheses are dropped, brackets kept.
-SYMBOLS = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "X")
-_ZERO, _MIN, _CLOSE = SYMBOLS.index("0"), SYMBOLS.index("[MIN"), SYMBOLS.index("X")
-_ID = {symbol: i for i, symbol in enumerate(SYMBOLS[:_CLOSE]) if i} | {"]": _CLOSE}  # as files spell them
-_HEADER = "Source\tTarget\n"
 _OPERATOR = 0.25  # probability that a node above max_depth is an operator
 _CHUNK = 4096  # attempts per unit of work
 _GIVE_UP = 256  # chunks in a row that yield nothing new: a million attempts
@@ -47,32 +43,6 @@ RECIPES = {
 
 
 @njit(cache=True, nogil=True)
-def _evaluate(tokens):
-    """Value of the expression, or -1 if the ids are not exactly one well-formed expression."""
-    operators, first, values = np.empty((3, len(tokens)), np.int64)
-    top = depth = 0
-    for i in range(len(tokens)):
-        token = np.int64(tokens[i])
-        if token < _ZERO or token > _CLOSE or (i > 0 and depth == 0):
-            return -1
-        if token < _MIN:
-            values[top] = token - _ZERO
-            top += 1
-        elif token < _CLOSE:
-            operators[depth], first[depth] = token - _MIN, top
-            depth += 1
-        else:
-            depth -= 1
-            if depth < 0 or first[depth] == top:
-                return -1
-            args = np.sort(values[first[depth] : top])
-            median = (args[(len(args) - 1) // 2] + args[len(args) // 2]) // 2  # truncated, as published
-            values[first[depth]] = (args[0], args[-1], median, args.sum() % 10)[operators[depth]]
-            top = first[depth] + 1
-    return values[0] if top == 1 and depth == 0 else -1
-
-
-@njit(cache=True, nogil=True)
 def _draw(state, tokens, opened, missing, max_depth, max_args, max_length):
     """Draw one tree into `tokens`; its length, or 0 as soon as it is known to reach max_length.
 
@@ -88,12 +58,12 @@ def _draw(state, tokens, opened, missing, max_depth, max_args, max_length):
                 return 0
             depth += 1
         else:
-            tokens[used] = _ZERO + below(state, 10)
+            tokens[used] = ZERO + below(state, 10)
             while depth > 0 and missing[depth - 1] == 1:  # close every operator that this node completes
                 depth -= 1
                 used += 1
-                tokens[opened[depth]] = _MIN + below(state, 4)  # drawn after its children, as published
-                tokens[used] = _CLOSE
+                tokens[opened[depth]] = MIN + below(state, 4)  # drawn after its children, as published
+                tokens[used] = CLOSE
             if depth == 0:
                 return length
             missing[depth - 1] -= 1
@@ -110,7 +80,7 @@ def _draw_chunk(seed, chunk, max_depth, max_args, min_length, max_length):
     for attempt in range(chunk * _CHUNK, (chunk + 1) * _CHUNK):
         length = _draw(stream(seed, attempt), tokens[used:], opened, missing, max_depth, max_args, max_length)
         if length > min_length:
-            lengths[kept], labels[kept] = length, _evaluate(tokens[used : used + length])
+            lengths[kept], labels[kept] = length, evaluate(tokens[used : used + length])
             used += length
             kept += 1
     return tokens[:used].copy(), lengths[:kept], labels[:kept]
@@ -150,50 +120,6 @@ def decode(tokens: np.ndarray) -> str:
     return " ".join(SYMBOLS[token] for token in tokens if token)
 
 
-def _to_text(tokens: np.ndarray) -> str:
-    """The published notation of a well-formed expression: left-nested pairs, `( ( ( [MAX 3 ) 5 ) ] )`."""
-    parts, arity = [], [0]
-    for token in reversed(tokens.tolist()):  # from the right: an operator's arity is known on reaching it
-        if token == _CLOSE:
-            parts.append("] ) )")
-            arity.append(0)
-        else:
-            parts.append(f"{SYMBOLS[token]} )" if token < _MIN else "( " * (arity.pop() + 1) + SYMBOLS[token])
-            arity[-1] += 1
-    return " ".join(reversed(parts)).removesuffix(" )")  # the root is nobody's child
-
-
-def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Read a file of the published format, plain or .gz: a list of uint16 id arrays and the uint8 labels.
-
-    Every row is parsed and evaluated; SourceError names the file and line of the first that does not hold.
-    """
-    sequences, labels = [], []
-    with open_text(path) as file:
-        if (line := next(file, "")) != _HEADER:
-            raise SourceError(f"{path}, line 1: {line[:40]!r} is not {_HEADER!r}; fetch the file again")
-        for number, line in enumerate(file, 2):
-            source, _, target = line.removesuffix("\n").partition("\t")
-            symbols = source.replace("( ", "").replace(" )", "").split(" ")
-            tokens = np.array([_ID.get(symbol, 0) for symbol in symbols], np.uint16)
-            value = _evaluate(tokens)
-            malformed = value < 0 or _to_text(tokens) != source  # parentheses and spaces, too
-            if malformed or target != str(value):
-                problem = "malformed expression" if malformed else f"label {target[:9]!r} but value {value}"
-                raise SourceError(f"{path}, line {number}: {problem}; fetch the file again")
-            sequences.append(tokens)
-            labels.append(value)
-    return sequences, np.array(labels, np.uint8)
-
-
-def write_tsv(path: Path, tokens: list[np.ndarray], labels: np.ndarray) -> None:
-    """Write well-formed expressions in the published format, compressed if the name ends in .gz."""
-    opener = gzip.open if Path(path).suffix == ".gz" else open
-    with opener(path, "wt", encoding="ascii", newline="\n") as file:
-        file.write(_HEADER)
-        file.writelines(f"{_to_text(ids)}\t{label}\n" for ids, label in zip(tokens, labels, strict=True))
-
-
 def _root(train: Split, test: Split) -> float:
     """Accuracy on test of answering the most frequent train label among expressions with the same root."""
     counts = np.zeros((META.vocab, META.classes), np.int64)
@@ -215,17 +141,12 @@ def _generated(data: Data, workers: int) -> dict[str, Split]:
     return {name: Split.of(tokens[part], labels[part]) for name, part in parts.items()}
 
 
-def _local(data: Data, paths: dict[str, Path]) -> dict[str, Split]:
-    if missing := [str(path) for path in paths.values() if not path.is_file()]:
-        raise SourceError(f"missing {', '.join(missing)}: add what is missing, or use --source generated")
-    splits = {}
-    for name, path in paths.items():
-        tokens, labels = read_tsv(path)
-        size = getattr(data, name) or max(len(labels), 1)
-        if size > len(labels):
-            raise SourceError(f"{path}: {len(labels)} examples, not {size}; lower data.{name} (0: all)")
-        splits[name] = Split.of([ids[: data.seq_len] for ids in tokens[:size]], labels[:size])
-    return splits
+ARCHIVES = LRA_RELEASE
+
+
+def members(data: Data) -> tuple[str, ...]:
+    """The raw files in an archive of the LRA release."""
+    return tuple(NAMES.values())
 
 
 class Task:
@@ -233,12 +154,12 @@ class Task:
 
     def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
         """All three splits; "embedded" is local if `data_dir` holds any of the files, else generated."""
-        paths = {split: Path(data_dir or ".") / f"basic_{split}.tsv" for split in SPLITS}
+        paths = find(data_dir)
         present = data_dir is not None and any(path.exists() for path in paths.values())
         local = source == "local" or (source == "embedded" and present)
         if source not in ("embedded", "generated", "local"):
             raise SourceError(f"source {source!r}: ListOps is on no hub; use --source generated or local")
-        splits = _local(recipe.data, paths) if local else _generated(recipe.data, workers)
+        splits = read_splits(recipe.data, paths) if local else _generated(recipe.data, workers)
         train, test = splits["train"], splits["test"]
         return Built(
             splits=splits, dataset="ListOps", substitute=False, source="local" if local else "generated",

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks import _pathfinder_files
+from tasks._archives import LRA_RELEASE
 from tasks._paddles import GEOMETRIES, tables_of
-from tasks._pathfinder_files import FOLDERS, find, in_chunks, read
+from tasks._pathfinder_files import FOLDERS, find, read
 from tasks._snakes import draw
+from tasks._threads import in_chunks
 from tasks.base import SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
 META = Meta(name="pathfinder", version=1, classes=2, vocab=257, towers=1, generated=True,
@@ -86,7 +89,7 @@ def generate(
             seed, start, end - start, size, contour_length, matched
         )
 
-    in_chunks(fill, count, workers)
+    in_chunks(fill, count, workers, "images")
     return images, labels
 
 
@@ -169,6 +172,15 @@ def _name(size: int, contour_length: int, factor: int, levels: int, matched: int
     parts = [f"contour {contour_length}", f"{size // factor} px"]
     parts += [f"{levels} grey levels"] * (levels < 256) + ["matched discs"] * matched
     return f"Pathfinder ({', '.join(parts)})"
+
+
+ARCHIVES = LRA_RELEASE
+
+
+def members(data: Data) -> tuple[str, ...]:
+    """The raw files in an archive of the LRA release."""
+    size, contour_length, *_ = _options(data)
+    return _pathfinder_files.members(size, contour_length)
 
 
 class Task:

@@ -1,27 +1,35 @@
 """Prepared data: built once, written as memory-mapped arrays with a manifest, verified whenever it is read.
 
 OUT/<task>/<preset>/ holds, for each split, `<split>.tokens.npy`, `<split>.offsets.npy` and
-`<split>.labels.npy` (see base.Split), and manifest.json. Training reads only that folder.
+`<split>.labels.npy` (see base.Split), and manifest.json. Training reads only that folder. It appears whole, by
+one rename; beside it stand its lock and, while it is made, hidden folders that the next `prepare` clears away.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from tasks._sources import atomic_path, sha256_file
+from tasks import _archives
+from tasks._duplicates import disjoint
+from tasks._sources import atomic_path, one_line, sha256_file
 from tasks.base import SPLITS, Built, SourceError, Split
 
 SCHEMA = "lra-data/1"
+STAMP = "verified.json"  # size and time of each array when its hash was last found right
+SETTLED = 2  # seconds; a file changed within the resolution of its time looks unchanged
 
 
 @dataclass(frozen=True)
@@ -40,25 +48,28 @@ def prepare(
     source: str | None = None,
     data_dir: Path | None = None,
     workers: int = 1,
+    verify: bool = False,
 ) -> tuple[Prepared, bool]:
     """Build `task` at `preset` into out/<task>/<preset>, or reuse what is there. Returns (data, reused).
 
     `source` is embedded, hub or local; None means local with a `data_dir`, else what the recipe names. A
-    generated task uses its files in `data_dir` where there are any.
+    generated task uses its files in `data_dir` where there are any. `data_dir` may be an archive. `verify`
+    hashes every byte of what is there instead of trusting sizes and times.
     A folder that is incomplete or does not match its hashes is rebuilt; one made from another source is
     left alone and raises SourceError. Two processes preparing the same task take turns.
     """
     recipe = task.RECIPES[preset]
     source = source or ("local" if data_dir and not task.META.generated else recipe.data.source)
     folder = Path(out) / task.META.name / preset
-    folder.parent.mkdir(parents=True, exist_ok=True)
     origin = {"source": source, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
     request = {"task": task.META.name, "version": task.META.version, **asdict(recipe.data), **origin}
-    with FileLock(f"{folder}.lock"):
+    with _locked(folder):
         try:
-            found = load(folder)
-        except SourceError:
+            found = load(folder, full=verify)
+        except SourceError as error:
             found = None
+            if folder.exists():
+                print(f"making it again: {error}", file=sys.stderr)
         if found is not None:
             before = found.manifest["request"]
             if before == request:
@@ -68,14 +79,50 @@ def prepare(
                     f"{folder} holds data from {_origin(before)}, and {_origin(origin)} was asked for: "
                     f"give another --out, or remove the folder"
                 )
-        built = task.Task().build(recipe, source=source, data_dir=data_dir, workers=workers)
-        splits, removed = disjoint(built.splits, task.META.towers)
-        _write(folder, splits, _manifest(task, request, built, splits, removed))
+        with _archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
+            built = task.Task().build(recipe, source=source, data_dir=raw, workers=workers)
+        splits, removed, repeated = disjoint(built.splits, task.META.towers)
+        manifest = _manifest(task, request, built, splits)
+        manifest |= {"duplicates_removed": removed, "duplicates_within": repeated}
+        manifest["files"] = files | manifest["files"]
+        _write(folder, splits, manifest)
         return load(folder), False
 
 
-def load(folder: Path) -> Prepared:
-    """Open and verify a prepared folder. Raises SourceError when it is absent, incomplete or altered."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; what a killed process left beside the folder is cleared away."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        _clear(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _hidden(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def _clear(folder: Path) -> None:
+    """Remove the hidden folders; what stood in `folder` goes back there if nothing took its place."""
+    if _hidden(folder, "old").exists() and not folder.exists():
+        _hidden(folder, "old").rename(folder)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left)
+
+
+def load(folder: Path, *, full: bool = False) -> Prepared:
+    """Open and verify a prepared folder. Raises SourceError when it is absent, incomplete or altered.
+
+    Arrays are hashed unless their sizes and times are those of the last time; `full` hashes them anyway.
+    """
     path = Path(folder) / "manifest.json"
     remedy = "run `python -m lra prepare` to make it again"
     try:
@@ -89,9 +136,13 @@ def load(folder: Path) -> Prepared:
         raise SourceError(f"{path} is damaged: {remedy}") from None
     if manifest["schema"] != SCHEMA:
         raise SourceError(f"{path} has schema {manifest['schema']!r}, not {SCHEMA!r}: {remedy}")
-    for name, digest in arrays.items():
-        if not (path.parent / name).is_file() or sha256_file(path.parent / name) != digest:
-            raise SourceError(f"{path.parent / name} is missing or does not match its manifest: {remedy}")
+    if full or not _unchanged(path.parent, manifest):
+        for name, digest in arrays.items():
+            if not (path.parent / name).is_file():
+                raise SourceError(f"{path.parent / name} is missing: {remedy}")
+            if (found := sha256_file(path.parent / name)) != digest:
+                raise SourceError(f"{path.parent / name}: sha256 is {found}, expected {digest}: {remedy}")
+        _remember(path.parent, manifest)
 
     def array(split, part):
         return np.load(path.parent / f"{split}.{part}.npy", mmap_mode="r", allow_pickle=False)
@@ -100,31 +151,37 @@ def load(folder: Path) -> Prepared:
     return Prepared(manifest, splits)
 
 
-def disjoint(splits: dict[str, Split], towers: int) -> tuple[dict[str, Split], dict[str, int]]:
-    """Drop from train what occurs in val or test, and from val what occurs in test. Test is never touched.
+def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What stays as it is while the arrays are the ones the manifest was found to describe."""
+    facts = {name: (folder / name).stat() for name in manifest["arrays"]}
+    sizes_and_times = {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()}
+    return {"manifest": manifest["sha256"], "arrays": sizes_and_times}
 
-    Examples are compared by content, as the model sees them. Returns the splits and the numbers dropped.
-    """
-    seen: set[bytes] = set()
-    kept, removed = {}, {}
-    for name in reversed(SPLITS):
-        split = splits[name]
-        hashes = [_content(split, i, towers) for i in range(len(split.labels))]
-        fresh = [i for i, h in enumerate(hashes) if h not in seen]
-        removed[name] = len(hashes) - len(fresh)
-        if removed[name]:
-            sequences = [split.sequence(towers * i + t) for i in fresh for t in range(towers)]
-            split = Split.of(sequences, split.labels[fresh])
-        kept[name] = split
-        seen.update(hashes)
-    return {s: kept[s] for s in SPLITS}, {s: removed[s] for s in SPLITS if removed[s]}
+
+def _unchanged(folder: Path, manifest: dict[str, Any]) -> bool:
+    try:
+        return json.loads((folder / STAMP).read_text()) == _stamp(folder, manifest)
+    except (OSError, ValueError):
+        return False
+
+
+def _remember(folder: Path, manifest: dict[str, Any]) -> None:
+    with suppress(OSError):  # a folder that cannot be written to is hashed every time
+        stamp = _stamp(folder, manifest)
+        newest = max(time_ns for _, time_ns in stamp["arrays"].values())
+        if time.time() - newest / 1e9 > SETTLED:
+            with atomic_path(folder / STAMP) as path:
+                path.write_text(json.dumps(stamp))
 
 
 def data_identity(manifest: dict[str, Any]) -> str:
-    """sha256 of what the model trains on: task, data set and split contents; no host, date or measurement."""
-    parts = {
-        k: manifest[k] for k in ("schema", "task", "version", "dataset", "substitute", "source", "splits")
-    }
+    """sha256 of what the model trains on: task, data set and split contents; no host, date or measurement.
+
+    Copies of one data set are the same data wherever they were found. (The hash has always held a word for
+    the source. Records made with it tell embedded from generated, so these two words stay.)
+    """
+    parts = {k: manifest[k] for k in ("schema", "task", "version", "dataset", "substitute", "splits")}
+    parts["source"] = "embedded" if manifest["source"] == "embedded" else "generated"
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -136,14 +193,6 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 def _origin(request: dict[str, Any]) -> str:
     return request["data_dir"] or f"source {request['source']!r}"
-
-
-def _content(split: Split, i: int, towers: int) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for t in range(towers):
-        sequence = split.sequence(towers * i + t)
-        digest.update(len(sequence).to_bytes(8, "little") + np.ascontiguousarray(sequence).tobytes())
-    return digest.digest()
 
 
 def _split_facts(split: Split) -> dict[str, Any]:
@@ -161,7 +210,7 @@ def _split_facts(split: Split) -> dict[str, Any]:
 
 
 def _manifest(
-    task: ModuleType, request: dict[str, Any], built: Built, splits: dict[str, Split], removed: dict[str, int]
+    task: ModuleType, request: dict[str, Any], built: Built, splits: dict[str, Split]
 ) -> dict[str, Any]:
     for name, split in splits.items():
         if not len(split.labels):
@@ -175,31 +224,27 @@ def _manifest(
     manifest = {"schema": SCHEMA, "task": task.META.name, "version": task.META.version, "request": request}
     manifest |= {k: v for k, v in vars(built).items() if k != "splits"}
     manifest["splits"] = {name: _split_facts(split) for name, split in splits.items()}
-    manifest["duplicates_removed"] = removed
     return manifest
 
 
 def _write(folder: Path, splits: dict[str, Split], manifest: dict[str, Any]) -> None:
-    """Write into a sibling folder, then put it in place by one rename."""
-    for left_by_a_killed_process in folder.parent.glob(f".{folder.name}.*"):  # the caller holds the lock
-        shutil.rmtree(left_by_a_killed_process)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir()
+    """Write into a sibling folder, then put it in place by one rename; the caller holds the lock."""
+    temporary = _hidden(folder, "new")
     try:
+        temporary.mkdir()
         for name, split in splits.items():
-            for part, array in (
-                ("tokens", split.tokens),
-                ("offsets", split.offsets),
-                ("labels", split.labels),
-            ):
-                np.save(temporary / f"{name}.{part}.npy", array)
+            for part, array in vars(split).items():
+                with atomic_path(temporary / f"{name}.{part}.npy") as path:
+                    np.save(path, array)
         manifest["arrays"] = {p.name: sha256_file(p) for p in sorted(temporary.glob("*.npy"))}
         manifest["sha256"] = _seal(manifest)
         with atomic_path(temporary / "manifest.json") as path:
             path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(_hidden(folder, "old"))
         temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    except OSError as error:
+        problem = f"cannot be written ({one_line(error)})"
+        raise SourceError(f"{folder}: {problem}; free space or give another --out") from error
+    finally:
+        _clear(folder)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks import _imports
+from tasks._archives import LRA_RELEASE
 from tasks._sources import check_source, find_one, hub_file, one_line, seeded_order, sha256_file
 from tasks.base import PAD, SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
@@ -58,12 +59,19 @@ RECIPES = {
 SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}  # of LRA's files
 FILES = {"train": "train", "val": "eval", "test": "test"}  # LRA's names of the splits
 FOLDERS = ("", "retrieval_aan/", "tsv_data/")
+ENDINGS = ("", ".gz", ".xz")
+ARCHIVES = LRA_RELEASE
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
 HUB_REPO, HUB_REVISION = "OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775"
 FITTED = 10_000  # pairs that floors are fitted on, and baselines of the report measured on
 
 Pairs = tuple[list[bytes], np.ndarray]  # texts, the two of a pair adjacent, and labels
+
+
+def members(data: Data) -> tuple[str, ...]:
+    """The raw files in an archive of the LRA release."""
+    return tuple(f"new_aan_pairs.{name}.tsv{end}" for name in FILES.values() for end in ENDINGS)
 
 
 class Task:
@@ -197,7 +205,7 @@ def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[
             path = hub_file(HUB_REPO, f"data/aan/new_aan_pairs.{FILES[name]}.tsv", revision=HUB_REVISION)
         else:
             stem = f"new_aan_pairs.{FILES[name]}.tsv"
-            names = [folder + stem + end for folder in FOLDERS for end in ("", ".gz", ".xz")]
+            names = [folder + stem + end for folder in FOLDERS for end in ENDINGS]
             path = find_one(data_dir, names, f"the AAN {name} file")
         files[path.name] = sha256_file(path)
         rows = list(_rows(path, data.seq_len))

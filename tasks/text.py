@@ -22,10 +22,10 @@ from tasks._sources import (
     hub_file,
     package_file,
     read_csv,
+    read_folder,
     read_parquet,
     seeded_order,
     sha256_file,
-    sha256_folder,
 )
 from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
@@ -78,7 +78,14 @@ LAYOUTS = (  # looked for in this order; a folder is the aclImdb layout
     "imdb_{half}.csv",
 )
 
+ARCHIVES = ("aclImdb_v1.tar.gz",)
+
 Reviews = tuple[list[bytes], np.ndarray]  # texts and their labels, 1 = positive
+
+
+def members(data: Data) -> tuple[str, ...]:
+    """The raw files in the archive of Maas et al."""
+    return tuple(f"{half}/{name}/*.txt" for half in ("train", "test") for name in ("pos", "neg"))
 
 
 class Task:
@@ -87,7 +94,7 @@ class Task:
     def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
         """Read all three splits from `source`: embedded, hub or local (which needs data_dir).
 
-        `workers` is not used: reading takes seconds. SourceError if a file is missing or malformed.
+        `workers` threads read small files. SourceError if a file is missing or malformed.
         """
         check_source(source, data_dir)
         files: dict[str, str] = {}
@@ -97,7 +104,7 @@ class Task:
             test, train = order[:HELD_OUT], order[HELD_OUT:]
             dataset, revision = "IMDb train half, 5,000 held out", f"{PACKAGE} {PACKAGE_VERSION}"
         else:
-            halves = [_half(half, data_dir, files) for half in ("train", "test")]
+            halves = [_half(half, data_dir, files, workers) for half in ("train", "test")]
             train, test = (seeded_order(*half, recipe.data.seed) for half in halves)
             test = test + len(train)  # one numbering for both halves
             texts, labels = halves[0][0] + halves[1][0], np.concatenate([halves[0][1], halves[1][1]])
@@ -157,7 +164,7 @@ def _embedded(files: dict[str, str]) -> Reviews:
     return _reviews(path, [columns["text"][k] for k in rows], [columns["label"][k] for k in rows])
 
 
-def _half(half: str, data_dir: Path | None, files: dict[str, str]) -> Reviews:
+def _half(half: str, data_dir: Path | None, files: dict[str, str], workers: int) -> Reviews:
     """One official half, from data_dir or else from the hub; its hashes are added to `files`."""
     if data_dir is None:
         name = f"plain_text/{half}-00000-of-00001.parquet"
@@ -165,14 +172,14 @@ def _half(half: str, data_dir: Path | None, files: dict[str, str]) -> Reviews:
     else:
         path = find_one(data_dir, [name.format(half=half) for name in LAYOUTS], f"the IMDb {half} half")
     if path.is_dir():
-        return _folder(path.parent, files)
+        return _folder(path.parent, files, workers)
     files[path.name] = sha256_file(path)
     read = read_csv if path.suffix == ".csv" else read_parquet
     columns = read(path, ["text", "label"])
     return _reviews(path, columns["text"], columns["label"])
 
 
-def _folder(folder: Path, files: dict[str, str]) -> Reviews:
+def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
     """One half in the aclImdb layout: neg/*.txt and pos/*.txt, one review each."""
     texts: list[bytes] = []
     labels: list[int] = []
@@ -180,8 +187,8 @@ def _folder(folder: Path, files: dict[str, str]) -> Reviews:
         paths = sorted((folder / name).glob("*.txt"))
         if not paths:
             raise SourceError(f"{folder / name}: no *.txt reviews; extract aclImdb_v1.tar.gz again")
-        files[f"{folder.name}/{name}/*.txt"] = sha256_folder(paths)
-        texts += [path.read_bytes() for path in paths]
+        contents, files[f"{folder.name}/{name}/*.txt"] = read_folder(paths, workers)
+        texts += contents
         labels += [label] * len(paths)
     if empty := [k for k, text in enumerate(texts) if not text]:
         raise SourceError(f"{folder}: {len(empty)} empty reviews; extract aclImdb_v1.tar.gz again")

@@ -11,9 +11,10 @@ import pytest
 from scipy import stats
 
 from tasks import listops
+from tasks._expressions import SYMBOLS, read_tsv, write_tsv
 from tasks._rng import below, stream, uniform
 from tasks.base import SourceError
-from tasks.listops import META, RECIPES, SYMBOLS, Task, decode, generate, read_tsv, write_tsv
+from tasks.listops import META, RECIPES, Task, decode, generate
 from tasks.prepared import prepare
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "listops_reference_1000.tsv.gz"

@@ -31,14 +31,15 @@ def test_sha256_file_is_the_standard_one(tmp_path):
     assert _sources.sha256_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_sha256_folder_sees_names_and_contents_but_not_order(tmp_path):
+def test_the_hash_of_a_folder_sees_names_and_contents_but_not_order(tmp_path):
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for path, content in zip(paths, "xy", strict=True):
         path.write_text(content)
-    before = _sources.sha256_folder(paths)
-    assert _sources.sha256_folder(paths[::-1]) == before
+    contents, before = _sources.read_folder(paths, 2)
+    assert contents == [b"x", b"y"]
+    assert _sources.read_folder(paths[::-1], 1) == ([b"y", b"x"], before)
     paths[1].write_text("z")
-    assert _sources.sha256_folder(paths) != before
+    assert _sources.read_folder(paths, 1)[1] != before
 
 
 def test_atomic_path_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -87,6 +88,23 @@ def test_hub_file_of_another_content_shows_both_hashes(monkeypatch, tmp_path):
     assert _sources.hub_file("a/b", "a", revision="d", sha256=right) == tmp_path / "a"
     with pytest.raises(SourceError, match=f"{right}, expected {'0' * 64}"):
         _sources.hub_file("a/b", "a", revision="d", sha256="0" * 64)
+
+
+def test_hub_file_without_a_known_hash_must_match_the_name_its_commit_gives_it(monkeypatch, tmp_path):
+    """The hub's cache: a link into blobs/, where a large file is named by the sha256 in the git commit."""
+    (tmp_path / "blobs").mkdir()
+    right = hashlib.sha256(b"abc").hexdigest()
+    blob, link = tmp_path / "blobs" / right, tmp_path / "a.tsv"
+    link.symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(link))
+    blob.write_bytes(b"abc")
+    assert _sources.hub_file("a/b", "a.tsv", revision="d") == link
+    blob.write_bytes(b"ab")
+    found = hashlib.sha256(b"ab").hexdigest()
+    with pytest.raises(
+        SourceError, match=f"sha256 is {found}, expected {right}; delete it and fetch it again"
+    ):
+        _sources.hub_file("a/b", "a.tsv", revision="d")
 
 
 def test_hub_file_asks_for_the_pinned_revision_of_a_dataset(monkeypatch, tmp_path):
