@@ -43,6 +43,6 @@ status=0
 "$PY" -m lra sweep --preset "$preset" --seeds "$seeds" --data "$data" --results "$results" ${extra[@]+"${extra[@]}"} || status=$?
 ((status <= 1)) || exit $status                                 # 1: some cells failed, and the table shows which
 "$PY" -m lra table --results "$results" --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
-"$PY" -m lra table --results "$results" --preset "$preset" 2>/dev/null || ((status))
+"$PY" -m lra table --results "$results" --preset "$preset" || status=$?
 echo "all tables: $results/TABLE.md; learning curves: $PY -m tensorboard.main --logdir runs"
 exit $status

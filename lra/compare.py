@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -37,6 +39,7 @@ def against_softmax(table: Table) -> dict[tuple[Row, Column], Comparison]:
     A cell without stored predictions, or whose test labels are not kept, is in no comparison.
     """
     tests, answers = {}, {}
+    labels_of = cache(read_labels)
     for (row, column), cell in table.cells.items():
         settings = tuple(part for part in row[2] if not part.startswith("attention."))
         softmax = table.cells.get(((1, "softmax", settings), column))
@@ -44,7 +47,7 @@ def against_softmax(table: Table) -> dict[tuple[Row, Column], Comparison]:
             continue
         for each in (cell, softmax):
             if id(each) not in answers:
-                answers[id(each)] = _answers(each)
+                answers[id(each)] = _answers(each, labels_of)
         mine, theirs = answers[id(cell)], answers[id(softmax)]
         if mine is not None and theirs is not None:
             tests[row, column] = paired_test(mine, theirs)
@@ -66,7 +69,7 @@ def footnote(compared: dict[tuple[Row, Column], Comparison]) -> list[str]:
     ]
 
 
-def _answers(cell: Cell) -> np.ndarray | None:
+def _answers(cell: Cell, labels_of: Callable) -> np.ndarray | None:
     """(seeds, examples): which answers were right; None unless predictions and labels of all runs are kept."""
     found = []
     for e in cell.ok:
@@ -74,7 +77,7 @@ def _answers(cell: Cell) -> np.ndarray | None:
             return None
         stub = {"result": {"n_test": e.n_test, "predictions_sha256": e.predictions_sha256}}
         try:
-            both = read_predictions(e.path, stub), read_labels(e.results, e.labels_sha256, e.n_test)
+            both = read_predictions(e.path, stub), labels_of(e.results, e.labels_sha256, e.n_test)
         except UsageError:
             return None
         predictions, labels = (np.frombuffer(b, np.uint8) for b in both)

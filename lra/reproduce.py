@@ -21,7 +21,8 @@ from lra.stats import margin, mcnemar, paired_bootstrap
 from lra.train import Interrupted, train
 from lra.trainer import Where
 from lra.verify import identity
-from tasks.prepared import Prepared, data_identity, prepare
+from tasks.base import SourceError
+from tasks.prepared import Prepared, data_identity, load, prepare
 
 
 def reproduce(args: Namespace) -> int:
@@ -132,18 +133,23 @@ def _device(args: Namespace, record: dict[str, Any]) -> str:
 
 
 def _data(record: dict[str, Any], args: Namespace) -> Prepared:
-    """The record's data, prepared where they are not there yet. Raises UsageError when they come out differently."""
-    task, source = record["task"], record["data"]["source"]
-    module = registry.load_task(task["name"])
-    prepared, _ = prepare(
-        module,
+    """The record's data, prepared where they are not there. Raises UsageError when they come out differently."""
+    task, source, expected = record["task"], record["data"]["source"], record["data"]["manifest_sha256"]
+    folder = args.data / task["name"] / task["preset"]
+    try:
+        found = load(folder)
+        if data_identity(found.manifest) == expected:
+            return found
+    except SourceError:
+        pass  # not there yet, or damaged: made again
+    found, _ = prepare(
+        registry.load_task(task["name"]),
         task["preset"],
         out=args.data,
         source=None if source in ("generated", "local") else source,
         data_dir=args.data_dir,
         workers=os.cpu_count() or 1,
     )
-    if data_identity(prepared.manifest) != record["data"]["manifest_sha256"]:
-        folder = args.data / task["name"] / task["preset"]
+    if data_identity(found.manifest) != expected:
         raise UsageError(f"{folder} is not the data of {args.record}: give another --data, or --data-dir")
-    return prepared
+    return found

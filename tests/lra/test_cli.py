@@ -43,7 +43,7 @@ def test_help_lists_every_command_with_a_sentence(capsys):
     text = help_of(capsys=capsys)
     assert {"list", "prepare", "train", "sweep", "evaluate", "table", "doctor"} <= set(COMMANDS)
     for name in (n for n in COMMANDS if " " not in n):
-        assert re.search(rf"^    {name}\s+\w+ \w+", text, re.MULTILINE), name
+        assert re.search(rf"^    {name}\s+\S+ \S+", text, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("name", COMMANDS)

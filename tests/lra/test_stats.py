@@ -144,6 +144,19 @@ def test_paired_test_changes_sign_with_its_arguments_and_finds_nothing_between_e
     assert paired_test(right, ~right) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("scatter", [0.0, 0.03, 0.1])
+def test_equal_methods_are_called_different_in_at_most_one_case_of_twenty(scatter):
+    rng, n, draws = np.random.default_rng(3), 499, 600
+    claimed = 0
+    for _ in range(draws):
+        hard, methods = rng.random(n), []
+        for _ in range(2):
+            chance = np.clip(hard + rng.normal(0, 0.2, n), 0, 1)  # what is hard differs between methods
+            methods.append(np.array([rng.random(n) < chance + rng.normal(0, scatter) for _ in range(3)]))
+        claimed += paired_test(*methods)[1] < 0.05
+    assert claimed <= draws * 0.05 + 2 * math.sqrt(draws * 0.05 * 0.95)
+
+
 def test_seeds_that_scatter_make_the_paired_test_doubt():
     steady, wild = answers(3), np.vstack([answers(1, p=p, seed=k) for k, p in enumerate((0.4, 0.5, 0.9))])
     low = answers(3, p=0.5, seed=5)
