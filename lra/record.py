@@ -216,5 +216,5 @@ def _within_64_bits(text: str) -> int:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"a key stands twice among {', '.join(sorted(k for k, _ in pairs))[:200]}")
+        raise ValueError(f"a key stands twice among {repr(sorted(k for k, _ in pairs))[:200]}")
     return found
