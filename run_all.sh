@@ -43,7 +43,7 @@ source lra/environment.sh                                       # 1-3 minutes th
 status=0
 "$PY" -m lra sweep --preset "$preset" --seeds "$seeds" --data "$data" --results "$results" ${extra[@]+"${extra[@]}"} || status=$?
 ((status <= 1)) || exit $status                                 # 1: some cells failed, and the table shows which
-"$PY" -m lra table --results "$results" --write "$results/TABLE.md"
-"$PY" -m lra table --results "$results" --preset "$preset"
+"$PY" -m lra table --results "$results" --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
+"$PY" -m lra table --results "$results" --preset "$preset" || status=$?
 echo "all tables: $results/TABLE.md; learning curves: $PY -m tensorboard.main --logdir runs"
 exit $status

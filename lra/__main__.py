@@ -57,9 +57,13 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """All commands and their options. A command's code is imported only when it is run."""
     top = Parser(prog="python -m lra", description="A Long Range Arena suite.")
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    places = {"": top.add_subparsers(metavar="COMMAND", required=True)}
     for name, function, help, *groups in COMMANDS:
-        sub = commands.add_parser(name, help=help, description=help)
+        family, _, word = name.rpartition(" ")
+        if family not in places:
+            parent = places[""].add_parser(family, help=FAMILIES[family], description=FAMILIES[family])
+            places[family] = parent.add_subparsers(metavar="ACTION", required=True)
+        sub = places[family].add_parser(word, help=help, description=help)
         sub.set_defaults(run=function)
         for add_options in groups:
             add_options(sub.add_argument)
@@ -137,6 +141,36 @@ def record_options(add) -> None:
     add("record", type=Path, help="its JSON file")
 
 
+def trust_options(add) -> None:
+    """What a record may import."""
+    trust = "import an attention package.module:Class that a record names: code of the record's author"
+    add("--trust", action="store_true", help=trust)
+
+
+def submit_options(add) -> None:
+    """Of `leaderboard submit`."""
+    add("files", type=Path, nargs="+", help="JSON files of records, their predictions beside them")
+    add("--by", help="add them as counter-records of this name, to results/counter/BY/")
+
+
+def verify_options(add) -> None:
+    """Of `leaderboard verify`."""
+    add("files", type=Path, nargs="*", help="JSON files of records (default: all of --results)")
+    levels = (
+        "0 form and identity, 1 agrees with itself, 2 first losses repeated (needs --data), "
+        "3 saved weights evaluated (needs --data and --runs), 4 equivalent to somebody else's runs"
+    )
+    add("--level", type=int, choices=range(5), default=1, help=levels)
+
+
+def reproduce_options(add) -> None:
+    """Of `reproduce`."""
+    add("--by", default="rerun", help="whose counter-record it becomes: results/counter/BY/")
+    threads = "CPU threads, e.g. 1,2: one run each, compared; the first becomes the counter-record"
+    add("--threads", metavar="N[,N...]", help=f"{threads} (default: the record's)")
+    add("--data-dir", type=Path, help="folder with raw data, where the record's are local")
+
+
 def table_options(add) -> None:
     """Of `table`."""
     add("--results", type=Path, default=Path("results"), help="folder of records")
@@ -160,6 +194,7 @@ def at_least(least: int):
     return number
 
 
+FAMILIES = {"leaderboard": "take records in and verify them"}
 COMMANDS = (  # name, function, help, groups of options
     ("list", "lra.show:list_names", "names of tasks, attentions or presets", list_options),
     ("prepare", "lra.commands:prepare", "build a task's data once, as memory-mapped arrays with a manifest",
@@ -169,7 +204,13 @@ COMMANDS = (  # name, function, help, groups of options
     ("sweep", "lra.sweep:sweep", "train every missing (task, attention, seed) of a grid",
      grid_options, preset_options, source_options, training_options, place_options),
     ("evaluate", "lra.commands:evaluate", "repeat the test evaluation of a record from its saved weights",
-     record_options, place_options),
+     record_options, trust_options, place_options),
+    ("reproduce", "lra.reproduce:reproduce", "run a record again and compare; adds a counter-record",
+     record_options, reproduce_options, trust_options, place_options),
+    ("leaderboard submit", "lra.leaderboard:submit", "verify records from elsewhere at V1 and add them",
+     submit_options, trust_options, place_options),
+    ("leaderboard verify", "lra.leaderboard:verify_all", "check records, and keep how far each was verified",
+     verify_options, trust_options, place_options),
     ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
 )  # fmt: skip

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lra.options import UsageError, unknown
-from lra.record import MAX_PARAMETER_RATIO, PRESETS, PROTOCOL, iterate_records
+from lra.options import unknown
+from lra.record import MAX_PARAMETER_RATIO, PRESETS, PROTOCOL, iterate_records, report_skipped
 from lra.stats import Estimate, over_seeds, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
@@ -67,6 +67,14 @@ class Entry:
     dirty: bool
     status: str
     command: str
+    path: Path
+    predictions_sha256: str | None
+    labels_sha256: str | None  # of the test split
+
+    @property
+    def results(self) -> Path:
+        """The folder that holds records/ and labels/."""
+        return self.path.parents[4]
 
     @property
     def row(self) -> tuple[int, str, tuple[str, ...]]:
@@ -154,23 +162,26 @@ class Table:
         return [] if None in found else found
 
 
-def build(results: Path, presets: Sequence[str] | None = None) -> list[Table]:
+def build(
+    results: Path, presets: Sequence[str] | None = None, report: Callable[[str], None] = report_skipped
+) -> list[Table]:
     """Tables of all records under a results folder, one per preset: smoke, small, paper, then others by name.
 
-    Raises UsageError for a file that is not a record, a run recorded twice, or a preset without records.
+    A file that is no record of this schema and every copy of a run recorded twice are left out and reported, a
+    line each. Raises UsageError for a preset without records.
     """
-    seen: dict[tuple, Path] = {}
-    entries = []
-    for path, record in iterate_records(results):
+    runs = defaultdict(list)
+    for path, record in iterate_records(results, report):
         try:
-            entry = _entry(record)
+            e = _entry(path, record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{path} is not a usable record: {type(error).__name__} {error}") from error
-        run = (entry.preset, entry.column, entry.row, json.dumps(entry.config, sort_keys=True), entry.seed)
-        if run in seen:
-            raise UsageError(f"{path} records the same run as {seen[run]}: remove one of them")
-        seen[run] = path
-        entries.append(entry)
+            report(f"{path} is not a usable record: {type(error).__name__} {error}")
+            continue
+        runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
+    for copies in runs.values():
+        if len(copies) > 1:
+            report(f"{' and '.join(str(e.path) for e in copies)} record the same run: none of them is shown")
+    entries = [copies[0] for copies in runs.values() if len(copies) == 1]
     known = {e.preset for e in entries}
     for preset in presets or ():
         if known and preset not in known:
@@ -180,7 +191,7 @@ def build(results: Path, presets: Sequence[str] | None = None) -> list[Table]:
     return [Table(p, tuple(_tell_apart([e for e in entries if e.preset == p]))) for p in chosen]
 
 
-def _entry(record: dict[str, Any]) -> Entry:
+def _entry(path: Path, record: dict[str, Any]) -> Entry:
     task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
     result, cost = record["result"], record["cost"] or {}
     hashes = json.dumps({name: split["sha256"] for name, split in data["splits"].items()}, sort_keys=True)
@@ -222,6 +233,9 @@ def _entry(record: dict[str, Any]) -> Entry:
         dirty=bool(record["suite"]["git_dirty"]),
         status=str(record["status"]),
         command=str(record.get("command", "")),
+        path=path,
+        predictions_sha256=result and result.get("predictions_sha256"),
+        labels_sha256=data["splits"]["test"].get("labels_sha256"),
     )
 
 

@@ -6,17 +6,15 @@ import os
 import sys
 from argparse import Namespace
 
-import numpy as np
-
-from lra import checkpoint, config, registry
-from lra.evaluate import evaluate as evaluate_split
+from lra import config, rebuild, registry, schema
+from lra.consistency import places
 from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
-from lra.record import read_predictions, read_record
-from lra.train import Interrupted, run_folder
+from lra.record import read_record
+from lra.train import Interrupted
 from lra.train import train as train_run
 from lra.trainer import Where
-from tasks.prepared import Prepared, data_identity, load
+from tasks.prepared import Prepared, load
 from tasks.prepared import prepare as prepare_task
 
 
@@ -103,42 +101,11 @@ def execution(args: Namespace) -> Where:
 def evaluate(args: Namespace) -> None:
     """`evaluate`: the saved weights of a record, on its test split, against its stored predictions."""
     record = read_record(args.record)
-    if not record["result"]:
-        raise UsageError(f"{args.record} has no result: {record['status']}")
     try:
-        task, preset, attention = (
-            record["task"]["name"],
-            record["task"]["preset"],
-            record["model"]["attention"],
-        )
-        training, data = record["training"], record["data"]
-        seed, changed, precision = training["seed"], training["overrides"], training["precision"]
-        identity, val_rule = data["manifest_sha256"], data["val_rule"]
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{args.record} is not a usable record: {type(error).__name__} {error}") from error
-    registry.load_task(task)  # a name before it is part of a path
-    folder = args.data / task / preset
-    prepared = load(folder)
-    if data_identity(prepared.manifest) != identity:
-        raise UsageError(f"{folder} is not the data of {args.record}")
-    run = config.resolve(task, preset, attention, seed, prepared.manifest, changed, val_rule)
-    weights, state = checkpoint.load(run_folder(args.runs, run) / "model.safetensors")
-    if state["digest"] != run.digest:
-        raise UsageError(f"{run_folder(args.runs, run)} holds weights of another run")
-    device = pick_device(args.device)
-    classifier = run.build_model().to(device)
-    classifier.load_state_dict(weights)
-    counts = evaluate_split(
-        classifier,
-        prepared.splits["test"],
-        run.meta.towers,
-        batch=2 * run.recipe.train.batch,
-        device=device,
-        precision=precision,
-        name="test",
-    )
-    stored = np.frombuffer(read_predictions(args.record, record), np.uint8)
-    agree = float((stored == counts.predictions).mean())
+        schema.check(record)
+        counts, agree = rebuild.evaluate_weights(args.record, record, places(args))
+    except (schema.Rejected, schema.Unchecked) as error:
+        raise UsageError(f"{args.record}: {error}") from error
     r = record["result"]
     print(
         f"test {counts.n_correct}/{counts.n}; record {r['n_correct']}/{r['n_test']}; "

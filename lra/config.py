@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from lra.options import UsageError, construct, unknown
+from lra.record import cell_digest
 from lra.registry import attention_class, build_attention, load_task
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
@@ -42,15 +41,16 @@ class Run:
     @property
     def digest(self) -> str:
         """sha256 over task, data, recipe, overrides, validation rule and attention."""
-        parts = {
-            "task": [self.meta.name, self.meta.version],
-            "data": data_identity(self.manifest),
-            "recipe": asdict(self.recipe),
-            "overrides": self.overrides,
-            "val_rule": self.val_rule,
-            "attention": [self.attention, self.attention_config],
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return cell_digest(
+            self.meta.name,
+            self.meta.version,
+            data_identity(self.manifest),
+            asdict(self.recipe),
+            self.overrides,
+            self.val_rule,
+            self.attention,
+            self.attention_config,
+        )
 
     def build_model(self, attention: str | None = None) -> torch.nn.Module:
         """The classifier, initialised from the run's seed; with `attention`, that method at its defaults instead."""

@@ -26,7 +26,8 @@ def build_record(
     trainer: Trainer, status: str, result: dict[str, Any] | None, cost: dict[str, Any], started: datetime
 ) -> dict[str, Any]:
     """The whole record (see record.py for where it goes). `cost` adds what the trainer itself does not know."""
-    run, model = trainer.run, _model(trainer)
+    run = trainer.run
+    model = model_facts(run)
     return {
         "schema": SCHEMA,
         "suite": suite_facts(),
@@ -104,19 +105,18 @@ def step_ratio(trainer: Trainer) -> dict[str, Any]:
     return {"step_time_ratio": ratio, "pairs": PAIRS}
 
 
-def _model(trainer: Trainer) -> dict[str, Any]:
-    """The record's model section."""
-    run = trainer.run
-    n_params = sum(p.numel() for p in trainer.model.parameters())
-    softmax = sum(p.numel() for p in run.build_model("softmax").parameters())
+def model_facts(run: Run) -> dict[str, Any]:
+    """The record's model section, from the configuration and the seed alone."""
+    model = run.build_model()
+    n_params, softmax = (sum(p.numel() for p in m.parameters()) for m in (model, run.build_model("softmax")))
     return {
         "attention": run.attention,
         "attention_config": run.attention_config,
         "encoder": asdict(run.recipe.encoder),
-        "exact": trainer.model.encoder.attentions[0].exact,
+        "exact": model.encoder.attentions[0].exact,
         "n_params": n_params,
         "n_params_ratio_to_softmax": n_params / softmax,
-        "init_sha256": tensors_sha256(run.build_model().state_dict()),
+        "init_sha256": tensors_sha256(model.state_dict()),
     }
 
 

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 
 from lra import registry, table
-from lra.record import PRESETS
+from lra.record import PRESETS, report_skipped
 
 
 def list_names(args: Namespace) -> None:
@@ -20,10 +20,14 @@ def list_names(args: Namespace) -> None:
     print(json.dumps(names) if args.json else "\n".join(names))
 
 
-def show_table(args: Namespace) -> None:
-    """`table`: from the records alone."""
-    text = table.render(args.results, args.format, args.preset)
+def show_table(args: Namespace) -> int:
+    """`table`: from the records alone. Exit code 1 when a file was left out; the rest is shown all the same."""
+    skipped: list[str] = []
+    text = table.render(args.results, args.format, args.preset, skipped.append)
     if args.write:
         table.write(args.write, text)
     else:
         print(text, end="")
+    for line in skipped:
+        report_skipped(line)
+    return 1 if skipped else 0

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from lra import published
 from lra.cells import Cell, Column, Entry, Table, build
+from lra.compare import Comparison, against_softmax, footnote
+from lra.leaderboard import reproductions
 from lra.options import UsageError
-from lra.record import MAX_PARAMETER_RATIO, PROTOCOL
+from lra.record import MAX_PARAMETER_RATIO, PROTOCOL, report_skipped
 from lra.stats import Estimate, average, difference, mean_sd, wilson
 from tasks._sources import atomic_path
 
@@ -43,9 +45,14 @@ CSV_HEADER = (
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\|*`[]~"})
 
 
-def render(results: Path, form: str, presets: Sequence[str] | None = None) -> str:
-    """The records under a results folder as text; `form` is md or csv. Raises UsageError as `build` does."""
-    return {"md": markdown, "csv": to_csv}[form](build(results, presets))
+def render(
+    results: Path,
+    form: str,
+    presets: Sequence[str] | None = None,
+    report: Callable[[str], None] = report_skipped,
+) -> str:
+    """The records under a results folder as text; `form` is md or csv. Reports and raises as `build` does."""
+    return {"md": markdown, "csv": to_csv}[form](build(results, presets, report))
 
 
 def write(path: Path, text: str) -> None:
@@ -118,13 +125,14 @@ def _preset(table: Table) -> str:
     if substitutes := sum(c.substitute for c in table.averaged):
         averages = [f"average<br>of 5 columns,<br>{substitutes} with substitutes"]
     rows = [("majority", *_floor_row(table, _majority)), ("shortcut", *_floor_row(table, _shortcut))]
+    compared = against_softmax(table)
     for row in table.rows:
-        cells = [table.cells.get((row, c)) for c in table.columns]
+        cells = [_cell(table.cells.get((row, c)), compared.get((row, c))) for c in table.columns]
         whole = [table.cells.get((row, c)) for c in table.averaged]
         estimates = [cell.estimate for cell in whole if cell and cell.complete]
-        rows.append((_name(row), *map(_cell, cells), *_average(table, estimates)))
+        rows.append((_name(row), *cells, *_average(table, estimates)))
     lines += _grid(("attention", *(headers[c] for c in table.columns), *averages), rows)
-    if remarks := _remarks(table):
+    if remarks := [*footnote(compared), *_remarks(table), *_reproduced(table)]:
         lines += ["", *(f"* {remark}" for remark in remarks)]
     lines += ["", COSTS, ""]
     rows = [(_name(r), *(_cost(table, r, c) for c in table.columns)) for r in table.rows]
@@ -154,7 +162,7 @@ def _percent(estimate: Estimate) -> str:
     return f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: Cell | None, compared: Comparison | None = None) -> str:
     if cell is None:
         return MISSING
     seeds = max(cell.seeds, len(cell.runs))
@@ -164,7 +172,9 @@ def _cell(cell: Cell | None) -> str:
         spread = "" if sd is None else f" ± {100 * sd:.1f}"
         count = f"({len(cell.ok)})" if len(cell.ok) == seeds else f"({len(cell.ok)}/{seeds} seeds)"
         dagger = " †" if any(e.open for e in cell.ok) else ""
-        parts.append(f"{100 * mean:.1f}{spread} {count}{dagger} {_percent(cell.estimate)}")
+        mark = {"above": "**", "below": "*"}.get(compared.verdict, "") if compared else ""
+        text = f"{100 * mean:.1f}{spread} {count}{dagger} {_percent(cell.estimate)}"
+        parts.append(f"{mark}{text}{mark}")
     failed = [e.status.removeprefix("failed: ") for e in cell.runs if e.n_correct is None]
     if failed:
         parts.append(f"failed {len(failed)}/{seeds}: {escape('; '.join(sorted(set(failed))))}")
@@ -251,6 +261,17 @@ def _remarks(table: Table) -> list[str]:
         share = f"{len(dirty)} of {len(table.entries)} runs"
         remarks.append(f"{share} were made with uncommitted changes in the code: {where}.")
     return remarks
+
+
+def _reproduced(table: Table) -> list[str]:
+    """One line for each cell that somebody else ran as well (V4)."""
+    found = {}
+    for results in sorted({e.results for e in table.entries}):
+        counter = reproductions(results)
+        for e in table.entries:
+            if reproduction := counter.get(e.path.relative_to(results)):
+                found[f"{escape(e.column.task)}, {_name(e.row)}: {reproduction}."] = None
+    return sorted(found)
 
 
 def _above(table: Table, column: Column, constant: Cell) -> str:

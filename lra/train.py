@@ -23,7 +23,7 @@ from lra.log import RunLog
 from lra.machine import StopSignals
 from lra.optim import learning_rate
 from lra.options import UsageError
-from lra.record import finite, record_path, write_record
+from lra.record import finite, record_path, write_labels, write_record
 from lra.trainer import Progress, Trainer, Where
 from tasks.prepared import Prepared
 
@@ -77,6 +77,7 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
                 record = build_record(
                     trainer, status, result, {"peak_bytes": peak, "softmax_same_machine": speed}, started
                 )
+                write_labels(results, prepared.splits["test"].labels.tobytes())
                 write_record(path, record, predictions)
                 log.finish(record)
                 (folder / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -80,7 +80,7 @@ def test_outside_attention_trains_and_its_record_is_found_by_name(lab):
     record = lab.train(attention=name)
     assert record["model"]["attention"] == name and record["model"]["attention_config"] == {"by": 1}
     assert "tests.plugins.attention.shift-Attention" in lab.records()[0].as_posix()
-    assert main(["evaluate", str(lab.records()[0]), "--device=cpu", *lab.places]) == 0
+    assert main(["evaluate", str(lab.records()[0]), "--device=cpu", "--trust", *lab.places]) == 0
 
 
 # One file, zero edits

@@ -429,28 +429,46 @@ def test_block_without_its_markers_is_an_error(text):
         refresh_block(text, "results", "new")
 
 
-def test_a_file_that_is_not_json_is_a_usage_error(tmp_path):
+def broken(results):
+    """Lines that a build reports, one for each file it left out."""
+    lines = []
+    tables = build(results, report=lines.append)
+    return [len(t.entries) for t in tables], lines
+
+
+def test_a_half_written_record_is_reported_and_the_rest_is_built(tmp_path):
+    put(tmp_path, seed=1)
     path = put(tmp_path)
-    path.write_text("{")
-    with pytest.raises(UsageError, match="seed0.json is not a JSON record"):
-        build(tmp_path)
+    path.write_text(path.read_text()[:200])
+    sizes, (line,) = broken(tmp_path)
+    assert sizes == [1] and "seed0.json is not a JSON record" in line
+
+
+def test_records_of_another_schema_are_reported_and_the_rest_is_built(tmp_path):
+    put(tmp_path, seed=1)
+    path = put(tmp_path)
+    path.write_text(path.read_text().replace(SCHEMA, "lra-record/9"))
+    sizes, (line,) = broken(tmp_path)
+    assert sizes == [1] and f"is not a record of schema '{SCHEMA}': found 'lra-record/9'" in line
 
 
 @pytest.mark.parametrize(("old", "new"), [('"n_correct": 1360', '"n_correct": 4001'), ('"preset"', '"pre"')])
-def test_a_record_that_makes_no_sense_is_a_usage_error(tmp_path, old, new):
+def test_a_record_that_makes_no_sense_is_reported_and_the_rest_is_built(tmp_path, old, new):
+    put(tmp_path, seed=1)
     path = put(tmp_path)
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(UsageError, match="seed0.json is not a usable record"):
-        build(tmp_path)
+    sizes, (line,) = broken(tmp_path)
+    assert sizes == [1] and "seed0.json is not a usable record" in line
 
 
-def test_a_run_recorded_twice_is_a_usage_error(tmp_path):
+def test_of_a_run_recorded_twice_neither_copy_is_shown(tmp_path):
+    put(tmp_path, seed=1)
     path = put(tmp_path)
     copy = path.parent.with_name("copy") / path.name
     copy.parent.mkdir()
     shutil.copy(path, copy)
-    with pytest.raises(UsageError, match="the same run"):
-        build(tmp_path)
+    sizes, (line,) = broken(tmp_path)
+    assert sizes == [1] and "record the same run" in line and str(path) in line and str(copy) in line
 
 
 def test_an_unknown_preset_is_a_usage_error_with_the_nearest(tmp_path):
