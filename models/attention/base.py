@@ -4,7 +4,8 @@ Shape suffixes, used on every tensor of models/:
 
     B batch    T towers    N tokens    E model width    H heads    D head width    F FFN width
     M random features    K keys instead of N (Linformer's projected length, a window)    C classes
-    J chunks of a sequence    L tokens of a chunk    S states of a channel, in conjugate pairs
+    J chunks of a sequence    L tokens of a chunk    S states of a channel, in conjugate pairs; tokens of a sample
+    R rows of G (DARKFormer)    P candidates of a pool
 
 `mask_BN` is True at real tokens. Padding never changes a result at real tokens, and a row without any real
 token gives zeros. Projections, head split, residual, dropout and positions belong to the encoder.
