@@ -141,7 +141,7 @@ def test_doctor_reports_the_machine_and_never_fails(capsys, monkeypatch):
         (["prepare", "tiny", "--preset=smoke", "--source=embeded"], "embedded"),
         (["prepare", "text", "--preset=smoke", "--source=hubb"], "hub"),
         (["train", "pathfindr", "--attention=softmax"], "pathfinder"),
-        (["train", "tiny", "--attention=preformer"], "performer"),
+        (["train", "tiny", "--attention=perfomer"], "performer"),
         (["train", "tiny", "--attention=softmax", "--preset=smok"], "smoke"),
         (["train", "tiny", "--attention=performer", "--set=attention.num_feature=8"], "num_features"),
         (["train", "tiny", "--attention=softmax", "--set=train.step=8"], "steps"),
