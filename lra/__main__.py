@@ -13,7 +13,8 @@ from lra.options import STOPPED, UsageError
 from tasks.base import SourceError
 
 PRESETS_HELP = (
-    "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU)"
+    "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU); "
+    "pathfinder also has path-x (128 px, GPU)"
 )
 
 

@@ -3,7 +3,7 @@
 A task file exports three names:
 
     META     a `Meta`: facts that no preset changes (classes, vocabulary, towers)
-    RECIPES  {"smoke": Recipe, "small": Recipe, "paper": Recipe}: the same for every attention
+    RECIPES  {"smoke": Recipe, "small": Recipe, "paper": Recipe}, and more: the same for every attention
     Task     a class with `build(recipe, *, source, data_dir, workers) -> Built`
 
 and, if its raw files are published in an archive, two more, so that `--data-dir` may be one:
@@ -45,6 +45,9 @@ class Meta:
     towers: int  # sequences per example: 1 = classify one, 2 = match a pair
     description: str
     generated: bool = False  # made by the suite: a --data-dir without its files is no error
+    resumable: bool = (
+        False  # `build` takes a folder `scratch` too, for what an interrupted call leaves to the next
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

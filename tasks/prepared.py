@@ -56,7 +56,8 @@ def prepare(
     generated task uses its files in `data_dir` where there are any. `data_dir` may be an archive. `verify`
     hashes every byte of what is there instead of trusting sizes and times.
     A folder that is incomplete or does not match its hashes is rebuilt; one made from another source is
-    left alone and raises SourceError. Two processes preparing the same task take turns.
+    left alone and raises SourceError. Two processes preparing the same task take turns. A resumable task goes
+    on where an interrupted call stopped.
     """
     recipe = task.RECIPES[preset]
     source = source or ("local" if data_dir and not task.META.generated else recipe.data.source)
@@ -79,13 +80,16 @@ def prepare(
                     f"{folder} holds data from {_origin(before)}, and {_origin(origin)} was asked for: "
                     f"give another --out, or remove the folder"
                 )
+        scratch = folder.with_name(f".parts.{folder.name}")
+        resumed = {"scratch": scratch} if task.META.resumable else {}
         with _archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
-            built = task.Task().build(recipe, source=source, data_dir=raw, workers=workers)
+            built = task.Task().build(recipe, source=source, data_dir=raw, workers=workers, **resumed)
         splits, removed, repeated = disjoint(built.splits, task.META.towers)
         manifest = _manifest(task, request, built, splits)
         manifest |= {"duplicates_removed": removed, "duplicates_within": repeated}
         manifest["files"] = files | manifest["files"]
         _write(folder, splits, manifest)
+        shutil.rmtree(scratch, ignore_errors=True)
         return load(folder), False
 
 
