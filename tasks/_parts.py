@@ -15,7 +15,7 @@ def kept(path: Path, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.nda
     A piece that was cut short or altered is found by the checksums of its zip file and made again.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return tuple(file[name] for name in file.files)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
         arrays = make()
