@@ -99,6 +99,19 @@ def prepare_options(add) -> None:
     add("--workers", type=at_least(0), default=0, help="threads of generators and readers; 0 = all cores")
     verify = "hash every byte of data that are there, not only those of another size or time"
     add("--verify", action="store_true", help=verify)
+    add(
+        "--export", type=Path, metavar="FOLDER", help="write the data there, too, as published (listops: TSV)"
+    )
+
+
+def inspect_options(add) -> None:
+    """Of `inspect`."""
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add(
+        "--out",
+        type=Path,
+        help="folder to write facts (JSON), lengths (SVG, PNG) and a contact sheet (PNG) to",
+    )
 
 
 def cell_options(add) -> None:
@@ -200,6 +213,8 @@ COMMANDS = (  # name, function, help, groups of options
     ("list", "lra.show:list_names", "names of tasks, attentions or presets", list_options),
     ("prepare", "lra.commands:prepare", "build a task's data once, as memory-mapped arrays with a manifest",
      task_options, preset_options, source_options, prepare_options),
+    ("inspect", "lra.inspection:inspect", "look at prepared data: sizes, labels, lengths, floors, examples",
+     task_options, preset_options, inspect_options),
     ("train", "lra.commands:train", "train one task with one attention and one seed, and write its record",
      task_options, cell_options, preset_options, training_options, place_options),
     ("sweep", "lra.sweep:sweep", "train every missing (task, attention, seed) of a grid",

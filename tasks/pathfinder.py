@@ -19,7 +19,8 @@ from tasks._snakes import draw
 from tasks._threads import in_chunks
 from tasks.base import SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
-META = Meta(name="pathfinder", version=1, classes=2, vocab=257, towers=1, generated=True, resumable=True,
+META = Meta(name="pathfinder", version=1, classes=2, vocab=257, towers=1, reads="pixels",
+            generated=True, resumable=True,
             description="two discs, one dashed curve or two, from grey pixels in raster order")  # fmt: skip
 
 RECIPES = {
