@@ -150,6 +150,18 @@ def place_options(add) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
+def bench_options(add) -> None:
+    """Of every `bench`."""
+    add("--results", type=Path, default=Path("results"), help="folder whose bench/ the report is written to")
+
+
+def bench_data_options(add) -> None:
+    """Of `bench data`."""
+    add("--tasks", default="all", help="comma-separated names of tasks to load batches of")
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add("--threads", type=at_least(0), default=0, help="CPU threads of the model; 0 = PyTorch's choice")
+
+
 def record_options(add) -> None:
     """One record."""
     add("record", type=Path, help="its JSON file")
@@ -208,7 +220,10 @@ def at_least(least: int):
     return number
 
 
-FAMILIES = {"leaderboard": "take records in and verify them"}
+FAMILIES = {  # commands of two words
+    "bench": "measure this machine, and write results/bench/ACTION.json and ACTION.md",
+    "leaderboard": "take records in and verify them",
+}
 COMMANDS = (  # name, function, help, groups of options
     ("list", "lra.show:list_names", "names of tasks, attentions or presets", list_options),
     ("prepare", "lra.commands:prepare", "build a task's data once, as memory-mapped arrays with a manifest",
@@ -228,6 +243,8 @@ COMMANDS = (  # name, function, help, groups of options
     ("leaderboard verify", "lra.leaderboard:verify_all", "check records, and keep how far each was verified",
      verify_options, trust_options, place_options),
     ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
+    ("bench data", "lra.bench_data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
+     preset_options, bench_data_options, bench_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
 )  # fmt: skip
 
