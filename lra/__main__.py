@@ -209,6 +209,21 @@ def table_options(add) -> None:
     )
 
 
+def cards_options(add) -> None:
+    """Of `cards`."""
+    add(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        help="folder whose data/ holds what `inspect --out` wrote",
+    )
+    add(
+        "--write",
+        type=Path,
+        help="a file with markers, such as tasks/DATA.md: only what is between them changes",
+    )
+
+
 def at_least(least: int):
     """An argparse type: a whole number not below `least`."""
 
@@ -230,6 +245,7 @@ COMMANDS = (  # name, function, help, groups of options
      task_options, preset_options, source_options, prepare_options),
     ("inspect", "lra.inspection:inspect", "look at prepared data: sizes, labels, lengths, floors, examples",
      task_options, preset_options, inspect_options),
+    ("cards", "lra.cards:cards", "the numbers of tasks/DATA.md, from what `inspect --out` wrote", cards_options),
     ("train", "lra.commands:train", "train one task with one attention and one seed, and write its record",
      task_options, cell_options, preset_options, training_options, place_options),
     ("sweep", "lra.sweep:sweep", "train every missing (task, attention, seed) of a grid",

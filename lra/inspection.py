@@ -20,6 +20,7 @@ SCHEMA = "lra-inspect/1"
 EXAMPLES = 5  # shown as text, the first of train
 CHARACTERS = 400  # of an example that are shown
 SHEET = (10, 6)  # columns and rows of a contact sheet, the first pictures of train
+TOKENS = ("shortest", "median", "mean", "longest")
 BINS = 20  # of a histogram of lengths
 GREYS = " .:-=+*#%@"
 
@@ -86,7 +87,7 @@ def describe(facts: dict[str, Any]) -> str:
     ]
     for name in SPLITS:
         split = facts["splits"][name]
-        lengths = " / ".join(f"{value:,g}" for value in split["tokens"].values())
+        lengths = " / ".join(f"{split['tokens'][which]:,.6g}" for which in TOKENS)
         lines.append(f"{name:<5} {split['n']:>9,}  {lengths}")
     lines += ["", "share of each label, %"]
     for name in SPLITS:
