@@ -162,6 +162,12 @@ def bench_data_options(add) -> None:
     add("--threads", type=at_least(0), default=0, help="CPU threads of the model; 0 = PyTorch's choice")
 
 
+def fidelity_options(add) -> None:
+    """Of `bench fidelity`."""
+    kept = "folder with listops_reference_1000.tsv.gz and pathfinder32_reference.npz"
+    add("--reference", type=Path, required=True, help=f"samples of the published programs: a {kept}")
+
+
 def record_options(add) -> None:
     """One record."""
     add("record", type=Path, help="its JSON file")
@@ -261,6 +267,8 @@ COMMANDS = (  # name, function, help, groups of options
     ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
     ("bench data", "lra.bench_data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
      preset_options, bench_data_options, bench_options),
+    ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
+     fidelity_options, bench_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
 )  # fmt: skip
 
