@@ -19,7 +19,7 @@ from lra.bench import machine_line, markdown_table, write_report
 from lra.machine import set_threads
 from lra.pathfinder_probe import learn, shortcuts
 from tasks import listops, pathfinder
-from tasks._listops_files import CLOSE, MIN, SYMBOLS
+from tasks._expressions import CLOSE, MIN, SYMBOLS, read_tsv
 from tasks._sources import one_line
 from tasks.base import SourceError
 
@@ -46,7 +46,7 @@ def bench(args: Namespace) -> None:
 
 def read_reference(folder: Path) -> tuple[tuple, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """ListOps expressions with labels, and images with labels by contour length. SourceError if one is not there."""
-    expressions = listops.read_tsv(Path(folder) / LISTOPS)
+    expressions = read_tsv(Path(folder) / LISTOPS)
     path = Path(folder) / PATHFINDER
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -5,13 +5,14 @@ Linsley et al. 2018 (arXiv 1805.08315), as in Long Range Arena (arXiv 2011.04006
 program; `Task` reads a folder of the LRA release where there is one. Grey level g is token g + 1.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
 
 from tasks import _pathfinder_files
 from tasks._archives import LRA_RELEASE
+from tasks._discs import disc_places
+from tasks._discs import locate_discs as locate_discs
 from tasks._paddles import GEOMETRIES, tables_of
 from tasks._parts import kept
 from tasks._pathfinder_files import FOLDERS, find, read
@@ -85,7 +86,7 @@ def generate(
     Image i depends only on (seed, i, size, contour_length). size is 32, 64 or 128 pixels, contour_length
     (dashes per curve) 3, 6, 9 or 14, anything else is a ValueError. `matched` draws discs that are equally far
     apart under both labels, in any orientation: the published images give the label away by where the discs
-    are (see _disc_places). `workers` threads; a progress bar on a terminal after two seconds. What is drawn
+    are (see _discs.disc_places). `workers` threads; a progress bar on a terminal after two seconds. What is drawn
     is kept in the folder `scratch`, if given, so that an interrupted call goes on where it was stopped.
     """
     _check(size, contour_length)
@@ -138,40 +139,6 @@ def reduce(images: np.ndarray, factor: int, levels: int) -> np.ndarray:
     if levels == 256:
         return images
     return (-(-np.arange(256) * (levels - 1) // 255)).astype(np.uint8)[images]
-
-
-def locate_discs(images: np.ndarray) -> np.ndarray:
-    """Row and column of the discs as seen in the pixels, the upper one first: int64 (n, 4).
-
-    A disc is taken to be where a whole square is brightest; at 32 px 99% are found to within two pixels.
-    """
-    n, size, _ = images.shape
-    core = math.ceil(1.5 * GEOMETRIES[size][0].marker_radius)
-    side = size - core + 1
-    solid = np.full((n, side, side), 255, np.uint8)
-    for i in range(core):
-        for j in range(core):
-            np.minimum(solid, images[:, i : i + side, j : j + side], out=solid)
-    spots = np.empty((n, 2), np.int64)
-    for k in range(2):
-        spots[:, k] = solid.reshape(n, -1).argmax(1)
-        place = np.stack(np.divmod(spots[:, k], side))[:, :, None]
-        near_y, near_x = np.abs(np.arange(side) - place) < core
-        solid[near_y[:, :, None] & near_x[:, None, :]] = 0
-    return np.stack(np.divmod(np.sort(spots, 1), side), -1).reshape(n, 4)
-
-
-def _disc_places(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], factor: int) -> float:
-    """Test accuracy of boosted trees that see where the discs are, to `factor` pixels, and no curve.
-
-    The published images give that much away: the first curve starts in the middle and up to the left, the
-    second at a fixed distance from it, so where both ends of one curve lie is not where ends of two do.
-    """
-    from sklearn.ensemble import HistGradientBoostingClassifier
-
-    trees = HistGradientBoostingClassifier(early_stopping=False, random_state=0)
-    trees.fit(locate_discs(images["train"][:50_000]) // factor, labels["train"][:50_000])
-    return float(trees.score(locate_discs(images["test"]) // factor, labels["test"]))
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -250,7 +217,7 @@ class Task:
             files=files,
             floors={
                 "majority": majority(label_of["train"], label_of["test"]),
-                "disc places": _disc_places(image_of, label_of, factor),
+                "disc places": disc_places(image_of, label_of, factor),
             },
             report={"joined": round(float(labels.mean()), 4)},
         )
