@@ -19,6 +19,7 @@ from lra.bench import machine_line, markdown_table, write_report
 from lra.machine import set_threads
 from lra.pathfinder_probe import learn, shortcuts
 from tasks import listops, pathfinder
+from tasks._discs import locate_discs
 from tasks._expressions import CLOSE, MIN, SYMBOLS, read_tsv
 from tasks._sources import one_line
 from tasks.base import SourceError
@@ -141,7 +142,7 @@ def image_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     from scipy import ndimage
 
     flat = images.reshape(len(images), -1)
-    y1, x1, y2, x2 = pathfinder.locate_discs(images).T
+    y1, x1, y2, x2 = locate_discs(images).T
     drawn = images > INKED
     parts = [ndimage.label(image, np.ones((3, 3)))[1] for image in drawn]
     facts = {

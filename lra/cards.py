@@ -72,6 +72,7 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
     splits = facts["splits"]
     test = splits["test"]
     removed = ", ".join(f"{n:,} from {name}" for name, n in facts["duplicates_removed"].items())
+    within = ", ".join(f"{n:,} in {name}" for name, n in facts["duplicates_within"].items())
     rows = {
         "data set": facts["dataset"],
         "revision": facts["revision"],
@@ -81,6 +82,7 @@ def _rows(facts: dict[str, Any]) -> dict[str, str]:
         ),
         "labels of test, %": "–".join(f"{100 * pick(test['labels']) / test['n']:.1f}" for pick in (min, max)),
         "duplicates across splits removed": removed or "none",
+        "duplicates within a split, kept": within or "none",
     }
     rows |= {f"floor: {name}, % of test": f"{100 * value:.1f}" for name, value in facts["floors"].items()}
     return rows | {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in facts["report"].items()}

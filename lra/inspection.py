@@ -12,6 +12,7 @@ import numpy as np
 
 from lra import registry, style
 from lra.options import unknown
+from tasks._duplicates import disjoint
 from tasks._sources import atomic_path
 from tasks.base import SPLITS, Split
 from tasks.prepared import Prepared, load
@@ -56,6 +57,7 @@ def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
     facts = {"schema": SCHEMA, "preset": preset} | {name: m[name] for name in names}
     facts["recipe"] = {k: v for k, v in m["request"].items() if k in ("seq_len", "seed", "options")}
     facts["duplicates_removed"] = m["duplicates_removed"]
+    _, _, facts["duplicates_within"] = disjoint(prepared.splits, registry.load_task(m["task"]).META.towers)
     longest = max(int(np.diff(split.offsets).max()) for split in prepared.splits.values())
     edges = np.unique(np.linspace(0, longest, BINS + 1).round().astype(int)) + 1
     facts["splits"] = {
@@ -100,7 +102,10 @@ def describe(facts: dict[str, Any]) -> str:
     lines += [f"{a:>6}-{b:<6} {n:>9,} {'#' * round(50 * n / most)}" for a, b, n in bars if n]
     lines += ["", "floors, % of test: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in facts["floors"].items())]
     removed = ", ".join(f"{n:,} from {name}" for name, n in facts["duplicates_removed"].items())
-    lines.append(f"duplicates across splits removed: {removed or 'none'}")
+    within = ", ".join(f"{n:,} in {name}" for name, n in facts["duplicates_within"].items())
+    lines.append(
+        f"duplicates across splits removed: {removed or 'none'}; within a split, kept: {within or 'none'}"
+    )
     return "\n".join([*lines, *(f"{k}: {v:g}" if isinstance(v, float) else f"{k}: {v}"
                                 for k, v in facts["report"].items())])  # fmt: skip
 

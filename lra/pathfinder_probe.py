@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tasks import pathfinder
+from tasks._discs import locate_discs
 
 TRAIN, TEST = 40_000, 8_000  # of our images: what the network is trained and tested on
 FOLDS = 4  # of the published images, which are few
@@ -29,7 +30,7 @@ def shortcuts(images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, lis
         return np.column_stack([flat.mean(1), flat.std(1), (flat > 0.25).mean(1)])
 
     def distance(x):
-        y1, x1, y2, x2 = pathfinder.locate_discs(x).T
+        y1, x1, y2, x2 = locate_discs(x).T
         return np.hypot(y1 - y2, x1 - x2)[:, None]
 
     def trees():
@@ -39,7 +40,7 @@ def shortcuts(images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, lis
         "logistic regression on ink": (ink, LogisticRegression),
         "linear classifier of the pixels": (lambda x: x.reshape(len(x), -1) / 255, lambda: RidgeClassifier(100.0)),
         "boosted trees on the discs' distance": (distance, trees),
-        "boosted trees on the discs' places": (pathfinder.locate_discs, trees),
+        "boosted trees on the discs' places": (locate_discs, trees),
     }  # fmt: skip
     ours = pathfinder.generate(4 * TEST, seed=2)
     rows = {}
@@ -90,8 +91,8 @@ def fit_trees(images: np.ndarray, labels: np.ndarray, **_: Any) -> Score:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     trees = HistGradientBoostingClassifier(early_stopping=False, random_state=0, max_leaf_nodes=8)
-    trees.fit(pathfinder.locate_discs(images), labels)
-    return lambda x, y: float(trees.score(pathfinder.locate_discs(x), y))
+    trees.fit(locate_discs(images), labels)
+    return lambda x, y: float(trees.score(locate_discs(x), y))
 
 
 def network() -> nn.Module:

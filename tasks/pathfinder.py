@@ -12,7 +12,6 @@ import numpy as np
 from tasks import _pathfinder_files
 from tasks._archives import LRA_RELEASE
 from tasks._discs import disc_places
-from tasks._discs import locate_discs as locate_discs
 from tasks._paddles import GEOMETRIES, tables_of
 from tasks._parts import kept
 from tasks._pathfinder_files import FOLDERS, find, read

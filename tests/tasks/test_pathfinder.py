@@ -11,8 +11,9 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from tasks import pathfinder
+from tasks._discs import locate_discs
 from tasks.base import PAD, SPLITS, SourceError
-from tasks.pathfinder import META, RECIPES, Task, generate, locate_discs, scenes
+from tasks.pathfinder import META, RECIPES, Task, generate, scenes
 from tasks.prepared import prepare
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "pathfinder32_reference.npz"
