@@ -1,12 +1,27 @@
 """Work that survives an interruption: the pieces of a long generation, kept on disk until all of it is there."""
 
 import os
+import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from tasks.base import Meta
+
+
+@contextmanager
+def resumable(meta: Meta, folder: Path) -> Iterator[dict[str, Path]]:
+    """What `build` of the task takes beside its usual arguments while `folder` is prepared.
+
+    For a resumable task that is `scratch`, a folder beside `folder`: kept if the body fails, else removed.
+    """
+    scratch = folder.with_name(f".parts.{folder.name}")
+    yield {"scratch": scratch} if meta.resumable else {}
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def kept(path: Path, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
