@@ -13,7 +13,8 @@ from lra.options import STOPPED, UsageError
 from tasks.base import SourceError
 
 PRESETS_HELP = (
-    "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU)"
+    "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU); "
+    "pathfinder also has path-x (128 px, GPU)"
 )
 
 
@@ -98,6 +99,19 @@ def prepare_options(add) -> None:
     add("--workers", type=at_least(0), default=0, help="threads of generators and readers; 0 = all cores")
     verify = "hash every byte of data that are there, not only those of another size or time"
     add("--verify", action="store_true", help=verify)
+    add(
+        "--export", type=Path, metavar="FOLDER", help="write the data there, too, as published (listops: TSV)"
+    )
+
+
+def inspect_options(add) -> None:
+    """Of `inspect`."""
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add(
+        "--out",
+        type=Path,
+        help="folder to write facts (JSON), lengths (SVG, PNG) and a contact sheet (PNG) to",
+    )
 
 
 def cell_options(add) -> None:
@@ -134,6 +148,24 @@ def place_options(add) -> None:
     add("--results", type=Path, default=Path("results"), help="folder of records")
     add("--runs", type=Path, default=Path("runs"), help="folder of TensorBoard logs, checkpoints, weights")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def bench_options(add) -> None:
+    """Of every `bench`."""
+    add("--results", type=Path, default=Path("results"), help="folder whose bench/ the report is written to")
+
+
+def bench_data_options(add) -> None:
+    """Of `bench data`."""
+    add("--tasks", default="all", help="comma-separated names of tasks to load batches of")
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add("--threads", type=at_least(0), default=0, help="CPU threads of the model; 0 = PyTorch's choice")
+
+
+def fidelity_options(add) -> None:
+    """Of `bench fidelity`."""
+    kept = "folder with listops_reference_1000.tsv.gz and pathfinder32_reference.npz"
+    add("--reference", type=Path, required=True, help=f"samples of the published programs: a {kept}")
 
 
 def record_options(add) -> None:
@@ -183,6 +215,21 @@ def table_options(add) -> None:
     )
 
 
+def cards_options(add) -> None:
+    """Of `cards`."""
+    add(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        help="folder whose data/ holds what `inspect --out` wrote",
+    )
+    add(
+        "--write",
+        type=Path,
+        help="a file with markers, such as tasks/DATA.md: only what is between them changes",
+    )
+
+
 def at_least(least: int):
     """An argparse type: a whole number not below `least`."""
 
@@ -194,11 +241,17 @@ def at_least(least: int):
     return number
 
 
-FAMILIES = {"leaderboard": "take records in and verify them"}
+FAMILIES = {  # commands of two words
+    "bench": "measure this machine, and write results/bench/ACTION.json and ACTION.md",
+    "leaderboard": "take records in and verify them",
+}
 COMMANDS = (  # name, function, help, groups of options
     ("list", "lra.show:list_names", "names of tasks, attentions or presets", list_options),
     ("prepare", "lra.commands:prepare", "build a task's data once, as memory-mapped arrays with a manifest",
      task_options, preset_options, source_options, prepare_options),
+    ("inspect", "lra.inspection:inspect", "look at prepared data: sizes, labels, lengths, floors, examples",
+     task_options, preset_options, inspect_options),
+    ("cards", "lra.cards:cards", "the numbers of tasks/DATA.md, from what `inspect --out` wrote", cards_options),
     ("train", "lra.commands:train", "train one task with one attention and one seed, and write its record",
      task_options, cell_options, preset_options, training_options, place_options),
     ("sweep", "lra.sweep:sweep", "train every missing (task, attention, seed) of a grid",
@@ -212,6 +265,10 @@ COMMANDS = (  # name, function, help, groups of options
     ("leaderboard verify", "lra.leaderboard:verify_all", "check records, and keep how far each was verified",
      verify_options, trust_options, place_options),
     ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
+    ("bench data", "lra.bench_data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
+     preset_options, bench_data_options, bench_options),
+    ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
+     fidelity_options, bench_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
 )  # fmt: skip
 

@@ -1,18 +1,29 @@
-"""Timing by interleaved pairs: a ratio that survives a machine whose speed drifts."""
+"""What every bench shares: timing by interleaved pairs, and the files a measurement leaves.
+
+An interleaved pair gives a ratio that survives a machine whose speed drifts.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lra.evaluate import autocast
-from lra.machine import synchronize
+from lra.machine import environment, synchronize
 from lra.trainer import Where
+from tasks._sources import atomic_path
 from tasks.base import Batch
 
+SCHEMA = "lra-bench/1"
 PAIRS = 5
 
 
@@ -34,3 +45,33 @@ def step_time_ratio(model: nn.Module, reference: nn.Module, batch: Batch, *, whe
 
     seconds(reference), seconds(model)
     return statistics.median(seconds(reference) / seconds(model) for _ in range(PAIRS))
+
+
+def write_report(results: Path, what: str, command: str, measured: dict[str, Any], text: str) -> list[Path]:
+    """Write results/bench/WHAT.json and WHAT.md (`text`), each atomically; returns their paths.
+
+    Beside what was measured, the JSON holds the command, the day, the machine and how busy it was (load average
+    over the last minute, 1 = one core).
+    """
+    facts = {"schema": SCHEMA, "what": what, "command": command}
+    facts["date"] = datetime.now(timezone.utc).date().isoformat()
+    facts["env"] = environment(torch.device("cpu")) | {"load": round(os.getloadavg()[0], 2)}
+    paths = [Path(results) / "bench" / f"{what}{suffix}" for suffix in (".json", ".md")]
+    texts = json.dumps(facts | measured, indent=1, allow_nan=False) + "\n", text
+    for path, content in zip(paths, texts, strict=True):
+        with atomic_path(path) as temporary:
+            temporary.write_text(content)
+    return paths
+
+
+def machine_line(threads: int) -> str:
+    """One sentence on the machine, to stand below a table."""
+    env = environment(torch.device("cpu"))
+    load = os.getloadavg()[0]
+    return f"Measured on {env['cpu']}, {env['os']}, {threads} threads, load average {load:.1f}, torch {env['torch']}."
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table whose first column is text and whose others are numbers."""
+    lines = [f"| {' | '.join(header)} |", "|:--|" + "--:|" * (len(header) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]

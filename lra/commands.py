@@ -22,6 +22,8 @@ def prepare(args: Namespace) -> None:
     """`prepare`: build or reuse, and say what is there."""
     task = registry.load_task(args.task)
     config.load_preset(task, args.preset)
+    if args.export and not hasattr(task, "export"):
+        raise UsageError(f"--export {args.export}: {args.task} has no published format to write")
     workers = args.workers or os.cpu_count() or 1
     prepared, reused = prepare_task(
         task,
@@ -35,6 +37,8 @@ def prepare(args: Namespace) -> None:
     done = ("reused, every hash verified" if args.verify else "reused") if reused else "prepared"
     print(f"{args.out / args.task / args.preset}: {done}")
     print(describe(prepared))
+    if args.export:
+        print("exported: " + ", ".join(map(str, task.export(prepared.splits, args.export))))
 
 
 def describe(prepared: Prepared) -> str:

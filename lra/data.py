@@ -68,8 +68,12 @@ def collate(split: Split, towers: int, examples: np.ndarray, cap: int) -> Batch:
     longest = int(lengths.max())
     width = max(longest, min(-(-longest // ROUND) * ROUND, cap))
     tokens = np.full((len(rows), width), PAD, np.int64)
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        tokens[i, :length] = split.tokens[split.offsets[row] : split.offsets[row] + length]
+    source = np.asarray(
+        split.tokens
+    )  # slices of a memory map are slow to make, those of its plain view are not
+    starts = split.offsets[rows].tolist()
+    for row, start, length in zip(tokens, starts, lengths.tolist(), strict=True):
+        row[:length] = source[start : start + length]
     shape = (len(examples), towers, width)
     padded = bool((lengths < width).any())
     mask = torch.from_numpy(np.arange(width) < lengths[:, None]).view(shape) if padded else None

@@ -15,6 +15,14 @@ def stamp(canvas, shape, y, x):
 
 
 @njit(cache=True)
+def copy(source, target):
+    """Copy a square array onto another."""
+    for y in range(len(source)):  # numba takes ten seconds to compile target[:] = source
+        for x in range(len(source)):
+            target[y, x] = source[y, x]
+
+
+@njit(cache=True)
 def normalise(canvas, image):
     """Scale grey levels so that the brightest is 255."""
     peak = 0.0

@@ -8,13 +8,12 @@ what a model reads.
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import numpy as np
 from numba import njit
 
-from tasks._sources import ROOTS, open_text
+from tasks._sources import ROOTS, atomic_path, open_text
 from tasks.base import SPLITS, Data, SourceError, Split
 
 # The vocabulary: a symbol's id is its position. `]` is written X; parentheses are dropped, brackets kept.
@@ -91,11 +90,14 @@ def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def write_tsv(path: Path, tokens: list[np.ndarray], labels: np.ndarray) -> None:
-    """Write well-formed expressions in the published format, compressed if the name ends in .gz."""
-    opener = gzip.open if Path(path).suffix == ".gz" else open
-    with opener(path, "wt", encoding="ascii", newline="\n") as file:
+    """Write expressions in the published format. SourceError for one that is cut short or not of its label."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
         file.write(_HEADER)
-        file.writelines(f"{to_text(ids)}\t{label}\n" for ids, label in zip(tokens, labels, strict=True))
+        for number, (ids, label) in enumerate(zip(tokens, labels, strict=True), 2):
+            if evaluate(ids) != label:
+                problem = f"not a whole expression of value {label}: export uncut data"
+                raise SourceError(f"{path}, line {number}: {problem}")
+            file.write(f"{to_text(ids)}\t{label}\n")
 
 
 def find(data_dir: Path | None) -> dict[str, Path]:

@@ -62,7 +62,7 @@ class Tables(NamedTuple):
     near: np.ndarray  # (m, 2) the disc of radius `margin`
     marker: np.ndarray  # (d, d) float64 grey levels of a disc
     size: int
-    border: int  # first seeds keep this far from the edge
+    room: np.ndarray  # (360, 4) top, left, height, width of where the first snake may start
     stencil: np.ndarray  # (360, m, 2) pixels a first paddle needs free, from its tail; the last is repeated
     plantable: np.ndarray  # (360,) bool, headings the published program can start a snake with
 
@@ -161,6 +161,8 @@ def tables(g: Geometry) -> Tables:
     drawn = np.concatenate([degrees, headings[DEGREES:] + np.pi])  # from the head back
     line, area = (np.stack(shapes) for shapes in zip(*(_paddle(angle, g) for angle in drawn), strict=True))
     stencil, plantable = _stencils(area, step, g.size)
+    border = 2 * g.seed_distance  # the first paddle keeps this far from the edge: its spots are a rectangle
+    corner, extent = border - stencil.min(1), g.size - 2 * border - np.ptp(stencil, axis=1)
 
     def level(shape: np.ndarray, contrast: float) -> np.ndarray:  # published: kept in single precision
         return (shape / 255 * contrast).astype(np.float32).astype(np.float64)
@@ -180,7 +182,7 @@ def tables(g: Geometry) -> Tables:
         near=_disc(g.margin),
         marker=_marker(g.marker_radius) / 255,
         size=g.size,
-        border=2 * g.seed_distance,
+        room=np.concatenate([corner, extent], 1),
         stencil=stencil,
         plantable=plantable,
     )

@@ -9,7 +9,7 @@ of the published program are kept where they shape its images, and marked "publi
 import numpy as np
 from numba import njit
 
-from tasks._canvas import normalise, stamp, turn
+from tasks._canvas import copy, normalise, stamp, turn
 from tasks._paddles import DEGREES
 from tasks._rng import below, stream, uniform
 
@@ -36,15 +36,30 @@ def _clashes(mask, shape, y, x):
 
 
 @njit(cache=True)
-def _clear(mask, stencil, border, y, x):
-    """Is the stencil at (y, x) free of what is occupied and `border` pixels off the edge?"""
-    n = mask.shape[0]
+def _free(mask, stencil, taken, blocked, spots):
+    """Number of pixels from which the stencil, as far as it is inside, meets nothing; in order, in `spots`.
+
+    One step of the stencil at a time over whole rows: the compiler turns that into vector instructions.
+    """
+    n = len(mask)
+    for y in range(n):
+        for x in range(n):
+            taken[y, x] = mask[y, x] > TAKEN
+            blocked[y, x] = 0
     for i in range(len(stencil)):
-        row, col = y + stencil[i, 0], x + stencil[i, 1]
-        if 0 <= row < n and 0 <= col < n:
-            if min(row, col) < border or max(row, col) >= n - border or mask[row, col] > TAKEN:
-                return False
-    return True
+        dy, dx = stencil[i, 0], stencil[i, 1]
+        left, right = max(0, -dx), min(n, n - dx)
+        for y in range(max(0, -dy), min(n, n - dy)):
+            to, of = blocked[y, left:right], taken[y + dy, left + dx : right + dx]
+            for x in range(len(to)):
+                to[x] |= of[x]
+    free = 0
+    for y in range(n):
+        for x in range(n):
+            if blocked[y, x] == 0:
+                spots[free] = y * n + x
+                free += 1
+    return free
 
 
 @njit(cache=True)
@@ -57,24 +72,32 @@ def _plant(snake, ahead, behind, heading, y, x, n):
 
 
 @njit(cache=True)
-def _seed(snake, mask, t, border, spots, rng):
-    """Start a snake anywhere free that is `border` pixels off the edge; False when nothing was found."""
-    reach = t.area.shape[1] // 2
-    low, high = max(0, border - reach), min(t.size, t.size - border + reach)
+def _first(snake, t, rng):
+    """Start the first target snake in the empty image, `t.border` pixels off the edge; False: start again."""
     for _ in range(TRIALS):
         heading = below(rng, DEGREES)
         if not t.plantable[heading]:
             return False
-        stencil, free = t.stencil[heading], 0
-        for y in range(low, high):
-            for x in range(low, high):
-                if _clear(mask, stencil, border, y, x):
-                    spots[free, 0], spots[free, 1] = y, x
-                    free += 1
+        top, left, height, width = t.room[heading]
+        spot = below(rng, height * width)
+        y, x = top + spot // width, left + spot % width
+        if _plant(snake, t.ahead, t.behind, heading, y, x, t.size):
+            return True
+    return False
+
+
+@njit(cache=True)
+def _seed(snake, mask, t, taken, blocked, spots, rng):
+    """Start a distractor anywhere free; False when nothing was found."""
+    for _ in range(TRIALS):
+        heading = below(rng, DEGREES)
+        if not t.plantable[heading]:
+            return False
+        free = _free(mask, t.stencil[heading], taken, blocked, spots)
         if free == 0:
             return False
-        spot = below(rng, free)
-        if _plant(snake, t.ahead, t.behind, heading, spots[spot, 0], spots[spot, 1], t.size):
+        y, x = divmod(spots[below(rng, free)], t.size)
+        if _plant(snake, t.ahead, t.behind, heading, y, x, t.size):
             return True
     return False
 
@@ -124,12 +147,14 @@ def _grow(path, i, mask, t, cumulative, rng):
 
 
 @njit(cache=True)
-def _targets(paths, mask, t, spots, cumulative, rng):
+def _targets(paths, mask, t, cumulative, rng):
     """Grow the two target snakes by turns into an empty image; False to start again."""
-    for y in range(t.size):
-        for x in range(t.size):  # one pixel of padding all around
-            mask[y, x] = 0.0 if 0 < y < t.size - 1 and 0 < x < t.size - 1 else 1.0
-    if not _seed(paths[0, 0], mask, t, t.border, spots, rng):
+    for row in mask:
+        for x in range(len(row)):
+            row[x] = 0.0
+    for k in range(t.size):  # one pixel of padding all around
+        mask[0, k] = mask[-1, k] = mask[k, 0] = mask[k, -1] = 1.0
+    if not _first(paths[0, 0], t, rng):
         return False
     placed = False
     for _ in range(TRIALS):
@@ -150,26 +175,19 @@ def _targets(paths, mask, t, spots, cumulative, rng):
 
 
 @njit(cache=True)
-def _copy(source, target):
-    for y in range(len(source)):  # numba takes ten seconds to compile target[:] = source
-        for x in range(len(source)):
-            target[y, x] = source[y, x]
-
-
-@njit(cache=True)
-def _distractor(path, mask, before, t, spots, cumulative, rng):
+def _distractor(path, mask, before, t, taken, blocked, spots, cumulative, rng):
     """Grow one short snake where there is room; False leaves the mask as it was."""
     for _ in range(SNAKE_TRIALS):
-        if not _seed(path[0], mask, t, np.int64(1), spots, rng):
+        if not _seed(path[0], mask, t, taken, blocked, spots, rng):
             continue
-        _copy(mask, before)
+        copy(mask, before)
         grown = True
         for i in range(1, len(path)):
             grown = grown and _grow(path, i, mask, t, cumulative, rng)
         if grown:
             stamp(mask, t.area[path[-1, 0]], path[-1, 1], path[-1, 2])
             return True
-        _copy(before, mask)
+        copy(before, mask)
     return False
 
 
@@ -186,8 +204,9 @@ def _matched(paths):
 def _curves(t, distractors, matched, paths, rng):
     """Draw all snakes of an image; fills `paths` with those of the targets and returns the canvas."""
     mask, before = np.empty((t.size, t.size)), np.empty((t.size, t.size))
-    spots, cumulative = np.empty((t.size * t.size, 2), np.int64), np.empty(len(t.candidates))
-    while not _targets(paths, mask, t, spots, cumulative, rng) or (matched and not _matched(paths)):
+    taken, blocked = np.empty((2, t.size, t.size), np.uint8)
+    spots, cumulative = np.empty(t.size * t.size, np.int64), np.empty(len(t.candidates))
+    while not _targets(paths, mask, t, cumulative, rng) or (matched and not _matched(paths)):
         pass
     canvas = np.zeros((t.size, t.size))
     for s in range(2):
@@ -195,7 +214,7 @@ def _curves(t, distractors, matched, paths, rng):
             stamp(canvas, t.target[paths[s, i, 0]], paths[s, i, 1], paths[s, i, 2])
     path = np.zeros((paths.shape[1] // 3, 5), np.int64)
     for _ in range(distractors):
-        if _distractor(path, mask, before, t, spots, cumulative, rng):
+        if _distractor(path, mask, before, t, taken, blocked, spots, cumulative, rng):
             for i in range(len(path)):
                 stamp(canvas, t.distractor[path[i, 0]], path[i, 1], path[i, 2])
     return canvas

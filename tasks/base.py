@@ -3,7 +3,7 @@
 A task file exports three names:
 
     META     a `Meta`: facts that no preset changes (classes, vocabulary, towers)
-    RECIPES  {"smoke": Recipe, "small": Recipe, "paper": Recipe}: the same for every attention
+    RECIPES  {"smoke": Recipe, "small": Recipe, "paper": Recipe}, and more: the same for every attention
     Task     a class with `build(recipe, *, source, data_dir, workers) -> Built`
 
 and, if its raw files are published in an archive, two more, so that `--data-dir` may be one:
@@ -11,6 +11,8 @@ and, if its raw files are published in an archive, two more, so that `--data-dir
     ARCHIVES         file names it is published under, looked for in a folder without the files themselves
     members(data)    patterns of the files that `build` looks for: the last parts of their paths
 
+and, if it likes: `export(splits, folder) -> list[Path]` writes the files the task was published as;
+`decode(tokens) -> str` spells a sequence of symbols.
 `build` returns token sequences; tasks/prepared.py writes them once as memory-mapped arrays with a
 manifest, and training reads only those. Token id 0 is padding in every task and never a symbol.
 """
@@ -44,7 +46,13 @@ class Meta:
     vocab: int  # number of token ids, padding included
     towers: int  # sequences per example: 1 = classify one, 2 = match a pair
     description: str
+    reads: Literal["symbols", "bytes", "pixels"] = (
+        "symbols"  # what id - 1 is: how people are shown an example
+    )
     generated: bool = False  # made by the suite: a --data-dir without its files is no error
+    resumable: bool = (
+        False  # `build` takes a folder `scratch` too, for what an interrupted call leaves to the next
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

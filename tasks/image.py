@@ -28,6 +28,7 @@ META = Meta(
     vocab=257,
     towers=1,
     description="CIFAR-10 as grey pixels in raster order: ten classes",
+    reads="pixels",
 )
 
 RECIPES = {

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from tasks._archives import LRA_RELEASE
-from tasks._expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits
+from tasks._expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits, write_tsv
 from tasks._rng import below, stream, uniform
 from tasks._sources import sha256_file
 from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
@@ -99,8 +99,11 @@ def generate(
     limits = dict(max_depth=max_depth, max_args=max_args, min_length=min_length, max_length=max_length)
     if max_depth < 2 or max_args < 2 or not 0 <= min_length <= max_length - 2:
         raise SourceError(f"ListOps with {limits}: use depth, args >= 2 and 0 <= min <= max - 2")
+    from tqdm import tqdm
+
     found, last_new = {}, 0  # digest of the content -> (tokens, label), in attempt order
-    with ThreadPoolExecutor(workers) as pool:
+    bar = tqdm(total=count, desc="listops", unit=" trees", delay=2, disable=None)  # None: not a terminal
+    with bar, ThreadPoolExecutor(workers) as pool:
         for start in range(0, 1 << 50, workers):
             drawn = pool.map(lambda c: _draw_chunk(seed, c, *limits.values()), range(start, start + workers))
             for chunk, (tokens, lengths, values) in enumerate(drawn, start):
@@ -109,6 +112,7 @@ def generate(
                     if len(found) < count and content not in found:
                         found[content] = sequence, value
                         last_new = chunk
+                bar.update(len(found) - bar.n)
                 if len(found) == count:
                     return [s for s, _ in found.values()], np.array([v for _, v in found.values()], np.uint8)
                 if chunk - last_new >= _GIVE_UP:
@@ -147,6 +151,15 @@ ARCHIVES = LRA_RELEASE
 def members(data: Data) -> tuple[str, ...]:
     """The raw files in an archive of the LRA release."""
     return tuple(NAMES.values())
+
+
+def export(splits: dict[str, Split], folder: Path) -> list[Path]:
+    """Write the published files of these splits, basic_{train,val,test}.tsv; returns their paths."""
+    paths = {name: Path(folder) / file for name, file in NAMES.items()}
+    for name, path in paths.items():
+        split = splits[name]
+        write_tsv(path, [split.sequence(i) for i in range(len(split.labels))], split.labels)
+    return list(paths.values())
 
 
 class Task:

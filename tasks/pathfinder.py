@@ -5,20 +5,22 @@ Linsley et al. 2018 (arXiv 1805.08315), as in Long Range Arena (arXiv 2011.04006
 program; `Task` reads a folder of the LRA release where there is one. Grey level g is token g + 1.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
 
 from tasks import _pathfinder_files
 from tasks._archives import LRA_RELEASE
+from tasks._discs import disc_places
 from tasks._paddles import GEOMETRIES, tables_of
+from tasks._parts import kept
 from tasks._pathfinder_files import FOLDERS, find, read
 from tasks._snakes import draw
 from tasks._threads import in_chunks
 from tasks.base import SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
-META = Meta(name="pathfinder", version=1, classes=2, vocab=257, towers=1, generated=True,
+META = Meta(name="pathfinder", version=1, classes=2, vocab=257, towers=1, reads="pixels",
+            generated=True, resumable=True,
             description="two discs, one dashed curve or two, from grey pixels in raster order")  # fmt: skip
 
 RECIPES = {
@@ -35,14 +37,17 @@ RECIPES = {
         data=Data(seq_len=1024, train=160_000, val=20_000, test=20_000,
                   options=dict(size=32, contour_length=14, downsample=1)),
         train=Optim(steps=62_400, batch=256, lr=1e-4, warmup=312, weight_decay=0.0, eval_every=1000),
-        encoder=Encoder(layers=2, width=64, heads=2, ffn=128), budget=256),
+        encoder=Encoder(), budget=256),
+    "path-x": Recipe(  # preparing it takes half an hour on a core and 10 GB of memory
+        data=Data(seq_len=16_384, train=160_000, val=20_000, test=20_000,
+                  options=dict(size=128, contour_length=14, downsample=1)),
+        train=Optim(steps=62_400, batch=256, accumulate=16, lr=1e-4, warmup=312, weight_decay=0.0,
+                    eval_every=1000),
+        encoder=Encoder(), budget=256),
 }  # fmt: skip
 
-
-LENGTHS = (
-    3,
-    *FOLDERS,
-)  # dashes per curve; 3 is this suite's own, easier than the published, without distractors
+LENGTHS = (3, *FOLDERS)  # dashes per curve; 3 is this suite's own: easier, and without distractors
+NAMES = {(32, 14, 1, 256, 0): "Pathfinder", (128, 14, 1, 256, 0): "Path-X"}  # by _options: as published
 
 
 def _check(size: int, contour_length: int) -> None:
@@ -73,21 +78,26 @@ def generate(
     contour_length: int = 14,
     matched: bool = False,
     workers: int = 1,
+    scratch: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` images: grey levels, uint8 (count, size, size), and labels, uint8 (count,), 1 = joined.
 
     Image i depends only on (seed, i, size, contour_length). size is 32, 64 or 128 pixels, contour_length
     (dashes per curve) 3, 6, 9 or 14, anything else is a ValueError. `matched` draws discs that are equally far
     apart under both labels, in any orientation: the published images give the label away by where the discs
-    are (see _disc_places). `workers` threads; a progress bar on a terminal after two seconds.
+    are (see _discs.disc_places). `workers` threads; a progress bar on a terminal after two seconds. What is drawn
+    is kept in the folder `scratch`, if given, so that an interrupted call goes on where it was stopped.
     """
     _check(size, contour_length)
     images, labels = np.empty((count, size, size), np.uint8), np.empty(count, np.uint8)
+    setting = f"v{META.version}-seed{seed}-{size}px-{contour_length}{'-matched' * matched}"
 
     def fill(start: int, end: int) -> None:
-        images[start:end], labels[start:end], _, _ = scenes(
-            seed, start, end - start, size, contour_length, matched
-        )
+        def make():
+            return scenes(seed, start, end - start, size, contour_length, matched)[:2]
+
+        drawn = kept(scratch / setting / f"{start}-{end}.npz", make) if scratch else make()
+        images[start:end], labels[start:end] = drawn
 
     in_chunks(fill, count, workers, "images")
     return images, labels
@@ -123,52 +133,21 @@ def reduce(images: np.ndarray, factor: int, levels: int) -> np.ndarray:
     black stays black, and 256 levels change nothing.
     """
     n, size, _ = images.shape
-    blocks = images.reshape(n, size // factor, factor, size // factor, factor).max((2, 4))
-    return (-(-blocks.astype(np.int64) * (levels - 1) // 255)).astype(np.uint8)
-
-
-def locate_discs(images: np.ndarray) -> np.ndarray:
-    """Row and column of the discs as seen in the pixels, the upper one first: int64 (n, 4).
-
-    A disc is taken to be where a whole square is brightest; at 32 px 99% are found to within two pixels.
-    """
-    n, size, _ = images.shape
-    core = math.ceil(1.5 * GEOMETRIES[size][0].marker_radius)
-    side = size - core + 1
-    solid = np.full((n, side, side), 255, np.uint8)
-    for i in range(core):
-        for j in range(core):
-            np.minimum(solid, images[:, i : i + side, j : j + side], out=solid)
-    spots = np.empty((n, 2), np.int64)
-    for k in range(2):
-        spots[:, k] = solid.reshape(n, -1).argmax(1)
-        place = np.stack(np.divmod(spots[:, k], side))[:, :, None]
-        near_y, near_x = np.abs(np.arange(side) - place) < core
-        solid[near_y[:, :, None] & near_x[:, None, :]] = 0
-    return np.stack(np.divmod(np.sort(spots, 1), side), -1).reshape(n, 4)
-
-
-def _disc_places(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], factor: int) -> float:
-    """Test accuracy of boosted trees that see where the discs are, to `factor` pixels, and no curve.
-
-    The published images give that much away: the first curve starts in the middle and up to the left, the
-    second at a fixed distance from it, so where both ends of one curve lie is not where ends of two do.
-    """
-    from sklearn.ensemble import HistGradientBoostingClassifier
-
-    trees = HistGradientBoostingClassifier(early_stopping=False, random_state=0)
-    trees.fit(locate_discs(images["train"][:50_000]) // factor, labels["train"][:50_000])
-    return float(trees.score(locate_discs(images["test"]) // factor, labels["test"]))
+    if factor > 1:
+        images = images.reshape(n, size // factor, factor, size // factor, factor).max((2, 4))
+    if levels == 256:
+        return images
+    return (-(-np.arange(256) * (levels - 1) // 255)).astype(np.uint8)[images]
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
-    tokens = images.reshape(-1).astype(np.uint16) + np.uint16(1)  # a black pixel is not padding
+    tokens = np.add(images.reshape(-1), 1, dtype=np.uint16)  # a black pixel is not padding
     return Split(tokens, np.arange(len(images) + 1, dtype=np.int64) * images[0].size, labels)
 
 
 def _name(size: int, contour_length: int, factor: int, levels: int, matched: int) -> str:
-    if (size, contour_length, factor, levels, matched) == (32, 14, 1, 256, 0):
-        return "Pathfinder"
+    if name := NAMES.get((size, contour_length, factor, levels, matched)):
+        return name
     parts = [f"contour {contour_length}", f"{size // factor} px"]
     parts += [f"{levels} grey levels"] * (levels < 256) + ["matched discs"] * matched
     return f"Pathfinder ({', '.join(parts)})"
@@ -186,7 +165,15 @@ def members(data: Data) -> tuple[str, ...]:
 class Task:
     """Pathfinder images, drawn by `generate` or read from a release folder pathfinder<size> in `data_dir`."""
 
-    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
+    def build(
+        self,
+        recipe: Recipe,
+        *,
+        source: str,
+        data_dir: Path | None,
+        workers: int,
+        scratch: Path | None = None,
+    ) -> Built:
         """All three splits; "embedded" is local if `data_dir` holds images of this size, else generated.
 
         Options: `size`, `contour_length` and `matched` as in `generate`; `downsample` and `levels` as in
@@ -211,6 +198,7 @@ class Task:
                 contour_length=contour_length,
                 matched=bool(matched),
                 workers=workers,
+                scratch=scratch,
             )
         else:
             images, labels, files = read(folder, data, size, workers)
@@ -228,7 +216,7 @@ class Task:
             files=files,
             floors={
                 "majority": majority(label_of["train"], label_of["test"]),
-                "disc places": _disc_places(image_of, label_of, factor),
+                "disc places": disc_places(image_of, label_of, factor),
             },
             report={"joined": round(float(labels.mean()), 4)},
         )

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from tasks import _archives
+from tasks import _archives, _parts
 from tasks._duplicates import disjoint
 from tasks._sources import atomic_path, one_line, sha256_file
 from tasks.base import SPLITS, Built, SourceError, Split
@@ -54,16 +54,16 @@ def prepare(
 
     `source` is embedded, hub or local; None means local with a `data_dir`, else what the recipe names. A
     generated task uses its files in `data_dir` where there are any. `data_dir` may be an archive. `verify`
-    hashes every byte of what is there instead of trusting sizes and times.
-    A folder that is incomplete or does not match its hashes is rebuilt; one made from another source is
-    left alone and raises SourceError. Two processes preparing the same task take turns.
+    hashes every byte of what is there instead of trusting sizes and times. A folder that is incomplete or does
+    not match its hashes is rebuilt; one made from another source is left alone and raises SourceError. Two
+    processes preparing the same task take turns; a resumable task goes on where an interrupted call stopped.
     """
     recipe = task.RECIPES[preset]
     source = source or ("local" if data_dir and not task.META.generated else recipe.data.source)
     folder = Path(out) / task.META.name / preset
     origin = {"source": source, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
     request = {"task": task.META.name, "version": task.META.version, **asdict(recipe.data), **origin}
-    with _locked(folder):
+    with _locked(folder), _parts.resumable(task.META, folder) as resumed:
         try:
             found = load(folder, full=verify)
         except SourceError as error:
@@ -80,7 +80,7 @@ def prepare(
                     f"give another --out, or remove the folder"
                 )
         with _archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
-            built = task.Task().build(recipe, source=source, data_dir=raw, workers=workers)
+            built = task.Task().build(recipe, source=source, data_dir=raw, workers=workers, **resumed)
         splits, removed, repeated = disjoint(built.splits, task.META.towers)
         manifest = _manifest(task, request, built, splits)
         manifest |= {"duplicates_removed": removed, "duplicates_within": repeated}

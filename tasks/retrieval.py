@@ -32,6 +32,7 @@ META = Meta(
     vocab=257,
     towers=2,
     description="two documents as bytes: related (citation; import) or not",
+    reads="bytes",
 )
 
 ALL = ",".join(_imports.PACKAGES)

@@ -36,6 +36,7 @@ META = Meta(
     vocab=257,
     towers=1,
     description="IMDb film reviews as bytes: positive or negative",
+    reads="bytes",
 )
 
 RECIPES = {

@@ -19,7 +19,7 @@ SOURCES = {
 }
 TORCH_FREE = (
     "record", "cells", "table", "stats", "published", "options", "show", "registry", "compare", "schema",
-    "consistency", "verify", "leaderboard",
+    "consistency", "verify", "leaderboard", "style",
 )  # fmt: skip
 TOP_LEVEL = {
     "lra", "models", "tasks", "results", "tests", "docs", "run_all.sh", "run_tests.sh", "requirements.txt",
@@ -27,7 +27,7 @@ TOP_LEVEL = {
 }  # fmt: skip
 MADE_HERE = {"data", "runs"}  # git-ignored: what running the suite leaves behind
 UNSAFE = {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "torch.load"}
-SLOW = {"PIL", "pyarrow", "sklearn", "datasets", "huggingface_hub", "transformers"}
+SLOW = {"PIL", "matplotlib", "jinja2", "pyarrow", "sklearn", "datasets", "huggingface_hub", "transformers"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

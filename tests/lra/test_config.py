@@ -201,7 +201,7 @@ def test_protocol_is_open_for_a_changed_recipe_legacy_validation_or_too_many_par
 @pytest.mark.parametrize("name", [n for n in task_names() if n != "tiny"])
 def test_every_task_has_the_three_presets_and_none_knows_an_attention(name):
     task = load_task(name)
-    assert set(task.RECIPES) == {"smoke", "small", "paper"}
+    assert set(task.RECIPES) >= {"smoke", "small", "paper"}
     assert task.META.name == name and task.META.towers in (1, 2)
     fields = {f for r in task.RECIPES.values() for part in (r, r.encoder, r.train) for f in vars(part)}
     assert not any(a in field for a in attention_names() for field in fields)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lra.__main__ import main
 from tasks import listops
 from tasks._expressions import SYMBOLS, read_tsv, write_tsv
 from tasks._rng import below, stream, uniform
 from tasks.base import SourceError
 from tasks.listops import META, RECIPES, Task, decode, generate
-from tasks.prepared import prepare
+from tasks.prepared import load, prepare
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "listops_reference_1000.tsv.gz"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason=f"needs shared/data/{REFERENCE.name}")
@@ -201,13 +202,47 @@ def test_reference_file_round_trips_byte_for_byte(tmp_path, reference):
         assert (tmp_path / "ours.tsv").read_bytes() == file.read()
 
 
-@pytest.mark.parametrize("name", ["basic_train.tsv", "basic_train.tsv.gz"])
-def test_generated_examples_survive_the_published_format(tmp_path, short, name):
-    write_tsv(tmp_path / name, *short)
-    assert (tmp_path / name).read_bytes().startswith(b"\x1f\x8b") == name.endswith(".gz")
-    sequences, labels = read_tsv(tmp_path / name)
-    assert all(np.array_equal(a, b) for a, b in zip(sequences, short[0], strict=True))
-    assert np.array_equal(labels, short[1])
+def test_generated_examples_survive_the_published_format(tmp_path, short):
+    path = tmp_path / "basic_train.tsv"
+    write_tsv(path, *short)
+    packed = tmp_path / "basic_train.tsv.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for copy in (path, packed):
+        sequences, labels = read_tsv(copy)
+        assert all(np.array_equal(a, b) for a, b in zip(sequences, short[0], strict=True))
+        assert np.array_equal(labels, short[1])
+
+
+def test_a_sequence_that_was_cut_is_not_written(tmp_path, short):
+    cut = [*short[0][:3], short[0][3][:-1]]
+    with pytest.raises(SourceError, match="basic_val.tsv, line 5: not a whole expression"):
+        write_tsv(tmp_path / "basic_val.tsv", cut, short[1][:4])
+    assert not list(tmp_path.iterdir())
+
+
+@needs_reference
+def test_published_files_prepared_and_exported_are_the_same_bytes(tmp_path, monkeypatch):
+    with gzip.open(REFERENCE, "rt", newline="\n") as file:
+        header, *rows = file
+    parts = {"test": rows[:101], "val": rows[101:198], "train": rows[198:]}
+    for name, part in parts.items():
+        (tmp_path / f"basic_{name}.tsv").write_text(header + "".join(part), newline="\n")
+    monkeypatch.setitem(RECIPES, "paper", shrink(RECIPES["paper"], train=0, val=0, test=0))
+    words = ["prepare", "listops", "--preset=paper", f"--data-dir={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert main([*words, f"--export={tmp_path / 'again'}"]) == 0
+    for name in parts:
+        file = f"basic_{name}.tsv"
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_generated_data_exported_and_prepared_again_are_the_same_splits(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "smoke", shrink(RECIPES["smoke"], train=211, val=23, test=31))
+    words = ["prepare", "listops", "--preset=smoke"]
+    assert main([*words, f"--out={tmp_path / 'one'}", f"--export={tmp_path / 'raw'}"]) == 0
+    assert main([*words, f"--out={tmp_path / 'two'}", f"--data-dir={tmp_path / 'raw'}"]) == 0
+    one, two = (load(tmp_path / which / "listops" / "smoke") for which in ("one", "two"))
+    assert (one.manifest["source"], two.manifest["source"]) == ("generated", "local")
+    assert one.manifest["splits"] == two.manifest["splits"]
 
 
 @pytest.mark.parametrize(

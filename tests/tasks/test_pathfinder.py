@@ -10,8 +10,11 @@ from PIL import Image
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
+from tasks import pathfinder
+from tasks._discs import locate_discs
 from tasks.base import PAD, SPLITS, SourceError
-from tasks.pathfinder import META, RECIPES, Task, generate, locate_discs, scenes
+from tasks.pathfinder import META, RECIPES, Task, generate, scenes
+from tasks.prepared import prepare
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "pathfinder32_reference.npz"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason=f"needs shared/data/{REFERENCE.name}")
@@ -144,16 +147,22 @@ def test_an_image_depends_on_seed_and_index_alone():
 
 
 @pytest.mark.parametrize(
-    ("size", "length", "digest"),
+    ("size", "length", "matched", "digest"),
     [
-        (32, 14, "8d5cd1e481b9762b"),
-        (32, 9, "0b2d2c39863207f3"),
-        (64, 6, "af808e0c72f16041"),
-        (128, 6, "596f79eb8307e213"),
+        (32, 14, False, "8d5cd1e481b9762b"),
+        (32, 9, False, "0b2d2c39863207f3"),
+        (32, 6, False, "07cdfc0c89db8064"),
+        (32, 3, True, "45ed2d4caab8bfe8"),
+        (64, 6, False, "af808e0c72f16041"),
+        (64, 9, False, "93d09c95da0ba5e6"),
+        (64, 14, False, "bfcdf7b54a5c6cd6"),
+        (128, 6, False, "596f79eb8307e213"),
+        (128, 9, False, "326d894722d88850"),
+        (128, 14, False, "3eb2009986f4e1e1"),
     ],
 )
-def test_bytes_of_a_seed_never_change(size, length, digest):
-    images, labels = generate(8, seed=0, size=size, contour_length=length)
+def test_bytes_of_a_seed_never_change(size, length, matched, digest):
+    images, labels = generate(8, seed=0, size=size, contour_length=length, matched=matched)
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == digest
 
 
@@ -333,3 +342,69 @@ def test_an_unreadable_image_is_an_error(release, damage):
         path.write_bytes(path.read_bytes()[: 60 if damage == "truncated" else 0])
     with pytest.raises(SourceError, match="imgs/1/sample_165.png: not a readable PNG image of 32 x 32"):
         build(local(), data_dir)
+
+
+class Stopped(Exception):
+    """What a test raises in the middle of a generation."""
+
+
+def test_an_interrupted_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    drawn, real = [], pathfinder.scenes
+
+    def counted(seed, start, *rest):
+        if start >= stop_at:
+            raise Stopped
+        drawn.append(start)
+        return real(seed, start, *rest)
+
+    whole = generate(331, seed=7)
+    monkeypatch.setattr(pathfinder, "scenes", counted)
+    stop_at = 192
+    with pytest.raises(Stopped):
+        generate(331, seed=7, scratch=tmp_path)
+    assert drawn == [0, 64, 128]
+    (setting,) = tmp_path.iterdir()
+    (setting / "64-128.npz").write_bytes((setting / "64-128.npz").read_bytes()[:-300])  # cut short
+    damaged = bytearray((setting / "128-192.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (setting / "128-192.npz").write_bytes(damaged)
+    drawn.clear()
+    stop_at = 331
+    resumed = generate(331, seed=7, scratch=tmp_path)
+    assert drawn == [64, 128, 192, 256, 320]
+    for again in (resumed, generate(331, seed=7, scratch=tmp_path)):
+        assert all(np.array_equal(a, b) for a, b in zip(again, whole, strict=True))
+    assert len(drawn) == 5, "the last call drew nothing"
+    generate(70, seed=8, scratch=tmp_path)
+    assert drawn[5:] == [0, 64], "another seed shares nothing"
+
+
+def test_prepare_keeps_what_an_interrupted_call_drew_and_then_clears_it_away(tmp_path, monkeypatch):
+    parts, real = tmp_path / "pathfinder" / ".parts.smoke", pathfinder.scenes
+    smaller = replace(RECIPES["smoke"].data, train=200, val=7, test=11)
+    monkeypatch.setitem(RECIPES, "smoke", replace(RECIPES["smoke"], data=smaller))
+
+    def stopped(seed, start, *rest):
+        if start >= 128:
+            raise Stopped
+        return real(seed, start, *rest)
+
+    monkeypatch.setattr(pathfinder, "scenes", stopped)
+    with pytest.raises(Stopped):
+        prepare(pathfinder, "smoke", out=tmp_path)
+    assert len(list(parts.rglob("*.npz"))) == 2 and not (tmp_path / "pathfinder" / "smoke").exists()
+    monkeypatch.setattr(pathfinder, "scenes", real)
+    made, reused = prepare(pathfinder, "smoke", out=tmp_path)
+    assert not reused and not parts.exists()
+    assert np.array_equal(made.splits["train"].tokens, build(RECIPES["smoke"]).splits["train"].tokens)
+
+
+def test_path_x_is_the_published_128_px_setting_and_can_be_built():
+    data = RECIPES["path-x"].data
+    assert (data.seq_len, data.train, data.val, data.test) == (16_384, 160_000, 20_000, 20_000)
+    few = replace(RECIPES["path-x"], data=replace(data, train=30, val=3, test=5))
+    built = build(few)
+    images, labels = generate(38, seed=0, size=128)
+    assert built.dataset == "Path-X"
+    assert np.array_equal(built.splits["test"].tokens.reshape(5, 128, 128) - 1, images[:5])
+    assert np.array_equal(built.splits["train"].labels, labels[8:])

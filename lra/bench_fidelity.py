@@ -1,0 +1,216 @@
+"""`bench fidelity`: do the generators draw what the published programs draw?
+
+The reference folder holds samples of the published programs: listops_reference_1000.tsv.gz (ListOps in its file
+format) and pathfinder32_reference.npz (images_L uint8 (n, 32, 32) and labels_L for contour length L). They are not
+part of this repository; the report is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lra.bench import machine_line, markdown_table, write_report
+from lra.machine import set_threads
+from lra.pathfinder_probe import learn, shortcuts
+from tasks import listops, pathfinder
+from tasks._discs import locate_discs
+from tasks._expressions import CLOSE, MIN, SYMBOLS, read_tsv
+from tasks._sources import one_line
+from tasks.base import SourceError
+
+LISTOPS, PATHFINDER = "listops_reference_1000.tsv.gz", "pathfinder32_reference.npz"
+OURS = {"ListOps": 5000, "Pathfinder": 8000}  # samples compared with the reference
+INKED = 60  # grey level above which a pixel counts as drawn
+HASHED = 64  # samples of seed 0 that a hash covers
+ALPHA = 0.01  # of all two-sample tests of a generator together
+
+
+def bench(args: Namespace) -> None:
+    """`bench fidelity`: measure, print and write."""
+    set_threads(1)
+    expressions, images = read_reference(args.reference)  # before anything is measured
+    measured = {"hashes": hashes(), "listops": compare_listops(*expressions)}
+    measured["pathfinder"] = {n: compare_pathfinder(int(n), *pair) for n, pair in images.items()}
+    measured["shortcuts"] = shortcuts(*images["14"])
+    measured["learning"] = learn(*images["14"])
+    command = "python -m lra bench fidelity --reference FOLDER"
+    text = markdown(measured, command)
+    paths = write_report(args.results, "fidelity", command, measured, text)
+    print(text + "\nwritten: " + ", ".join(map(str, paths)))
+
+
+def read_reference(folder: Path) -> tuple[tuple, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """ListOps expressions with labels, and images with labels by contour length. SourceError if one is not there."""
+    expressions = read_tsv(Path(folder) / LISTOPS)
+    path = Path(folder) / PATHFINDER
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return expressions, {n: (file[f"images_{n}"], file[f"labels_{n}"]) for n in ("14", "6")}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise SourceError(
+            f"{path}: not the reference images ({one_line(error)}); give another --reference"
+        ) from None
+
+
+def hashes() -> dict[str, str]:
+    """sha256 of the first samples of seed 0 of every generator and setting: the same on every platform."""
+    found = {"ListOps": hashlib.sha256()}
+    for tokens, label in zip(*listops.generate(HASHED, seed=0), strict=True):
+        found["ListOps"].update(tokens.astype("<u2").tobytes() + bytes([label]))
+    for size in (32, 64, 128):
+        for length in (6, 9, 14):
+            images, labels = pathfinder.generate(HASHED, seed=0, size=size, contour_length=length)
+            name = f"Pathfinder {size} px, contour {length}"
+            found[name] = hashlib.sha256(images.tobytes() + labels.tobytes())
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def tree_statistics(tokens: np.ndarray) -> dict[str, float]:
+    """Of one expression: length, depth, root, and over its operators the mean arity and the share of each kind."""
+    parent, arity, deepest = [], [], 1
+    kinds = []
+    for token in tokens.tolist():
+        if token == CLOSE:
+            parent.pop()
+            continue
+        if parent:
+            arity[parent[-1]] += 1
+        deepest = max(deepest, len(parent) + 1)
+        if token >= MIN:
+            parent.append(len(arity))
+            arity.append(0)
+            kinds.append(token - MIN)
+    shares = np.bincount(kinds, minlength=4) / len(kinds)
+    names = [symbol[1:] for symbol in SYMBOLS[MIN:CLOSE]]
+    facts = {"length": len(tokens), "depth": deepest, "operators": len(kinds), "mean arity": np.mean(arity)}
+    facts |= {"root operator": kinds[0], "root arity": arity[0]}
+    return facts | {f"share of {name}": share for name, share in zip(names, shares, strict=True)}
+
+
+def compare_listops(sequences: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, Any]:
+    """Two-sample tests of ours against the reference; one number a tree, so that samples are independent."""
+    drawn, values = listops.generate(OURS["ListOps"], seed=0)
+    ours, theirs = ({k: np.array([t[k] for t in trees]) for k in trees[0]}
+                    for trees in (list(map(tree_statistics, s)) for s in (drawn, sequences)))  # fmt: skip
+    ours["label"], theirs["label"] = values, labels
+    return compare(ours, theirs, categories=("depth", "root operator", "root arity", "label"))
+
+
+def compare(
+    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], categories: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Means, standard deviations and a p-value of each statistic: chi-square for categories, else Kolmogorov-Smirnov.
+
+    `passed`: the smallest p-value, times the number of tests (Bonferroni), is above ALPHA.
+    """
+    from scipy import stats
+
+    rows = {}
+    for name, a in ours.items():
+        b = theirs[name]
+        if name in categories:
+            kinds = np.union1d(a, b)
+            table = np.stack([(x[:, None] == kinds).sum(0) for x in (a, b)])
+            rare = table.sum(0) < 20
+            if rare.any():
+                table = np.column_stack([table[:, ~rare], table[:, rare].sum(1)])
+            p = stats.chi2_contingency(table).pvalue
+        else:
+            p = stats.ks_2samp(a, b).pvalue
+        rows[name] = {"ours": _moments(a), "published": _moments(b), "p": round(float(p), 6)}
+    smallest = min(row["p"] for row in rows.values())
+    return {"samples": [len(a), len(b)], "tests": rows, "passed": bool(smallest * len(rows) > ALPHA)}
+
+
+def _moments(x: np.ndarray) -> list[float]:
+    return [round(float(x.mean()), 4), round(float(x.std(ddof=1)), 4)]
+
+
+def image_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Per image: ink, discs, parts, levels, and how straight the ink runs over 5 and 9 pixels.
+
+    Parts are 8-connected regions of drawn pixels: every distractor placed adds its dashes. Straightness is the
+    coherence of the structure tensor, averaged over drawn pixels: 1 where all gradients of a window are parallel,
+    lower the more the curves bend or cross in it.
+    """
+    from scipy import ndimage
+
+    flat = images.reshape(len(images), -1)
+    y1, x1, y2, x2 = locate_discs(images).T
+    drawn = images > INKED
+    parts = [ndimage.label(image, np.ones((3, 3)))[1] for image in drawn]
+    facts = {
+        "ink (mean level)": flat.mean(1), "standard deviation": flat.std(1), "drawn pixels": drawn.sum((1, 2)),
+        "separate parts": np.array(parts), "distance of the discs": np.hypot(y1 - y2, x1 - x2),
+    }  # fmt: skip
+    edges = [1, 64, 128, 170, 192, 224, 256]
+    for low, high in zip(edges, edges[1:]):
+        facts[f"pixels of level {low}-{high - 1}"] = ((flat >= low) & (flat < high)).sum(1)
+    dy, dx = np.gradient(images.astype(np.float32), axis=(1, 2))
+    for side in (5, 9):
+        yy, xx, xy = (ndimage.uniform_filter(p, (1, side, side)) for p in (dy * dy, dx * dx, dy * dx))
+        coherence = np.hypot(yy - xx, 2 * xy) / np.maximum(yy + xx, 1e-6)
+        facts[f"straightness over {side} px"] = (coherence * drawn).sum((1, 2)) / drawn.sum((1, 2))
+    return {name: np.asarray(values, np.float64) for name, values in facts.items()}
+
+
+def compare_pathfinder(length: int, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Two-sample tests of our images of a contour length against the reference."""
+    drawn, values = pathfinder.generate(OURS["Pathfinder"], seed=0, contour_length=length)
+    ours, theirs = image_statistics(drawn), image_statistics(images)
+    ours["label"], theirs["label"] = values, labels
+    return compare(ours, theirs, categories=("separate parts", "label"))
+
+
+def markdown(m: dict[str, Any], command: str) -> str:
+    """The report for people."""
+    lines = [f"Made by `{command}`; FOLDER holds samples of the published programs.", ""]
+    titles = {"ListOps": m["listops"]}
+    titles |= {f"Pathfinder, 32 px, contour {n}": found for n, found in m["pathfinder"].items()}
+    for title, found in titles.items():
+        ours, theirs = found["samples"]
+        verdict = "none of them differs" if found["passed"] else "**they differ**"
+        lines += [
+            f"### {title}",
+            "",
+            f"{ours:,} of ours, {theirs:,} published; at {ALPHA:.0%} over all: {verdict}.",
+            "",
+        ]
+        rows = [
+            [name, *("{:.4g} ± {:.3g}".format(*row[who]) for who in ("ours", "published")), f"{row['p']:.3f}"]
+            for name, row in found["tests"].items()
+        ]
+        lines += [*markdown_table(["mean ± sd", "ours", "published", "p"], rows), ""]
+    lines += ["### What tells the label without following a curve (contour 14)", ""]
+    lines += markdown_table(["accuracy, %", "ours", "published"], [
+        [name, *(f"{100 * row[who][0]:.1f} ± {100 * row[who][1]:.1f}" for who in ("ours", "published"))]
+        for name, row in m["shortcuts"].items()
+    ])  # fmt: skip
+    lines += [
+        "",
+        "± two standard errors. The published column: cross-validated, on few images. Chance is 50.",
+        "",
+    ]
+    lines += ["### Trained on one, tested on both (contour 14)", ""]
+    lines += markdown_table(["accuracy, %", "on unseen images of its own", "on the others"], [
+        [name, *(f"{100 * value:.1f} ± {200 * (0.25 / n) ** 0.5:.1f}" for value, n in pairs)]
+        for name, pairs in m["learning"]["transfer"].items()
+    ])  # fmt: skip
+    told, n = m["learning"]["told apart"]
+    lines += [
+        "",
+        "The trees see where the discs are, the network the image. The network trained to tell ours from",
+    ]
+    lines += [
+        f"published: {100 * told:.1f} ± {200 * (0.25 / n) ** 0.5:.1f} on unseen images; 50: it cannot.",
+        "",
+    ]
+    lines += [f"### sha256 of the first {HASHED} samples of seed 0", ""]
+    lines += markdown_table(["generator", "sha256"], [[k, f"`{v}`"] for k, v in m["hashes"].items()])
+    return "\n".join([*lines, "", machine_line(1), ""])
