@@ -155,6 +155,26 @@ def bench_options(add) -> None:
     add("--results", type=Path, default=Path("results"), help="folder whose bench/ the report is written to")
 
 
+def bench_attention_options(add) -> None:
+    """Of `bench attention`."""
+    add(
+        "--attentions",
+        help="comma-separated: NAME or pypi:PACKAGE, and after a space causal or bf16 (default: all)",
+    )
+    add("--lengths", default="512,1024,2048,4096,8192,16384", help="tokens N, comma-separated")
+    add("--batch", type=at_least(1), default=2, help="sequences B")
+    add("--heads", type=at_least(1), default=4, help="heads H")
+    add("--head-dim", type=at_least(1), default=64, help="head width D")
+    add(
+        "--features",
+        type=at_least(1),
+        default=256,
+        help="features, landmarks, projected positions or window M",
+    )
+    add("--rounds", type=at_least(1), default=5, help="interleaved rounds, after one that is not counted")
+    add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
+
+
 def bench_data_options(add) -> None:
     """Of `bench data`."""
     add("--tasks", default="all", help="comma-separated names of tasks to load batches of")
@@ -267,6 +287,8 @@ COMMANDS = (  # name, function, help, groups of options
     ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
     ("bench data", "lra.bench_data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
      preset_options, bench_data_options, bench_options),
+    ("bench attention", "lra.bench_attention:bench", "time and memory of attentions against length, beside packages",
+     bench_attention_options, bench_options),
     ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
      fidelity_options, bench_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),

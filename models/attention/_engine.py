@@ -15,13 +15,16 @@ least, and with bf16 values the other products take bf16 factors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
 from models.attention import _bidirectional, _causal
-from models.attention._products import NEVER
+from models.attention._products import CACHE, NEVER
 from models.attention.base import real_rows
+
+LONG = 2**21  # multiply-adds of one product, tokens x features x width, from which heads are computed singly
 
 
 def attend(
@@ -74,7 +77,7 @@ def forward(
     out, Y, L = (x.new_empty(shape) for x, shape in zip((v, aq, aq), shapes, strict=True))
     one = (_causal if causal else _bidirectional).forward
     with torch.autocast(q.device.type, enabled=False):
-        for b, h in units(q):
+        for b, h in units(q, aq, causal):
             one(
                 q[b, h],
                 k[b, h],
@@ -111,7 +114,7 @@ def backward(
         total.zero_()
     one = (_causal if causal else _bidirectional).backward
     with torch.autocast(q.device.type, enabled=False):
-        for b, h in units(q):
+        for b, h in units(q, aq, causal):
             mine = q[b, h], k[b, h], v[b, h], aq[h], ak[h], key_bias[b, h], feature_bias[h]
             dq, dk, dv, daq, dak, dkey_bias, dfeature_bias = grads
             written = dq[b, h], dk[b, h], dv[b, h], dkey_bias[b, h]
@@ -121,15 +124,17 @@ def backward(
     return grads
 
 
-def units(q: torch.Tensor) -> Iterator[tuple]:
-    """Indices (b, h) of what is computed at once: one head at a time on a CPU, where its chunks stay in cache;
-    everything together elsewhere."""
-    if q.device.type != "cpu":
-        yield slice(None), slice(None)
+def units(q: torch.Tensor, aq: torch.Tensor, causal: bool) -> Iterator[tuple]:
+    """Indices (b, h) of what is computed at once. On a CPU one head at a time where its products are long enough
+    for the faster library (_products.py), else as many rows as fit the cache; elsewhere everything together."""
+    (B, H, N, D), M = q.shape, aq.shape[1]
+    tokens = min(N, _causal.ROWS) if causal else N
+    if q.device.type == "cpu" and tokens * M * D >= LONG:
+        yield from itertools.product(range(B), range(H))
         return
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            yield b, h
+    rows = max(1, CACHE // (H * tokens * M)) if q.device.type == "cpu" else B
+    for b in range(0, B, rows):
+        yield slice(b, b + rows), slice(None)
 
 
 def _save(ctx, inputs, output):

@@ -85,18 +85,37 @@ def test_fp32_is_as_close_as_fp32_can_be(causal):
     assert_equals_the_textbook(LONG, masks(LONG)["holes"], causal, dtype=torch.float32, tolerance=2e-5)
 
 
+WAYS = {
+    "heads singly": lambda q, aq, causal: [(b, h) for b in range(B) for h in range(H)],
+    "row by row": lambda q, aq, causal: [(slice(b, b + 1), slice(None)) for b in range(B)],
+    "all at once, as on a GPU": lambda q, aq, causal: [(slice(None), slice(None))],
+}
+
+
 @FORMS
-def test_heads_in_a_batch_as_on_a_gpu_equal_heads_one_by_one(causal, monkeypatch):
-    """What a GPU runs, on the CPU: all rows and heads as one batch of matrices."""
-    monkeypatch.setattr(_engine, "units", lambda q: [(slice(None), slice(None))])
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_may_be_computed_singly_or_in_batches(way, causal, monkeypatch):
+    monkeypatch.setattr(_engine, "units", WAYS[way])
     for mask in masks(LONG).values():
         assert_equals_the_textbook(LONG, mask, causal)
+    assert_equals_the_textbook(LONG, None, causal, dtype=torch.float32, tolerance=2e-5)
+
+
+@FORMS
+def test_every_head_of_every_row_is_computed_once(causal):
+    for n, m in ((7, 11), (301, 5000)):
+        q, aq = torch.zeros(37, H, n, D), torch.zeros(H, m, D)
+        seen = torch.zeros(37, H)
+        for unit in _engine.units(q, aq, causal):
+            seen[unit] += 1
+        assert (seen == 1).all()
 
 
 @FORMS
 def test_the_size_of_a_chunk_changes_nothing(causal, monkeypatch):
     monkeypatch.setattr(_causal, "ROWS", 5)
-    monkeypatch.setattr(_products, "CACHE", 5 * M)
+    for module in (_products, _engine):
+        monkeypatch.setattr(module, "CACHE", 5 * M)
     for mask in masks(LONG).values():
         assert_equals_the_textbook(LONG, mask, causal)
 

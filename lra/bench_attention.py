@@ -1,0 +1,251 @@
+"""`bench attention`: time and memory of one attention against length, beside fused softmax and public packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lra import registry
+from lra.bench import machine_line, markdown_table, write_report
+from lra.machine import PeakMemory, pick_device, set_threads, synchronize
+from lra.options import UsageError
+from lra.peers import PEERS, build_peer, version
+from models.attention.base import AttentionBase
+
+BASELINE = "softmax"
+UNFUSED = "softmax unfused"
+PYPI = "pypi:"
+DEFAULT = (
+    "softmax", UNFUSED, "softmax bf16", "softmax causal", "performer", "performer bf16", "performer causal",
+    "darkformer", "linformer", "linear", "nystrom", "local", "reformer", "s4d", *(PYPI + name for name in PEERS),
+)  # fmt: skip
+MATRICES = 3  # N x N matrices that UNFUSED holds at once, forward and backward
+MEMORY_LIMIT = 6e9  # bytes of them beyond which it is left out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a measurement: batch, heads, tokens, head width, features (landmarks, projected positions, window)."""
+
+    B: int
+    H: int
+    N: int
+    D: int
+    M: int
+
+
+class Unfused(AttentionBase):
+    """Softmax attention with the N x N matrix in memory, as tables of 2020 measured it."""
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        return (scale * q_BHND @ k_BHND.mT).softmax(-1) @ v_BHND
+
+
+def bench(args: Namespace) -> None:
+    """`bench attention`: measure, print and write."""
+    set_threads(args.threads)
+    names = args.attentions.split(",") if args.attentions else list(DEFAULT)
+    if BASELINE not in names:
+        raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {args.attentions}")
+    shapes = [Shape(args.batch, args.heads, n, args.head_dim, args.features) for n in lengths(args.lengths)]
+    if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
+        print(
+            f"left out, not installed: {', '.join(missing)} (pip install -r requirements-dev.txt)",
+            file=sys.stderr,
+        )
+    names = [n for n in names if n not in missing]
+    points, left_out = [], []
+    with tqdm(total=len(shapes) * len(names) * (args.rounds + 2), disable=None, unit="run") as bar:
+        for shape in shapes:
+            fits = [n for n in names if n != UNFUSED or _unfused_bytes(shape) <= MEMORY_LIMIT]
+            left_out += [f"{n} at N {shape.N:,}" for n in names if n not in fits]
+            points += measure(fits, shape, args.rounds, bar.update)
+    command = f"python -m lra bench attention {' '.join(sys.argv[3:])}".strip()
+    text = markdown(points, left_out, command, args.rounds)
+    paths = write_report(args.results, "attention", command, {"points": points, "left_out": left_out}, text)
+    print(text + "\nwritten: " + ", ".join(map(str, paths)))
+
+
+def lengths(text: str) -> list[int]:
+    """Comma-separated numbers of tokens."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--lengths must be comma-separated whole numbers; got {text!r}") from None
+    if min(found) < 1:
+        raise UsageError(f"--lengths must be at least 1; got {min(found)}")
+    return sorted(set(found))
+
+
+def measure(names: list[str], shape: Shape, rounds: int, done: Callable[[], Any]) -> list[dict[str, Any]]:
+    """One point for each contender: all run once in each round, so that a slow moment hits them all, after one
+    round that is not counted. `ratio` is the median over rounds of softmax's time by the contender's (above 1 =
+    faster than softmax)."""
+    runs = {name: contender(name, shape) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    device = pick_device("cpu")
+    for _ in range(1 + rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+            done()
+    del runs
+    points = []
+    for name in names:
+        ratios = [s / t for s, t in zip(times[BASELINE][1:], times[name][1:], strict=True)]
+        points.append(
+            {"name": name, **dataclasses.asdict(shape), "seconds": round(statistics.median(times[name][1:]), 6),
+             "ratio": round(statistics.median(ratios), 3), "ratio_range": [round(f(ratios), 3) for f in (min, max)],
+             "peak_bytes": peak_bytes(name, shape), "version": _version(name)}
+        )  # fmt: skip
+        done()
+    return points
+
+
+def peak_bytes(name: str, shape: Shape) -> int | None:
+    """Peak memory of one forward and backward above an idle process that holds the inputs, in a process of its
+    own that has run a short sequence before (so that libraries are loaded). None where the system cannot tell."""
+    arguments = json.dumps({"name": name, **dataclasses.asdict(shape), "threads": torch.get_num_threads()})
+    command = [sys.executable, "-m", "lra.bench_attention", arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise RuntimeError(f"{name} at N {shape.N}: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _peak_here(arguments: str) -> int | None:
+    facts = json.loads(arguments)
+    set_threads(facts.pop("threads"))
+    name, shape = facts.pop("name"), Shape(**facts)
+    contender(name, dataclasses.replace(shape, N=shape.M, B=1, H=1))()
+    run = contender(name, shape)
+    meter = PeakMemory(pick_device("cpu"))
+    run()
+    return meter.read()
+
+
+def contender(name: str, shape: Shape) -> Callable[[], None]:
+    """One forward and backward of `name` on standard normal q, k, v (gradients of all, and of its parameters).
+
+    A name is that of an attention, or PYPI and that of a package, followed by "unfused", "causal" or "bf16".
+    """
+    base, *how = name.split(" ")
+    if unknown_words := set(how) - {"unfused", "causal", "bf16"}:
+        raise UsageError(f"{name!r}: {', '.join(unknown_words)} is none of unfused, causal, bf16")
+    sizes = {"heads": shape.H, "head_dim": shape.D, "max_len": shape.N}
+    if name == UNFUSED:
+        attention = Unfused(None, **sizes)
+    elif base.startswith(PYPI):
+        attention = build_peer(base.removeprefix(PYPI), **sizes, size=shape.M)
+    else:
+        config = registry.attention_class(base).Config
+        budget = {f.name: shape.M for f in dataclasses.fields(config) if f.metadata.get("budget")}
+        attention = registry.build_attention(base, **sizes, **budget)
+    if "causal" in how and not attention.causal:
+        raise UsageError(f"{base} has no causal form")
+    dtype = torch.bfloat16 if "bf16" in how else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.B, shape.H, shape.N, shape.D)
+    q, k, v, g = (torch.randn(size, generator=generator).to(dtype) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def run() -> None:
+        attention.zero_grad(set_to_none=True)
+        for x in leaves:
+            x.grad = None
+        attention(*leaves, causal="causal" in how).backward(g)
+
+    return run
+
+
+def _unfused_bytes(shape: Shape) -> float:
+    return 4.0 * MATRICES * shape.B * shape.H * shape.N**2
+
+
+def _version(name: str) -> str | None:
+    return version(name.removeprefix(PYPI)) if name.startswith(PYPI) else None
+
+
+def crossover(points: list[dict[str, Any]], name: str) -> float | None:
+    """Tokens from which `name` is at least as fast as softmax at every longer length measured, interpolated between
+    two lengths in log-log; None when it is slower at the longest."""
+    curve = sorted((p["N"], p["ratio"]) for p in points if p["name"] == name)
+    slower = [i for i, (_, ratio) in enumerate(curve) if ratio < 1]
+    if not slower:
+        return float(curve[0][0])
+    if (last := slower[-1]) == len(curve) - 1:
+        return None
+    (n0, r0), (n1, r1) = curve[last], curve[last + 1]
+    share = -math.log(r0) / (math.log(r1) - math.log(r0))
+    return math.exp(math.log(n0) + share * (math.log(n1) - math.log(n0)))
+
+
+def markdown(points: list[dict[str, Any]], left_out: list[str], command: str, rounds: int) -> str:
+    """Two tables, time and memory, one row for each contender and one column for each length."""
+    names = list(dict.fromkeys(p["name"] for p in points))
+    by = {(p["name"], p["N"]): p for p in points}
+    ns = sorted({p["N"] for p in points})
+    header = ["attention", *(f"N {n:,}" for n in ns)]
+    p = points[0]
+    lines = [
+        "# Time and memory of one attention",
+        "",
+        f"`{command}`: forward and backward, B {p['B']}, H {p['H']}, D {p['D']}, and M {p['M']} features, landmarks, "
+        f"projected positions or window tokens; fp32 unless named; no padding. Median of {rounds} interleaved rounds.",
+        "",
+        "Milliseconds, and in brackets how many times as fast as fused softmax in the same round (median).",
+        "",
+    ]
+    rows = [[_label(n, points), *(_time(by.get((n, N))) for N in ns), _cross(points, n)] for n in names]
+    lines += markdown_table([*header, "faster from"], rows)
+    lines += [
+        "",
+        "Peak memory in MB above an idle process that holds q, k, v and the gradient of the output.",
+        "",
+    ]
+    lines += markdown_table(
+        header, [[_label(n, points), *(_memory(by.get((n, N))) for N in ns)] for n in names]
+    )
+    if left_out:
+        lines += [
+            "",
+            f"Left out (its N x N matrices would not fit {MEMORY_LIMIT / 1e9:g} GB): {', '.join(left_out)}.",
+        ]
+    return "\n".join([*lines, "", machine_line(torch.get_num_threads()), ""])
+
+
+def _label(name: str, points: list[dict[str, Any]]) -> str:
+    found = next(p["version"] for p in points if p["name"] == name)
+    return f"{name.removeprefix(PYPI)} {found} (PyPI)" if found else name
+
+
+def _time(point: dict[str, Any] | None) -> str:
+    return "–" if point is None else f"{1e3 * point['seconds']:,.1f} ({point['ratio']:.2f})"
+
+
+def _memory(point: dict[str, Any] | None) -> str:
+    return "–" if point is None or point["peak_bytes"] is None else f"{point['peak_bytes'] / 1e6:,.0f}"
+
+
+def _cross(points: list[dict[str, Any]], name: str) -> str:
+    found = crossover(points, name)
+    return "–" if name == BASELINE or found is None else f"N {found:,.0f}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peak_here(sys.argv[1])))

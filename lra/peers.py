@@ -1,0 +1,117 @@
+"""Public packages behind the attention contract, to be measured beside ours: never needed by a run.
+
+Each wrapper computes the package's attention alone on given q, k, v: projections that a package builds in are
+replaced by the identity. None of them takes a mask here, and none is asked for a causal form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from importlib import metadata
+
+import torch
+from torch import nn
+
+from lra.options import UsageError, unknown
+from models.attention.base import AttentionBase
+
+
+class Peer(AttentionBase):
+    """`inner(q, k, v) -> out` of a package, all (B, H, N, D)."""
+
+    def __init__(self, package: str, inner: nn.Module, **shape):
+        super().__init__(None, **shape)
+        self.package, self.inner = package, inner
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        if mask_BN is not None:
+            raise UsageError(f"{self.package} is measured without padding only")
+        return self.inner(q_BHND, k_BHND, v_BHND)
+
+
+class _Merged(nn.Module):
+    """Around a module on (B, N, H D): heads are merged before it and split after it."""
+
+    def __init__(self, module: nn.Module, call):
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *qkv):
+        B, H, N, D = qkv[0].shape
+        merged = [x.transpose(1, 2).reshape(B, N, H * D) for x in qkv]
+        return self.call(self.module, *merged).view(B, N, H, D).transpose(1, 2)
+
+
+class _Half(nn.Module):
+    """One half of the last axis."""
+
+    def __init__(self, which: int):
+        super().__init__()
+        self.which = which
+
+    def forward(self, x):
+        return x.chunk(2, -1)[self.which]
+
+
+def _performer(heads, head_dim, max_len, size):
+    from performer_pytorch.performer_pytorch import FastAttention
+
+    return FastAttention(head_dim, size)
+
+
+def _darkformer(heads, head_dim, max_len, size):
+    from darkformer_pytorch.attention import DarkformerKernelAttention
+
+    return DarkformerKernelAttention(head_dim, heads, num_features=size)
+
+
+def _linformer(heads, head_dim, max_len, size):
+    from linformer.linformer import LinformerSelfAttention
+
+    module = LinformerSelfAttention(heads * head_dim, max_len, k=size, heads=heads)
+    module.to_q, module.to_k, module.to_v, module.to_out = nn.Identity(), _Half(0), _Half(1), nn.Identity()
+    return _Merged(module, lambda m, q, k, v: m(q, context=torch.cat([k, v], -1)))
+
+
+def _nystrom(heads, head_dim, max_len, size):
+    from nystrom_attention import NystromAttention
+
+    # Without its convolution: oneDNN's gradient of that one is wrong on some CPUs (LOG.md).
+    module = NystromAttention(
+        heads * head_dim, dim_head=head_dim, heads=heads, num_landmarks=size, residual=False
+    )
+    module.to_qkv, module.to_out = nn.Identity(), nn.Identity()
+    return _Merged(module, lambda m, *qkv: m(torch.cat(qkv, -1)))
+
+
+PEERS = {  # package -> builder
+    "performer-pytorch": _performer,
+    "darkformer-pytorch": _darkformer,
+    "linformer": _linformer,
+    "nystrom-attention": _nystrom,
+}
+
+
+def version(package: str) -> str | None:
+    """Of an installed peer; None when it is not."""
+    if package not in PEERS:
+        raise unknown("peer", package, list(PEERS))
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def build_peer(package: str, *, heads: int, head_dim: int, max_len: int, size: int) -> Peer:
+    """The attention of a package, with `size` random features, projected positions or landmarks.
+
+    Raises UsageError when the package is not installed.
+    """
+    if version(package) is None:
+        raise UsageError(f"{package} is not installed: pip install -r requirements-dev.txt")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # at import, inside packages of 2020
+        inner = PEERS[package](heads, head_dim, max_len, size)
+    return Peer(package, inner, heads=heads, head_dim=head_dim, max_len=max_len)

@@ -1,0 +1,118 @@
+"""`bench attention`: what is measured, against what, and how it is told."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+
+from lra.__main__ import main
+from lra.bench_attention import Shape, crossover, measure, peak_bytes
+from lra.peers import PEERS, build_peer, version
+from lra.registry import build_attention
+from models.attention.softmax import naive_softmax
+
+
+def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lra.bench_attention.peak_bytes", lambda name, shape: 1_000_000)
+    words = (
+        "bench attention --attentions softmax,performer,performer causal --lengths 13,7 --rounds 2 --batch 1"
+    )
+    words = words.split(" ")
+    words[3:5] = ["softmax,performer,performer causal"]
+    assert (
+        main([*words, "--heads", "2", "--head-dim", "5", "--features", "11", "--results", str(tmp_path)]) == 0
+    )
+    report = json.loads((tmp_path / "bench" / "attention.json").read_text())
+    points = {(p["name"], p["N"]): p for p in report["points"]}
+    assert set(points) == {(n, N) for n in ("softmax", "performer", "performer causal") for N in (7, 13)}
+    assert all(p["seconds"] > 0 and p["peak_bytes"] == 1_000_000 for p in points.values())
+    assert all(points["softmax", N]["ratio"] == 1 for N in (7, 13))
+    text = (tmp_path / "bench" / "attention.md").read_text()
+    assert text in capsys.readouterr().out and "| performer causal |" in text
+
+
+def test_the_crossover_is_where_the_ratio_passes_one_for_good():
+    def curve(*ratios):
+        return [{"name": "x", "N": 2**i, "ratio": r} for i, r in enumerate(ratios)]
+
+    assert crossover(curve(0.5, 2.0), "x") == pytest.approx(math.sqrt(2))
+    assert crossover(curve(2.0, 0.5, 2.0), "x") == pytest.approx(2 * math.sqrt(2))
+    assert crossover(curve(1.5, 2.0), "x") == 1 and crossover(curve(2.0, 0.5), "x") is None
+
+
+def test_the_matrix_in_memory_costs_more_than_the_fused_kernel():
+    """N x N numbers, seen by a process of its own."""
+    shape = Shape(B=1, H=1, N=1009, D=5, M=7)
+    fused, unfused = (peak_bytes(name, shape) for name in ("softmax", "softmax unfused"))
+    if fused is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert unfused > fused + 4 * 1009**2
+
+
+def test_too_large_matrices_are_left_out_and_said_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lra.bench_attention.peak_bytes", lambda name, shape: None)
+    monkeypatch.setattr("lra.bench_attention.MEMORY_LIMIT", 1e3)
+    words = [
+        "bench",
+        "attention",
+        "--attentions",
+        "softmax,softmax unfused",
+        "--lengths",
+        "7",
+        "--rounds",
+        "1",
+    ]
+    assert main([*words, "--head-dim", "5", "--results", str(tmp_path)]) == 0
+    assert "Left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bench" / "attention.json").read_text())["left_out"] == [
+        "softmax unfused at N 7"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--attentions", "performer"], "--attentions needs softmax"),
+        (["--attentions", "softmax,perfomer"], "did you mean 'performer'?"),
+        (["--attentions", "softmax,performer quickly"], "quickly is none of unfused, causal, bf16"),
+        (["--attentions", "softmax,linformer causal"], "linformer has no causal form"),
+        (["--lengths", "7,x"], "--lengths must be comma-separated whole numbers; got '7,x'"),
+        (["--lengths", "0"], "--lengths must be at least 1; got 0"),
+        (["--attentions", "softmax,pypi:flash"], "unknown peer 'flash'"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, tmp_path, capsys):
+    assert main(["bench", "attention", "--results", str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and "\n" not in error and not list(tmp_path.iterdir())
+
+
+SIZES = {"heads": 2, "head_dim": 4, "max_len": 8}
+
+
+@pytest.mark.parametrize("package", PEERS)
+def test_a_peer_computes_its_attention_on_our_queries_keys_and_values(package):
+    if version(package) is None:
+        pytest.skip(f"needs {package}: pip install -r requirements-dev.txt")
+    torch.manual_seed(0)
+    q, k, v = (0.2 * torch.randn(3, 2, 8, 4) for _ in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = build_peer(package, **SIZES, size=8 if package == "nystrom-attention" else 512)(q, k, v)
+    assert out.shape == v.shape
+    if package != "linformer":  # its projections are drawn, not an estimate
+        torch.testing.assert_close(out, naive_softmax(_plain(), q, k, v), rtol=0, atol=0.05)
+
+
+def _plain():
+    return build_attention("softmax", **SIZES)
+
+
+def test_rounds_are_interleaved(monkeypatch):
+    order = []
+    monkeypatch.setattr("lra.bench_attention.contender", lambda name, shape: lambda: order.append(name))
+    monkeypatch.setattr("lra.bench_attention.peak_bytes", lambda name, shape: None)
+    measure(["softmax", "performer"], Shape(1, 1, 7, 5, 11), 2, lambda: None)
+    assert order == ["softmax", "performer"] * 3
