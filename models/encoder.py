@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.products import Linear
+
 
 class SelfAttention(nn.Module):
     """Projections and head split around an attention: (B, N, E) -> (B, N, E)."""
@@ -18,8 +20,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.attention = heads, attention
         # An attention that ignores q and k gets no parameters for them.
-        self.to_qkv = nn.Linear(width, (3 if attention.reads_qk else 1) * width)
-        self.to_out = nn.Linear(width, width)
+        self.to_qkv = Linear(width, (3 if attention.reads_qk else 1) * width)
+        self.to_out = Linear(width, width)
 
     def forward(self, x_BNE, mask_BN, rotation=None):
         """`rotation`: (cos, sin) of `rotary`, applied to q and k where the attention reads them."""
@@ -39,7 +41,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mixer = SelfAttention(width, heads, attention)
-        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.up, self.down = Linear(width, ffn), Linear(ffn, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BNE, mask_BN, rotation=None):

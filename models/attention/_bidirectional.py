@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from models.attention._products import chunks, product, work_dtype
+from models.products import chunks, product, work_dtype
 
 
 def forward(q, k, v, aq, ak, key_bias, feature_bias, out, Y, L):

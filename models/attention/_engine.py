@@ -21,8 +21,8 @@ from collections.abc import Iterator
 import torch
 
 from models.attention import _bidirectional, _causal
-from models.attention._products import CACHE, NEVER
 from models.attention.base import real_rows
+from models.products import CACHE, NEVER
 
 LONG = 2**21  # multiply-adds of one product, tokens x features x width, from which heads are computed singly
 
@@ -126,7 +126,7 @@ def backward(
 
 def units(q: torch.Tensor, aq: torch.Tensor, causal: bool) -> Iterator[tuple]:
     """Indices (b, h) of what is computed at once. On a CPU one head at a time where its products are long enough
-    for the faster library (_products.py), else as many rows as fit the cache; elsewhere everything together."""
+    for the faster library (models/products.py), else as many rows as fit the cache; elsewhere everything together."""
     (B, H, N, D), M = q.shape, aq.shape[1]
     tokens = min(N, _causal.ROWS) if causal else N
     if q.device.type == "cpu" and tokens * M * D >= LONG:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from models.attention._engine import attend
-from models.attention._products import NEVER
 from models.attention._projections import gaussian
 from models.attention.base import AttentionBase, option
+from models.products import NEVER
 
 SAMPLE = 256  # queries and keys that an adapting method remembers of the last training step
 
