@@ -175,6 +175,25 @@ def bench_attention_options(add) -> None:
     add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
 
 
+def bench_encoder_options(add) -> None:
+    """Of `bench encoder`."""
+    add(
+        "--attentions",
+        help="comma-separated: NAME or pypi:PACKAGE (default: all with a linear cost, and peers)",
+    )
+    layouts = "32x128,32x1024,32x2048,32x3072,32x4096,4x4096"
+    add("--layouts", default=layouts, help="batch x tokens, comma-separated")
+    add(
+        "--features",
+        type=at_least(1),
+        default=256,
+        help="features, landmarks, projected positions or window M",
+    )
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    add("--rounds", type=at_least(1), default=3, help="interleaved rounds, after one that is not counted")
+    add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
+
+
 def bench_data_options(add) -> None:
     """Of `bench data`."""
     add("--tasks", default="all", help="comma-separated names of tasks to load batches of")
@@ -289,6 +308,8 @@ COMMANDS = (  # name, function, help, groups of options
      preset_options, bench_data_options, bench_options),
     ("bench attention", "lra.bench_attention:bench", "time and memory of attentions against length, beside packages",
      bench_attention_options, bench_options),
+    ("bench encoder", "lra.bench_encoder:bench", "training step of the encoder with each attention, beside packages",
+     bench_encoder_options, bench_options),
     ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
      fidelity_options, bench_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),

@@ -6,20 +6,18 @@ import dataclasses
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench import machine_line, markdown_table, write_report
+from lra.bench import fresh_peak, machine_line, markdown_table, write_report
 from lra.machine import PeakMemory, pick_device, set_threads, synchronize
 from lra.options import UsageError
 from lra.peers import PEERS, build_peer, version
@@ -120,20 +118,14 @@ def measure(names: list[str], shape: Shape, rounds: int, done: Callable[[], Any]
 def peak_bytes(name: str, shape: Shape) -> int | None:
     """Peak memory of one forward and backward above an idle process that holds the inputs, in a process of its
     own that has run a short sequence before (so that libraries are loaded). None where the system cannot tell."""
-    arguments = json.dumps({"name": name, **dataclasses.asdict(shape), "threads": torch.get_num_threads()})
-    command = [sys.executable, "-m", "lra.bench_attention", arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    if done.returncode:
-        raise RuntimeError(f"{name} at N {shape.N}: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return fresh_peak("lra.bench_attention", {"name": name, **dataclasses.asdict(shape)})
 
 
-def _peak_here(arguments: str) -> int | None:
-    facts = json.loads(arguments)
-    set_threads(facts.pop("threads"))
-    name, shape = facts.pop("name"), Shape(**facts)
-    contender(name, dataclasses.replace(shape, N=shape.M, B=1, H=1))()
-    run = contender(name, shape)
+def _peak_here(name: str, threads: int, **shape: int) -> int | None:
+    set_threads(threads)
+    whole = Shape(**shape)
+    contender(name, dataclasses.replace(whole, N=whole.M, B=1, H=1))()
+    run = contender(name, whole)
     meter = PeakMemory(pick_device("cpu"))
     run()
     return meter.read()
@@ -248,4 +240,4 @@ def _cross(points: list[dict[str, Any]], name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peak_here(sys.argv[1])))
+    print(json.dumps(_peak_here(**json.loads(sys.argv[1]))))

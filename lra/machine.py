@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
 import threading
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from lra.options import UsageError
+from models.products import product
 
 
 def pick_device(name: str) -> torch.device:
@@ -93,6 +96,20 @@ def set_threads(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def matmul_peak(precision: str = "fp32", *, size: int = 1024, rounds: int = 20) -> float:
+    """Operations per second of a square matrix product on the CPU, the best of `rounds`, by the faster of MKL and
+    oneDNN."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, w = torch.randn(2, size, size).to(dtype)
+    best = math.inf
+    for _ in range(rounds):
+        for multiply in (torch.matmul, product):
+            start = time.perf_counter()
+            multiply(x, w)
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 class StopSignals:

@@ -9,6 +9,7 @@ import torch
 
 from lra.__main__ import main
 from lra.bench_attention import Shape, crossover, measure, peak_bytes
+from lra.bench_encoder import Layout, Step
 from lra.peers import PEERS, build_peer, version
 from lra.registry import build_attention
 from models.attention.softmax import naive_softmax
@@ -116,3 +117,36 @@ def test_rounds_are_interleaved(monkeypatch):
     monkeypatch.setattr("lra.bench_attention.peak_bytes", lambda name, shape: None)
     measure(["softmax", "performer"], Shape(1, 1, 7, 5, 11), 2, lambda: None)
     assert order == ["softmax", "performer"] * 3
+
+
+def test_bench_encoder_writes_points_and_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lra.bench_encoder.peak_bytes", lambda *_: 1_000_000)
+    words = "bench encoder --attentions softmax,performer,constant --layouts 2x7,1x13 --rounds 2 --features 5"
+    assert main([*words.split(), "--results", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "bench" / "encoder.json").read_text())
+    points = {(p["name"], p["B"], p["N"]): p for p in report["points"]}
+    assert set(points) == {(n, *s) for n in ("softmax", "performer", "constant") for s in ((2, 7), (1, 13))}
+    assert all(0 < p["matmul_share"] < 1 and p["seconds"] > 0 for p in points.values())
+    assert points["softmax", 2, 7]["ratio"] == 1 and report["matmul_peak"] > 1e9
+    text = (tmp_path / "bench" / "encoder.md").read_text()
+    assert text in capsys.readouterr().out and "| 2 x 7 | 1 x 13 |" in text
+
+
+def test_a_step_of_the_encoder_learns():
+    step = Step("performer", Layout(2, 7), 5, "fp32")
+    before = [p.clone() for p in step.model.parameters()]
+    step.run()
+    assert all(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layouts", "32"], "--layouts must be comma-separated BxN, such as 32x1024; got '32'"),
+        (["--layouts", "0x7"], "--layouts must be at least 1x1; got '0x7'"),
+        (["--attentions", "performer"], "--attentions needs softmax"),
+    ],
+)
+def test_bad_layouts_are_one_line(words, said, tmp_path, capsys):
+    assert main(["bench", "encoder", "--results", str(tmp_path), *words]) == 2
+    assert said in capsys.readouterr().err

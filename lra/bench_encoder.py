@@ -1,0 +1,213 @@
+"""`bench encoder`: the training step of the shared encoder with each attention, beside public packages in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lra import registry
+from lra.bench import fresh_peak, machine_line, markdown_table, write_report
+from lra.bench_attention import PYPI
+from lra.evaluate import autocast
+from lra.machine import PeakMemory, matmul_peak, pick_device, set_threads
+from lra.optim import build_optimizer
+from lra.options import UsageError
+from lra.peers import build_peer, version
+from models.attention.base import AttentionBase
+from models.encoder import Encoder
+from models.heads import Classifier, Classify
+from tasks import base
+
+BASELINE = "softmax"
+DEFAULT = (
+    "softmax", "performer", "darkformer", "linformer", "linear", "nystrom", "local", "reformer", "s4d", "constant",
+    PYPI + "performer-pytorch", PYPI + "darkformer-pytorch",
+)  # fmt: skip
+VOCAB, CLASSES = 257, 2  # of Text: bytes and padding, two classes
+
+
+class Layout(NamedTuple):
+    """A batch of B sequences of N tokens, without padding."""
+
+    B: int
+    N: int
+
+    def __str__(self):
+        return f"{self.B} x {self.N:,}"
+
+
+def bench(args: Namespace) -> None:
+    """`bench encoder`: measure, print and write."""
+    set_threads(args.threads)
+    names = args.attentions.split(",") if args.attentions else list(DEFAULT)
+    if BASELINE not in names:
+        raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {args.attentions}")
+    found = layouts(args.layouts)
+    if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
+        print(
+            f"left out, not installed: {', '.join(missing)} (pip install -r requirements-dev.txt)",
+            file=sys.stderr,
+        )
+    names = [n for n in names if n not in missing]
+    peak = matmul_peak(args.precision)
+    points: list[dict[str, Any]] = []
+    with tqdm(total=len(found) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
+        for layout in found:
+            points += measure(names, layout, args.features, args.precision, args.rounds, peak, bar.update)
+    command = f"python -m lra bench encoder {' '.join(sys.argv[3:])}".strip()
+    text = markdown(points, command, args, peak)
+    paths = write_report(args.results, "encoder", command, {"matmul_peak": peak, "points": points}, text)
+    print(text + "\nwritten: " + ", ".join(map(str, paths)))
+
+
+def layouts(text: str) -> list[Layout]:
+    """Comma-separated BxN."""
+    try:
+        found = [Layout(*map(int, part.split("x"))) for part in text.split(",")]
+    except (ValueError, TypeError):
+        raise UsageError(f"--layouts must be comma-separated BxN, such as 32x1024; got {text!r}") from None
+    if min(min(one) for one in found) < 1:
+        raise UsageError(f"--layouts must be at least 1x1; got {text!r}")
+    return found
+
+
+def measure(
+    names: list[str],
+    layout: Layout,
+    features: int,
+    precision: str,
+    rounds: int,
+    peak: float,
+    done: Callable[[], Any],
+) -> list[dict[str, Any]]:
+    """One point for each attention: all take one step in each round, after one that is not counted. `ratio` is the
+    median over rounds of softmax's time by the attention's; `matmul_share` the operations of the step's matrix
+    products per second, as a share of `peak`."""
+    steps = {name: Step(name, layout, features, precision) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(1 + rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step.run()
+            times[name].append(time.perf_counter() - start)
+            done()
+    points = []
+    for name, step in steps.items():
+        ratios = [s / t for s, t in zip(times[BASELINE][1:], times[name][1:], strict=True)]
+        seconds = statistics.median(times[name][1:])
+        share = None if step.flops is None else round(step.flops / seconds / peak, 4)
+        points.append(
+            {"name": name, "B": layout.B, "N": layout.N, "M": features, "seconds": round(seconds, 6),
+             "ratio": round(statistics.median(ratios), 3), "tokens_per_second": round(layout.B * layout.N / seconds),
+             "peak_bytes": peak_bytes(name, layout, features, precision), "flops": step.flops, "matmul_share": share}
+        )  # fmt: skip
+    return points
+
+
+def peak_bytes(name: str, layout: Layout, features: int, precision: str) -> int | None:
+    """Peak memory of a step above a process that holds model and batch and has taken a short step before."""
+    facts = {"name": name, "B": layout.B, "N": layout.N, "features": features, "precision": precision}
+    return fresh_peak("lra.bench_encoder", facts)
+
+
+def _peak_here(name: str, B: int, N: int, features: int, precision: str, threads: int) -> int | None:
+    set_threads(threads)
+    Step(name, Layout(1, features), features, precision).run()
+    step = Step(name, Layout(B, N), features, precision)
+    meter = PeakMemory(pick_device("cpu"))
+    step.run()
+    return meter.read()
+
+
+class Step:
+    """A training step, as `train` makes it: forward, loss, backward, AdamW; the encoder of the `paper` preset."""
+
+    def __init__(self, name: str, layout: Layout, features: int, precision: str):
+        self.precision, self.layout = precision, layout
+        size = base.Encoder()
+        heads, head_dim = size.heads, size.width // size.heads
+
+        def build(layer: int, max_len: int) -> AttentionBase:
+            shape = {"heads": heads, "head_dim": head_dim, "max_len": max_len}
+            if name.startswith(PYPI):
+                return build_peer(name.removeprefix(PYPI), **shape, size=features)
+            config = registry.attention_class(name).Config
+            budget = {f.name: features for f in dataclasses.fields(config) if f.metadata.get("budget")}
+            return registry.build_attention(name, **shape, layer=layer, **budget)
+
+        torch.manual_seed(0)
+        encoder = Encoder(
+            build, vocab=VOCAB, max_len=layout.N, layers=size.layers, width=size.width, heads=heads, ffn=size.ffn,
+            dropout=size.dropout,
+        )  # fmt: skip
+        self.model = Classifier(encoder, Classify(size.width, size.ffn, CLASSES)).train()
+        self.optimizer = build_optimizer(self.model, base.Optim(steps=1, batch=layout.B))
+        self.tokens_BTN = torch.randint(1, VOCAB, (layout.B, 1, layout.N))
+        self.labels_B = torch.randint(CLASSES, (layout.B,))
+        self.flops = None if name.startswith(PYPI) else self._flops(size, heads, head_dim)
+
+    def run(self) -> None:
+        """One step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(torch.device("cpu"), self.precision):
+            logits_BC = self.model(self.tokens_BTN)
+        F.cross_entropy(logits_BC.float(), self.labels_B).backward()
+        self.optimizer.step()
+
+    def _flops(self, size: base.Encoder, heads: int, head_dim: int) -> int:
+        """Of the matrix products: a backward pass counted as twice the forward one, recomputation not counted."""
+        B, N = self.layout
+        attention = self.model.encoder.attentions[0]
+        projections = (4 if attention.reads_qk else 2) * 2 * size.width**2
+        per_layer = B * N * (projections + 4 * size.width * size.ffn) + attention.flops(B, heads, N, head_dim)
+        return 3 * size.layers * per_layer
+
+
+def markdown(points: list[dict[str, Any]], command: str, args: Namespace, peak: float) -> str:
+    """Two tables: milliseconds with ratios, and shares of the matmul peak."""
+    names = list(dict.fromkeys(p["name"] for p in points))
+    shapes = list(dict.fromkeys(Layout(p["B"], p["N"]) for p in points))
+    by = {(p["name"], p["B"], p["N"]): p for p in points}
+    size = base.Encoder()
+    lines = [
+        "# A training step of the shared encoder",
+        "",
+        f"`{command}`: {size.layers} layers, width {size.width}, {size.heads} heads, FFN {size.ffn}, "
+        f"dropout {size.dropout}, {args.features} features; {args.precision}, no padding. "
+        f"Median of {args.rounds} interleaved rounds.",
+        "",
+        "Milliseconds, and in brackets how many times as fast as with fused softmax in the same round (median).",
+        "",
+    ]
+
+    def rows(cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+        return [[n.removeprefix(PYPI), *(cell(by[(n, *s)]) for s in shapes)] for n in names]
+
+    header = ["attention", *map(str, shapes)]
+    lines += markdown_table(header, rows(lambda p: f"{1e3 * p['seconds']:,.0f} ({p['ratio']:.2f})"))
+    lines += ["", "Peak memory in MB above a process that holds model and batch.", ""]
+    peaks = rows(lambda p: "–" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 1e6:,.0f}")
+    lines += markdown_table(header, peaks)
+    lines += [
+        "",
+        f"Share of the matmul peak of this machine, {peak / 1e9:,.0f} GFLOP/s measured in the same process; products "
+        "that the engine recomputes are not counted as work.",
+        "",
+    ]
+    share = rows(lambda p: "–" if p["matmul_share"] is None else f"{100 * p['matmul_share']:.0f}%")
+    lines += markdown_table(header, share)
+    return "\n".join([*lines, "", machine_line(torch.get_num_threads()), ""])
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peak_here(**json.loads(sys.argv[1]))))
