@@ -11,8 +11,12 @@ import urllib.request
 
 import pytest
 
+import lra.leaderboard
+import lra.page
 from lra.__main__ import main
+from lra.leaderboard import Reproduction, Verdict
 from lra.record import SCHEMA
+from lra.stats import Estimate
 from tests.conftest import ROOT
 from tests.lra.browser import ABSENT, CHROMIUM, DRIVER, Browser
 from tests.lra.test_measured import LINEAR, QUADRATIC, bench
@@ -59,8 +63,33 @@ def results(tmp_path_factory):
     return folder
 
 
+def verdicts(results):
+    """softmax V2, performer V2 and V1, wide rejected, a V4 that is disputed, the others never verified."""
+    levels = {"softmax": (0, 1, 2), "performer": (0, 1)}
+    found = {}
+    for path in (results / "records").glob("*/*/*/seed*.json"):
+        place = path.relative_to(results)
+        found[place] = Verdict(levels.get(place.parts[2], ()))
+        if place.parts[2] == "performer" and path.stem == "seed1":
+            found[place] = Verdict((0, 1, 2), reason="")
+        if place.parts[2] == "wide":
+            found[place] = Verdict((), True, f"n_correct was changed {HOSTILE}")
+        if place.parts[1:3] == ("text", "constant"):
+            gap = Estimate(0.03, 0.01, 0.05)
+            found[place] = Verdict((0, 1), False, "", Reproduction("else", 3, "disputed", gap, 0.01))
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known():
+    """What `verified` answers in this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lra.page, "verified", verdicts)
+        yield patch
+
+
 @pytest.fixture(scope="module")
-def page(results):
+def page(results, known):
     """The page of `results`, as text."""
     return built(results)
 
@@ -75,6 +104,34 @@ def test_every_cell_is_a_row_with_its_accuracy_interval_ratios_and_commands(page
         assert f"<code>python -m lra train image --attention performer --seed {seed}</code>" in row
     assert re.search(r'href="records/image/performer/[0-9a-f]{16}/seed0.json"', row)
     assert "loss is not finite at step 7" in page
+
+
+def test_badge_is_that_of_the_least_verified_run_with_its_reason(page):
+    badges = {}
+    for row in page.split("<tr data-preset=")[1:]:
+        name = re.search('class="name">([^<]*)<', row)[1]
+        task = re.search('data-task="([^"]*)"', row)[1]
+        badges[task, name] = re.search('title="([^"]*)">([^<]*)</span></td>', row).groups()
+    assert badges["image", "softmax"][1] == "V2" and badges["image", "performer"][1] == "V1"
+    assert (
+        badges["image", "constant"][1] == "unverified" and "never verified" in badges["image", "constant"][0]
+    )
+    assert (
+        badges["listops", "wide"][1] == "rejected" and "n_correct was changed" in badges["listops", "wide"][0]
+    )
+    assert (
+        badges["text", "constant"][1] == "V1 disputed" and "disputed by else" in badges["text", "constant"][0]
+    )
+
+
+def test_badges_of_a_folder_are_those_of_its_verification(tmp_path, known):
+    put(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lra.page, "verified", lra.leaderboard.verified)
+        assert ">unverified</span>" in built(tmp_path)
+        assert main(["leaderboard", "verify", f"--results={tmp_path}"]) == 1  # put() writes no whole record
+        page = built(tmp_path)
+    assert ">rejected</span>" in page and json.loads((tmp_path / "verification.json").read_text())["records"]
 
 
 def test_page_names_no_place_but_its_own_records(page):
@@ -118,7 +175,7 @@ def test_half_written_record_another_schema_and_a_copy_are_named_and_the_rest_is
     other.write_text(other.read_text().replace(SCHEMA, "lra-record/7"))
     page = built(tmp_path, code=1)
     assert page.count("<tr data-preset=") == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
     assert len(lines) == 2 and str(half) in lines[0] and str(other) in lines[1]
     assert str(tmp_path) not in page
     assert half.relative_to(tmp_path).as_posix() in page and "lra-record/7" in page
@@ -130,7 +187,8 @@ def test_a_name_of_a_record_never_becomes_a_path(tmp_path):
     assert not list(tmp_path.rglob("*escaped*"))
 
 
-def test_damaged_files_of_others_are_one_line(tmp_path, error_line):
+def test_damaged_files_of_others_are_one_line(tmp_path, error_line, monkeypatch):
+    monkeypatch.setattr(lra.page, "verified", lra.leaderboard.verified)
     put(tmp_path)
     path = bench(tmp_path, [{"name": "a"}])
     assert str(path) in error_line("leaderboard", "build", "--results", tmp_path)
@@ -202,6 +260,18 @@ def test_a_click_sorts_by_accuracy_best_first_then_worst_first_failed_runs_last(
     fresh.click(head(1))
     names = [n.lower() for n in fresh.run(NAMES)]
     assert names == sorted(names) and fresh.run("return document.querySelectorAll('[aria-sort]').length") == 1
+
+
+@needs_browser
+def test_a_click_sorts_by_badge_most_verified_first(fresh):
+    fresh.click(head(11))
+    levels = fresh.run(SHOWN + ".map(r => Number(r.cells[10].dataset.v))")
+    assert levels == sorted(levels, reverse=True) and levels[0] == 2 and levels[-1] == -2
+    badges = SHOWN + ".map(r => r.cells[10].textContent.trim())"
+    shown = fresh.run(badges)
+    assert shown[:5] == ["V2"] * 5 and shown[-1] == "rejected"
+    colour = "return getComputedStyle(document.querySelector('.badge[data-ok]')).color"
+    assert fresh.run(colour) == "rgb(26, 127, 71)"
 
 
 @needs_browser
