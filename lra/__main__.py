@@ -261,6 +261,14 @@ def serve_options(add) -> None:
     add("--port", type=at_least(0), default=8000, help="on 127.0.0.1; 0 = any that is free")
 
 
+def tensorboard_options(add) -> None:
+    """Of `tensorboard`."""
+    add("--runs", type=Path, default=Path("runs"), help="folder of TensorBoard logs")
+    add("--task", help="only this task, so that its attentions overlay one another (default: all tasks)")
+    add("--port", type=at_least(1), default=6006, help="on 127.0.0.1")
+    add("--start", action="store_true", help="start TensorBoard, instead of only printing the command")
+
+
 def at_least(least: int):
     """An argparse type: a whole number not below `least`."""
 
@@ -306,6 +314,8 @@ COMMANDS = (  # name, function, help, groups of options
     ("leaderboard build", "lra.page:build", "make the page RESULTS/index.html, with its figures", results_options),
     ("leaderboard serve", "lra.page:serve", "show the results folder to a browser on this machine alone",
      results_options, serve_options),
+    ("tensorboard", "lra.tensorboard:tensorboard", "average the seeds of each cell, and show all learning curves",
+     tensorboard_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
 )  # fmt: skip
 
