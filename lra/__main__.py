@@ -238,17 +238,9 @@ def table_options(add) -> None:
 
 def cards_options(add) -> None:
     """Of `cards`."""
-    add(
-        "--results",
-        type=Path,
-        default=Path("results"),
-        help="folder whose data/ holds what `inspect --out` wrote",
-    )
-    add(
-        "--write",
-        type=Path,
-        help="a file with markers, such as tasks/DATA.md: only what is between them changes",
-    )
+    add("--results", type=Path, default=Path("results"), help="its data/ holds what `inspect --out` wrote")
+    markers = "a file with markers, such as tasks/DATA.md: only what is between them changes"
+    add("--write", type=Path, help=markers)
 
 
 def results_options(add) -> None:
