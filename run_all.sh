@@ -45,5 +45,6 @@ status=0
 ((status <= 1)) || exit $status                                 # 1: some cells failed, and the table shows which
 "$PY" -m lra table --results "$results" --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
 "$PY" -m lra table --results "$results" --preset "$preset" || status=$?
-echo "all tables: $results/TABLE.md; learning curves: $PY -m tensorboard.main --logdir runs"
+"$PY" -m lra leaderboard build --results "$results" || status=$?
+echo "all tables: $results/TABLE.md; figures: $results/index.html; learning curves: $PY -m lra tensorboard --start"
 exit $status

@@ -245,7 +245,8 @@ def reproduce_options(add) -> None:
 def table_options(add) -> None:
     """Of `table`."""
     add("--results", type=Path, default=Path("results"), help="folder of records")
-    add("--format", choices=("md", "csv"), default="md", help="Markdown or one line per record")
+    forms = "Markdown, LaTeX (a document with booktabs), HTML (a page), or CSV (one line per record)"
+    add("--format", choices=("md", "tex", "html", "csv"), default="md", help=forms)
     add("--preset", action="append", help="only this preset (may be repeated; default all)")
     add(
         "--write",
@@ -256,17 +257,27 @@ def table_options(add) -> None:
 
 def cards_options(add) -> None:
     """Of `cards`."""
-    add(
-        "--results",
-        type=Path,
-        default=Path("results"),
-        help="folder whose data/ holds what `inspect --out` wrote",
-    )
-    add(
-        "--write",
-        type=Path,
-        help="a file with markers, such as tasks/DATA.md: only what is between them changes",
-    )
+    add("--results", type=Path, default=Path("results"), help="its data/ holds what `inspect --out` wrote")
+    markers = "a file with markers, such as tasks/DATA.md: only what is between them changes"
+    add("--write", type=Path, help=markers)
+
+
+def results_options(add) -> None:
+    """What reads records and writes below the same folder."""
+    add("--results", type=Path, default=Path("results"), help="folder of records; figures go to its figures/")
+
+
+def serve_options(add) -> None:
+    """Of `leaderboard serve`."""
+    add("--port", type=at_least(0), default=8000, help="on 127.0.0.1; 0 = any that is free")
+
+
+def tensorboard_options(add) -> None:
+    """Of `tensorboard`."""
+    add("--runs", type=Path, default=Path("runs"), help="folder of TensorBoard logs")
+    add("--task", help="only this task, so that its attentions overlay one another (default: all tasks)")
+    add("--port", type=at_least(1), default=6006, help="on 127.0.0.1")
+    add("--start", action="store_true", help="start TensorBoard, instead of only printing the command")
 
 
 def at_least(least: int):
@@ -282,7 +293,7 @@ def at_least(least: int):
 
 FAMILIES = {  # commands of two words
     "bench": "measure this machine, and write results/bench/ACTION.json and ACTION.md",
-    "leaderboard": "take records in and verify them",
+    "leaderboard": "take records in, verify them, make the page of all results",
 }
 COMMANDS = (  # name, function, help, groups of options
     ("list", "lra.show:list_names", "names of tasks, attentions or presets", list_options),
@@ -312,6 +323,12 @@ COMMANDS = (  # name, function, help, groups of options
      bench_encoder_options, bench_options),
     ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
      fidelity_options, bench_options),
+    ("plot", "lra.plots:plot", "draw the figures of the records and benchmarks, as SVG and PNG", results_options),
+    ("leaderboard build", "lra.page:build", "make the page RESULTS/index.html, with its figures", results_options),
+    ("leaderboard serve", "lra.page:serve", "show the results folder to a browser on this machine alone",
+     results_options, serve_options),
+    ("tensorboard", "lra.tensorboard:tensorboard", "average the seeds of each cell, and show all learning curves",
+     tensorboard_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
 )  # fmt: skip
 

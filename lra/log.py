@@ -10,16 +10,31 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lra.config import Run
 
-LAYOUT = {
+LAYOUT = {  # one tag a chart, so that each line is a run: TensorBoard lays the attentions over one another
     "learning": {
-        "loss": ["Multiline", ["train/loss", "val/loss"]],
-        "accuracy": ["Multiline", ["train/acc", "val/acc"]],
+        "validation accuracy": ["Multiline", ["val/acc"]],
+        "validation loss": ["Multiline", ["val/loss"]],
+        "training loss": ["Multiline", ["train/loss"]],
+        "gradient norm": ["Multiline", ["opt/grad_norm"]],
     },
     "attention": {
         "error against exact softmax": ["Multiline", ["attn/approx_err"]],
         "effective rank": ["Multiline", ["attn/eff_rank"]],
+        "redraws": ["Multiline", ["attn/redraws"]],
+    },
+    "cost": {
+        "steps per second": ["Multiline", ["perf/steps_per_s"]],
+        "peak memory, MB": ["Multiline", ["perf/peak_mem_mb"]],
     },
 }
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; without its last one where a killed run ended in its middle. Empty when absent."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class RunLog:
@@ -31,7 +46,7 @@ class RunLog:
     def __init__(self, folder: Path, run: Run, step: int):
         self.run = run
         self.path = folder / "log.jsonl"
-        kept = [line for line in self._lines() if line["step"] <= step]
+        kept = [line for line in read_log(self.path) if line["step"] <= step]
         self.file = open(self.path, "w", buffering=1)
         self.file.writelines(json.dumps(line) + "\n" for line in kept)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -44,14 +59,6 @@ class RunLog:
     def __exit__(self, *_) -> None:
         self.writer.close()
         self.file.close()
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        text = self.path.read_text()
-        return [
-            json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()
-        ]  # a killed run may end mid-line
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write values under their tags at `step`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lra.markup import Block, Grid, Heading, Text
 from lra.stats import mean_sd
 
 
@@ -96,28 +97,25 @@ GENERATORS = {  # samples per second on one core of the published programs, as m
 }
 
 
-def markdown() -> str:
+def blocks() -> list[Block]:
     """The block "Published, not rerun": one table per source, averages computed here."""
-    lines = [
-        "### Published, not rerun",
-        "",
-        "Accuracy in percent, from the papers; other data, code and sizes: no row compares with one above.",
-    ]
+    intro = (
+        "Accuracy in percent, from the papers; other data, code and sizes: no row compares with one above."
+    )
+    made: list[Block] = [Heading("Published, not rerun"), Text(intro)]
     for source in ACCURACY:
         averaged = {name: (*row, mean_sd(row)[0]) for name, row in source.rows.items()}
-        lines += _table(source, (*TASKS, "average"), averaged)
+        made += _table(source, (*TASKS, "average"), averaged)
     header = (*(f"{n} steps/s" for n in LENGTHS), *(f"{n} GB" for n in LENGTHS))
-    lines += _table(SPEED, header, SPEED.rows)
-    return "\n".join(lines) + "\n"
+    return made + _table(SPEED, header, SPEED.rows)
 
 
-def _table(source: Publication, header: tuple[str, ...], rows: dict[str, tuple[float, ...]]) -> list[str]:
+def _table(source: Publication, header: tuple[str, ...], rows: dict[str, tuple[float, ...]]) -> list[Block]:
     def cell(value, column):
         return f"{value:.1f}" if column.endswith("steps/s") else f"{value:.2f}"
 
-    lines = ["", f"{source.title} ({source.citation}). {source.caveat}", ""]
-    lines += [f"| published | {' | '.join(header)} |", "|:--|" + "--:|" * len(header)]
-    for name, row in rows.items():
-        cells = (cell(value, column) for value, column in zip(row, header, strict=True))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    lines = [(name, *map(cell, row, header)) for name, row in rows.items()]
+    return [
+        Text(f"{source.title} ({source.citation}). {source.caveat}"),
+        Grid(("published", *header), tuple(lines)),
+    ]

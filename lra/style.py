@@ -8,6 +8,7 @@ colour being readable on white and on near-black. Markers and direct labels say 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,7 +101,10 @@ def save(figure: Figure, path: Path) -> tuple[Path, Path]:
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".svg", ".png") else path
     svg, png = stem.with_name(stem.name + ".svg"), stem.with_name(stem.name + ".png")
-    with drawing():
+    with drawing(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing"
+        )  # a name in another script: boxes in the PNG alone
         with atomic_path(svg) as temporary:
             figure.savefig(temporary, metadata={"Date": None, "Creator": None}, transparent=True)
         with atomic_path(png) as temporary:

@@ -19,7 +19,7 @@ SOURCES = {
 }
 TORCH_FREE = (
     "record", "cells", "table", "stats", "published", "options", "show", "registry", "compare", "schema",
-    "consistency", "verify", "leaderboard", "style",
+    "consistency", "verify", "leaderboard", "style", "entries", "markup", "measured",
 )  # fmt: skip
 TOP_LEVEL = {
     "lra", "models", "tasks", "results", "tests", "docs", "run_all.sh", "run_tests.sh", "requirements.txt",

@@ -3,14 +3,18 @@
 import csv
 import hashlib
 import io
+import re
 import shutil
+import subprocess
+from html.parser import HTMLParser
 
 import pytest
 
 from lra import published
+from lra.markup import Bold, Bullets, Grid, Heading, Text, html_document, latex, markdown
 from lra.options import UsageError
 from lra.record import SCHEMA, record_path, write_record
-from lra.table import build, markdown, refresh_block, render, to_csv, write
+from lra.table import blocks, build, refresh_block, render, to_csv, write
 
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
 DATASETS = {"text": "IMDb", "retrieval": "AAN", "image": "CIFAR-10"}
@@ -361,7 +365,7 @@ def test_regenerating_from_the_same_records_gives_the_same_bytes(tmp_path):
     for task, attention, seed in reversed(arguments):
         put(tmp_path / "two", task, attention, seed, correct=1300 + 7 * seed)
     first, second = (build(tmp_path / name) for name in ("one", "two"))
-    assert markdown(first) == markdown(second) == markdown(build(tmp_path / "one"))
+    assert blocks(first) == blocks(second) == blocks(build(tmp_path / "one"))
     assert to_csv(first) == to_csv(second)
 
 
@@ -371,7 +375,7 @@ def test_names_from_records_cannot_break_the_table_or_the_page(tmp_path):
     text = render(tmp_path, "md")
     table = grid(text)
     (header,) = table["majority"]
-    assert "a\\|b &lt;!-- results:end --&gt; \\*\\*c\\*\\* \\[d\\](e)" in header
+    assert "a\\|b &lt;!-- results:end --&gt; \\*\\*c\\*\\* [d\\](e)" in header
     assert "performer [train.lr=1\\|0]" in table
     assert "<!--" not in text and "<img>" not in text and "**" not in text
 
@@ -417,6 +421,88 @@ def test_csv_is_written_as_it_is(tmp_path):
     path = tmp_path / "table.csv"
     write(path, render(tmp_path, "csv"))
     assert path.read_text() == to_csv(build(tmp_path))
+
+
+ASCII = "".join(map(chr, range(32, 127)))
+HOSTILE = f"{ASCII} \\input{{x}} ^^5c % \n <script>alert(1)</script> ± é − ☃ \x07 [a](b) ![c](d) $$"
+DOCUMENT = [
+    Heading(HOSTILE),
+    Text(HOSTILE),
+    Bullets((HOSTILE, "plain")),
+    Grid(("name", "a\nb"), ((HOSTILE, Bold("1.0 [0.5, 1.5]")), *(("x", str(i)) for i in range(70)))),
+]
+
+
+def test_tables_come_in_every_format_with_the_same_cells(tmp_path):
+    for seed in (0, 1):
+        put(tmp_path, seed=seed, speed=1.5, floors={"majority": 0.2, "bag": 0.3})
+    for form, interval in (("md", "[32.5, 35.5]"), ("html", "[32.5, 35.5]"), ("tex", "{[}32.5, 35.5{]}")):
+        text = render(tmp_path, form)
+        for cell in ("softmax", "34.0", interval, "30.0 bag", "majority", "published", "18.01"):
+            assert cell in text, (form, cell)
+    assert render(tmp_path, "csv").splitlines()[0].startswith("task,dataset")
+
+
+def test_html_holds_nothing_of_a_name_but_text():
+    reader = Tags()
+    reader.feed(html_document(DOCUMENT))
+    assert reader.found <= set(
+        "html head meta title style body h3 p ul li div table thead tr th td br strong".split()
+    )
+    assert "alert(1)" in html_document(DOCUMENT)
+
+
+class Tags(HTMLParser):
+    """The names of the elements of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def handle_starttag(self, tag, attrs):
+        """Also notes the names of attributes that run code."""
+        self.found |= {tag, *(name for name, _ in attrs if name.startswith("on"))}
+
+
+def test_latex_escapes_what_would_be_a_command_and_closes_what_it_opens():
+    text = latex(DOCUMENT)
+    assert text.isascii() and r"\input" not in text and "^^" not in text
+    for name in ("document", "tabular", "itemize", "lrbox"):
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") > 0
+    rules = [text.count(rf"\{rule}") for rule in ("toprule", "midrule", "bottomrule")]
+    assert rules == [3, 3, 3]  # 71 rows on three pages
+    unescaped = re.sub(r"\\[{}]", "", text)
+    assert unescaped.count("{") == unescaped.count("}")
+    grids = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert all(len(re.findall(r"(?<!\\)&", line)) == 1 and line.endswith(r"\\") for line in grids)
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here: its structure is tested above")
+def test_latex_compiles(tmp_path):
+    put(tmp_path, "text", "performer", dataset=HOSTILE, overrides={"train.lr": "1|0\n"}, failed="<img> | no")
+    for name, text in (("hostile", latex(DOCUMENT)), ("table", render(tmp_path, "tex"))):
+        (tmp_path / f"{name}.tex").write_text(text)
+        command = [
+            "pdflatex",
+            "-halt-on-error",
+            "-interaction=nonstopmode",
+            "-no-shell-escape",
+            f"{name}.tex",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=80)
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert (tmp_path / f"{name}.pdf").stat().st_size > 5000
+
+
+def test_brackets_are_escaped_only_where_they_would_be_a_link():
+    assert markdown([Text("[1, 2] [a](b) [c][d] [e]: f")]) == r"[1, 2] [a\](b) [c\][d] [e\]: f" + "\n"
+
+
+def test_bold_cells_are_bold_in_every_language():
+    grid = [Grid(("a", "b"), (("x", Bold("1\n2")),))]
+    assert "**1**<br>**2**" in markdown(grid)
+    assert "<strong>1</strong><br><strong>2</strong>" in html_document(grid)
+    assert r"\shortstack[r]{\textbf{1}\\\textbf{2}}" in latex(grid)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""One document, three languages: headings, text, lists and tables as Markdown, LaTeX or HTML. No torch.
+
+Blocks hold plain text. Only here is it escaped, and all of it is, so a name from a record is inert in each of
+them. A line break inside a table cell is a newline; elsewhere white space is collapsed.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A title of the third level."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: the first column holds names, the others figures."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+Block = Heading | Text | Bullets | Grid
+
+
+class Bold(str):
+    """A cell that is set in bold."""
+
+
+class Italic(str):
+    """A cell that is set in italics."""
+
+
+def flat(text: str) -> str:
+    """Text of a record on one line, without characters that show nothing or turn the order of others round."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
+# Markdown
+
+_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\|*`~"})
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """GitHub's Markdown."""
+    return "\n\n".join(map(_markdown_block, blocks)) + "\n"
+
+
+def _markdown(text: str) -> str:
+    # Brackets alone are no link: intervals stay readable.
+    return re.sub(r"\](?=[\[(:])", r"\\]", text.translate(_MARKDOWN))
+
+
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"### {_markdown(flat(text))}"
+        case Text(text):
+            return _markdown(flat(text))
+        case Bullets(items):
+            return "\n".join(f"* {_markdown(flat(item))}" for item in items)
+        case Grid(header, rows):
+            lines = [
+                [_lines(cell, _markdown, "<br>", "**{}**", "*{}*") for cell in row] for row in (header, *rows)
+            ]
+            rule = "|:--|" + "--:|" * (len(header) - 1)
+            first, *rest = (f"| {' | '.join(line)} |" for line in lines)
+            return "\n".join([first, rule, *rest])
+
+
+def _lines(cell: str, escape: Callable[[str], str], newline: str, bold: str, italic: str) -> str:
+    face = bold if isinstance(cell, Bold) else italic if isinstance(cell, Italic) else "{}"
+    return newline.join(face.format(escape(flat(line))) for line in cell.split("\n"))
+
+
+# LaTeX
+
+_LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}", '"': "''",
+    "±": r"$\pm$", "–": "--", "−": "$-$", "†": r"$\dagger$", "×": r"$\times$", "`": r"\textasciigrave{}",
+}  # fmt: skip
+LATEX_ROWS = 32  # of a table on one page
+_LATEX_BEGIN = r"""\documentclass{article}
+\usepackage[a4paper,landscape,margin=15mm]{geometry}
+\usepackage{booktabs}
+\usepackage{graphicx}
+\setlength{\parindent}{0pt}
+\newsavebox{\grid}
+\newcommand{\fit}{\ifdim\wd\grid>\textwidth\resizebox{\textwidth}{!}{\usebox{\grid}}\else\usebox{\grid}\fi}
+\begin{document}"""
+
+
+def latex(blocks: Sequence[Block]) -> str:
+    """A whole document for any LaTeX with booktabs. A character beyond ASCII that is not known here becomes
+    its nearest ASCII letters, or ?."""
+    return "\n\n".join([_LATEX_BEGIN, *map(_latex_block, blocks), r"\end{document}"]) + "\n"
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(c) or (c if c.isascii() and c.isprintable() else _ascii(c)) for c in text)
+
+
+def _ascii(character: str) -> str:
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return "".join(_LATEX.get(c, c) for c in plain if c.isprintable()) or "?"
+
+
+def _latex_block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return rf"\section*{{{_latex(flat(text))}}}"
+        case Text(text):
+            return _latex(flat(text))
+        case Bullets(items):
+            lines = [rf"\item {_latex(flat(item))}" for item in items]
+            return "\n".join([r"\begin{itemize}", *lines, r"\end{itemize}"])
+        case Grid(header, rows):
+            parts = [rows[i : i + LATEX_ROWS] for i in range(0, len(rows), LATEX_ROWS)] or [()]
+            return "\n\n".join(_latex_grid(header, part) for part in parts)
+
+
+def _latex_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells):
+        return " & ".join(map(cell, cells)) + r" \\"
+
+    def cell(text):
+        stacked = _lines(text, _latex, r"\\", r"\textbf{{{}}}", r"\textit{{{}}}")
+        return rf"\shortstack[r]{{{stacked}}}" if "\n" in text else stacked
+
+    columns = "l" + "r" * (len(header) - 1)
+    top = [
+        r"\begin{lrbox}{\grid}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        line(header),
+        r"\midrule",
+    ]
+    bottom = [r"\bottomrule", r"\end{tabular}", r"\end{lrbox}", r"\fit"]
+    return "\n".join([*top, *map(line, rows), *bottom])
+
+
+# HTML
+
+_HTML_BEGIN = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Results</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem }
+div { overflow-x: auto }
+table { border-collapse: collapse }
+th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8885 }
+th:first-child, td:first-child { text-align: left }
+</style>
+</head>
+<body>"""
+
+
+def html_document(blocks: Sequence[Block]) -> str:
+    """A whole page, without script."""
+    return f"{_HTML_BEGIN}\n{html_fragment(blocks)}\n</body>\n</html>\n"
+
+
+def html_fragment(blocks: Sequence[Block]) -> str:
+    """What goes into the body of a page."""
+    return "\n".join(map(_html_block, blocks))
+
+
+def _html_block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"<h3>{html.escape(flat(text))}</h3>"
+        case Text(text):
+            return f"<p>{html.escape(flat(text))}</p>"
+        case Bullets(items):
+            return "\n".join(["<ul>", *(f"<li>{html.escape(flat(item))}</li>" for item in items), "</ul>"])
+        case Grid(header, rows):
+            body = [_html_row(row, "td") for row in rows]
+            head = _html_row(header, "th")
+            return "\n".join(["<div><table>", f"<thead>{head}</thead>", *body, "</table></div>"])
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    texts = (_lines(cell, html.escape, "<br>", "<strong>{}</strong>", "<em>{}</em>") for cell in cells)
+    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"

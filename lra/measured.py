@@ -1,0 +1,101 @@
+"""What `bench` and `variance` measured, read from results/bench/: the source of every time per length. No torch.
+
+attention.json: {"points": [{"name", "N", "seconds", "peak_bytes"}]}: forward and backward of one attention.
+variance.json: {"points": [{"name", "M", "error"}]}: relative error of the attention output at M features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lra.markup import Block, Grid, Heading, Text
+from lra.options import UsageError
+
+BASELINE = "softmax"
+MISSING = "–"
+SPEED = (
+    "Forward and backward of the attention alone, relative to softmax in the same interleaved benchmark "
+    "(results/bench/attention.json): softmax's time divided by the method's (above 1 = faster) / peak memory "
+    "divided by softmax's. N: tokens. Crossover: the length from which the method is faster."
+)
+
+
+class Point(NamedTuple):
+    """One measurement of a curve: y over x; `peak_bytes` where it was measured."""
+
+    x: float
+    y: float
+    peak_bytes: float | None = None
+
+
+Curves = dict[str, list[Point]]  # name -> points by x
+
+
+def attention(results: Path) -> Curves:
+    """Seconds of each attention over N; empty when nothing was measured. Raises UsageError for a broken file."""
+    return _read(Path(results) / "bench" / "attention.json", "N", "seconds")
+
+
+def variance(results: Path) -> Curves:
+    """Error of each scheme over its number of features M; as `attention`."""
+    return _read(Path(results) / "bench" / "variance.json", "M", "error")
+
+
+def _read(path: Path, x: str, y: str) -> Curves:
+    if not path.exists():
+        return {}
+    curves: Curves = defaultdict(list)
+    try:
+        for point in json.loads(path.read_text())["points"]:
+            numbers = float(point[x]), float(point[y])
+            peak = point.get("peak_bytes")
+            if not all(math.isfinite(v) and v > 0 for v in numbers):
+                raise ValueError(f"{x} {point[x]}, {y} {point[y]}")
+            curves[str(point["name"])].append(Point(*numbers, None if peak is None else float(peak)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None
+    return {name: sorted(curves[name]) for name in sorted(curves)}
+
+
+def crossover(curve: Sequence[Point], baseline: Sequence[Point]) -> float | None:
+    """The x from which `curve` stays below `baseline`, between shared points by straight lines in log-log.
+
+    The first shared x when it is below from the start; None when it is not below at the last one.
+    """
+    base = {p.x: p.y for p in baseline}
+    gaps = [(math.log(p.x), math.log(p.y / base[p.x])) for p in sorted(curve) if p.x in base]
+    if not gaps or gaps[-1][1] >= 0:
+        return None
+    last = max((i for i, (_, gap) in enumerate(gaps) if gap >= 0), default=None)
+    if last is None:
+        return math.exp(gaps[0][0])
+    (x0, g0), (x1, g1) = gaps[last], gaps[last + 1]
+    return math.exp(x0 + (x1 - x0) * g0 / (g0 - g1))
+
+
+def blocks(results: Path) -> list[Block]:
+    """The table of ratios over lengths; nothing when nothing was measured."""
+    curves = attention(results)
+    if BASELINE not in curves:
+        return []
+    base = {p.x: p for p in curves[BASELINE]}
+    rows = []
+    for name, curve in curves.items():
+        found = {p.x: p for p in curve}
+        cross = crossover(curve, curves[BASELINE]) if name != BASELINE else None
+        cells = (_ratios(found.get(n), base[n]) for n in base)
+        rows.append((name, *cells, MISSING if cross is None else f"{cross:,.0f}"))
+    header = ("attention", *(f"N {n:,.0f}" for n in base), "crossover")
+    return [Heading("Time and memory against length"), Text(SPEED), Grid(header, tuple(rows))]
+
+
+def _ratios(point: Point | None, base: Point) -> str:
+    if point is None:
+        return MISSING
+    memory = f"{point.peak_bytes / base.peak_bytes:.2f}" if point.peak_bytes and base.peak_bytes else MISSING
+    return f"{base.y / point.y:.2f} / {memory}"
