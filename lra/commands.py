@@ -1,4 +1,4 @@
-"""What `prepare`, `train`, `evaluate` and `doctor` do, with the parsed arguments of __main__.py."""
+"""What `prepare`, `train`, `evaluate` and `doctor` do, with the arguments that commandline.py parses."""
 
 from __future__ import annotations
 

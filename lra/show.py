@@ -1,4 +1,4 @@
-"""What `list` and `table` do, with the parsed arguments of __main__.py; answers at once, without torch."""
+"""What `list` and `table` do, with the arguments that commandline.py parses; answers at once, without torch."""
 
 from __future__ import annotations
 

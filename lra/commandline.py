@@ -1,0 +1,273 @@
+"""Every command of the command line: its code, its help, its options."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+PRESETS_HELP = (
+    "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU); "
+    "pathfinder also has path-x (128 px, GPU)"
+)
+
+
+def list_options(add) -> None:
+    """Of `list`."""
+    add("what", choices=("tasks", "attentions", "presets"))
+    add("--json", action="store_true", help="as JSON")
+
+
+def task_options(add) -> None:
+    """One task."""
+    add("task", help="a name of `list tasks`")
+
+
+def preset_options(add) -> None:
+    """One preset."""
+    add("--preset", default="small", help=PRESETS_HELP)
+
+
+def source_options(add) -> None:
+    """Where raw data comes from."""
+    add("--source", help="embedded, hub or local (default: local with --data-dir, else the preset's)")
+    add("--data-dir", type=Path, help="folder with raw data, or a tar archive of it (.tar, .gz, .bz2, .xz)")
+
+
+def prepare_options(add) -> None:
+    """Of `prepare`."""
+    add("--out", type=Path, default=Path("data"), help="folder of prepared data")
+    add("--workers", type=at_least(0), default=0, help="threads of generators and readers; 0 = all cores")
+    verify = "hash every byte of data that are there, not only those of another size or time"
+    add("--verify", action="store_true", help=verify)
+    add(
+        "--export", type=Path, metavar="FOLDER", help="write the data there, too, as published (listops: TSV)"
+    )
+
+
+def inspect_options(add) -> None:
+    """Of `inspect`."""
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add(
+        "--out",
+        type=Path,
+        help="folder to write facts (JSON), lengths (SVG, PNG) and a contact sheet (PNG) to",
+    )
+
+
+def cell_options(add) -> None:
+    """One cell of a task."""
+    add("--attention", required=True, help="a name of `list attentions`, or package.module:Class")
+    add("--seed", type=at_least(0), default=0, help="of initialisation, batches, dropout and projections")
+
+
+def grid_options(add) -> None:
+    """Many cells."""
+    add("--tasks", default="all", help="comma-separated names")
+    add("--attentions", default="all", help="comma-separated names")
+    add("--seeds", type=at_least(1), default=1, help="seeds 0..N-1 of each cell")
+    jobs = "runs at a time, sharing the threads; 0 = one per CPU core, 1 on a GPU"
+    add("--jobs", type=at_least(0), default=0, help=jobs)
+
+
+def training_options(add) -> None:
+    """How a run differs from its preset, and how it is executed."""
+    sets = "override: attention.*, encoder.* or train.* (may be repeated)"
+    add("--set", action="append", default=[], metavar="GROUP.OPTION=VALUE", dest="sets", help=sets)
+    add("--steps", type=int, help="optimizer steps; the same as --set train.steps=N (default: the preset's)")
+    rule = "legacy: select on the test split, as some earlier suites did; named in the record"
+    add("--val-rule", choices=("held-out", "legacy"), default="held-out", help=rule)
+    precision = "bf16: autocast; auto: bf16 on cuda, else fp32"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler on a CPU)")
+    add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
+
+
+def place_options(add) -> None:
+    """Where things are kept, and the device."""
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add("--results", type=Path, default=Path("results"), help="folder of records")
+    add("--runs", type=Path, default=Path("runs"), help="folder of TensorBoard logs, checkpoints, weights")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def bench_options(add) -> None:
+    """Of every `bench`."""
+    add("--results", type=Path, default=Path("results"), help="folder whose bench/ the report is written to")
+
+
+def bench_attention_options(add) -> None:
+    """Of `bench attention`."""
+    add(
+        "--attentions",
+        help="comma-separated: NAME or pypi:PACKAGE, and after a space causal or bf16 (default: all)",
+    )
+    add("--lengths", default="512,1024,2048,4096,8192,16384", help="tokens N, comma-separated")
+    add("--batch", type=at_least(1), default=2, help="sequences B")
+    add("--heads", type=at_least(1), default=4, help="heads H")
+    add("--head-dim", type=at_least(1), default=64, help="head width D")
+    add(
+        "--features",
+        type=at_least(1),
+        default=256,
+        help="features, landmarks, projected positions or window M",
+    )
+    add("--rounds", type=at_least(1), default=5, help="interleaved rounds, after one that is not counted")
+    add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
+
+
+def bench_encoder_options(add) -> None:
+    """Of `bench encoder`."""
+    add(
+        "--attentions",
+        help="comma-separated: NAME or pypi:PACKAGE (default: all with a linear cost, and peers)",
+    )
+    layouts = "32x128,32x1024,32x2048,32x3072,32x4096,4x4096"
+    add("--layouts", default=layouts, help="batch x tokens, comma-separated")
+    add(
+        "--features",
+        type=at_least(1),
+        default=256,
+        help="features, landmarks, projected positions or window M",
+    )
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    add("--rounds", type=at_least(1), default=3, help="interleaved rounds, after one that is not counted")
+    add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
+
+
+def bench_data_options(add) -> None:
+    """Of `bench data`."""
+    add("--tasks", default="all", help="comma-separated names of tasks to load batches of")
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add("--threads", type=at_least(0), default=0, help="CPU threads of the model; 0 = PyTorch's choice")
+
+
+def fidelity_options(add) -> None:
+    """Of `bench fidelity`."""
+    kept = "folder with listops_reference_1000.tsv.gz and pathfinder32_reference.npz"
+    add("--reference", type=Path, required=True, help=f"samples of the published programs: a {kept}")
+
+
+def record_options(add) -> None:
+    """One record."""
+    add("record", type=Path, help="its JSON file")
+
+
+def trust_options(add) -> None:
+    """What a record may import."""
+    trust = "import an attention package.module:Class that a record names: code of the record's author"
+    add("--trust", action="store_true", help=trust)
+
+
+def submit_options(add) -> None:
+    """Of `leaderboard submit`."""
+    add("files", type=Path, nargs="+", help="JSON files of records, their predictions beside them")
+    add("--by", help="add them as counter-records of this name, to results/counter/BY/")
+
+
+def verify_options(add) -> None:
+    """Of `leaderboard verify`."""
+    add("files", type=Path, nargs="*", help="JSON files of records (default: all of --results)")
+    levels = (
+        "0 form and identity, 1 agrees with itself, 2 first losses repeated (needs --data), "
+        "3 saved weights evaluated (needs --data and --runs), 4 equivalent to somebody else's runs"
+    )
+    add("--level", type=int, choices=range(5), default=1, help=levels)
+
+
+def reproduce_options(add) -> None:
+    """Of `reproduce`."""
+    add("--by", default="rerun", help="whose counter-record it becomes: results/counter/BY/")
+    threads = "CPU threads, e.g. 1,2: one run each, compared; the first becomes the counter-record"
+    add("--threads", metavar="N[,N...]", help=f"{threads} (default: the record's)")
+    add("--data-dir", type=Path, help="folder with raw data, where the record's are local")
+
+
+def table_options(add) -> None:
+    """Of `table`."""
+    add("--results", type=Path, default=Path("results"), help="folder of records")
+    forms = "Markdown, LaTeX (a document with booktabs), HTML (a page), or CSV (one line per record)"
+    add("--format", choices=("md", "tex", "html", "csv"), default="md", help=forms)
+    add("--preset", action="append", help="only this preset (may be repeated; default all)")
+    add(
+        "--write",
+        type=Path,
+        help="a file; in a Markdown file only what stands between its results markers changes",
+    )
+
+
+def cards_options(add) -> None:
+    """Of `cards`."""
+    add("--results", type=Path, default=Path("results"), help="its data/ holds what `inspect --out` wrote")
+    markers = "a file with markers, such as tasks/DATA.md: only what is between them changes"
+    add("--write", type=Path, help=markers)
+
+
+def results_options(add) -> None:
+    """What reads records and writes below the same folder."""
+    add("--results", type=Path, default=Path("results"), help="folder of records; figures go to its figures/")
+
+
+def serve_options(add) -> None:
+    """Of `leaderboard serve`."""
+    add("--port", type=at_least(0), default=8000, help="on 127.0.0.1; 0 = any that is free")
+
+
+def tensorboard_options(add) -> None:
+    """Of `tensorboard`."""
+    add("--runs", type=Path, default=Path("runs"), help="folder of TensorBoard logs")
+    add("--task", help="only this task, so that its attentions overlay one another (default: all tasks)")
+    add("--port", type=at_least(1), default=6006, help="on 127.0.0.1")
+    add("--start", action="store_true", help="start TensorBoard, instead of only printing the command")
+
+
+def at_least(least: int):
+    """An argparse type: a whole number not below `least`."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+        return value
+
+    return number
+
+
+FAMILIES = {  # commands of two words
+    "bench": "measure this machine, and write results/bench/ACTION.json and ACTION.md",
+    "leaderboard": "take records in, verify them, make the page of all results",
+}
+COMMANDS = (  # name, function, help, groups of options
+    ("list", "lra.show:list_names", "names of tasks, attentions or presets", list_options),
+    ("prepare", "lra.commands:prepare", "build a task's data once, as memory-mapped arrays with a manifest",
+     task_options, preset_options, source_options, prepare_options),
+    ("inspect", "lra.inspection:inspect", "look at prepared data: sizes, labels, lengths, floors, examples",
+     task_options, preset_options, inspect_options),
+    ("cards", "lra.cards:cards", "the numbers of tasks/DATA.md, from what `inspect --out` wrote", cards_options),
+    ("train", "lra.commands:train", "train one task with one attention and one seed, and write its record",
+     task_options, cell_options, preset_options, training_options, place_options),
+    ("sweep", "lra.sweep:sweep", "train every missing (task, attention, seed) of a grid",
+     grid_options, preset_options, source_options, training_options, place_options),
+    ("evaluate", "lra.commands:evaluate", "repeat the test evaluation of a record from its saved weights",
+     record_options, trust_options, place_options),
+    ("reproduce", "lra.reproduce:reproduce", "run a record again and compare; adds a counter-record",
+     record_options, reproduce_options, trust_options, place_options),
+    ("leaderboard submit", "lra.leaderboard:submit", "verify records from elsewhere at V1 and add them",
+     submit_options, trust_options, place_options),
+    ("leaderboard verify", "lra.leaderboard:verify_all", "check records, and keep how far each was verified",
+     verify_options, trust_options, place_options),
+    ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
+    ("bench data", "lra.bench_data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
+     preset_options, bench_data_options, bench_options),
+    ("bench attention", "lra.bench_attention:bench", "time and memory of attentions against length, beside packages",
+     bench_attention_options, bench_options),
+    ("bench encoder", "lra.bench_encoder:bench", "training step of the encoder with each attention, beside packages",
+     bench_encoder_options, bench_options),
+    ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
+     fidelity_options, bench_options),
+    ("plot", "lra.plots:plot", "draw the figures of the records and benchmarks, as SVG and PNG", results_options),
+    ("leaderboard build", "lra.page:build", "make the page RESULTS/index.html, with its figures", results_options),
+    ("leaderboard serve", "lra.page:serve", "show the results folder to a browser on this machine alone",
+     results_options, serve_options),
+    ("tensorboard", "lra.tensorboard:tensorboard", "average the seeds of each cell, and show all learning curves",
+     tensorboard_options),
+    ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
+)  # fmt: skip
