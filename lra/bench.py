@@ -21,6 +21,7 @@ from torch import nn
 
 from lra.evaluate import autocast
 from lra.machine import environment, synchronize
+from lra.markup import Grid, markdown
 from lra.trainer import Where
 from tasks._sources import atomic_path
 from tasks.base import Batch
@@ -88,5 +89,4 @@ def machine_line(threads: int) -> str:
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table whose first column is text and whose others are numbers."""
-    lines = [f"| {' | '.join(header)} |", "|:--|" + "--:|" * (len(header) - 1)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+    return markdown([Grid(tuple(header), tuple(map(tuple, rows)))]).splitlines()

@@ -212,5 +212,5 @@ def markdown(m: dict[str, Any], command: str) -> str:
         "",
     ]
     lines += [f"### sha256 of the first {HASHED} samples of seed 0", ""]
-    lines += markdown_table(["generator", "sha256"], [[k, f"`{v}`"] for k, v in m["hashes"].items()])
+    lines += markdown_table(["generator", "sha256"], [[k, v] for k, v in m["hashes"].items()])
     return "\n".join([*lines, "", machine_line(1), ""])

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lra.inspection import SCHEMA, TOKENS
+from lra.markup import Grid, markdown
 from lra.options import UsageError
 from lra.record import PRESETS
-from lra.table import escape, refresh_block
+from lra.table import refresh_block
 from tasks._sources import atomic_path
 from tasks.base import SPLITS
 
@@ -56,16 +57,16 @@ def block(presets: list[dict[str, Any]], folder: Path) -> str:
     rows: dict[str, list[str]] = {}
     for i, facts in enumerate(presets):
         for name, value in _rows(facts).items():
-            rows.setdefault(name, [""] * len(presets))[i] = escape(value)
-    lines = [f"| | {' | '.join(f['preset'] for f in presets)} |", "|:--|" + ":--|" * len(presets)]
-    lines += [f"| {escape(name)} | {' | '.join(values)} |" for name, values in rows.items()]
+            rows.setdefault(name, [""] * len(presets))[i] = value
+    header = ("", *(facts["preset"] for facts in presets))
+    table = markdown([Grid(header, tuple((name, *values) for name, values in rows.items()))])
     links = []
     for facts in presets:
         stem = f"{facts['task']}-{facts['preset']}"
         for end, what in (("lengths.svg", "lengths"), ("sheet.png", "examples")):
             if (folder / f"{stem}-{end}").is_file():
                 links.append(f"[{what}, {facts['preset']}]({FROM_CARDS}/{stem}-{end})")
-    return "\n".join([*lines, "", "Figures: " + ", ".join(links) + "."] if links else lines)
+    return table + (f"\nFigures: {', '.join(links)}.\n" if links else "")
 
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:

@@ -135,6 +135,12 @@ def default_options(attention: str, recipe: Recipe) -> dict[str, Any]:
     return asdict(cls(**budget))
 
 
+def stored_options(config: Any) -> dict[str, Any]:
+    """What identifies an attention's options: all but later ones at their defaults (`option` in base.py)."""
+    later = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    return {k: v for k, v in asdict(config).items() if k not in later or v != later[k]}
+
+
 def resolve(
     task_name: str,
     preset: str,
@@ -162,9 +168,8 @@ def resolve(
         if getattr(after[g], option) != getattr(before[g], option)
     }
     recipe = dataclasses.replace(recipe, encoder=after["encoder"], train=after["train"])
-    run = Run(
-        task.META, preset, attention, asdict(after["attention"]), recipe, changed, val_rule, seed, manifest
-    )
+    options = stored_options(after["attention"])
+    run = Run(task.META, preset, attention, options, recipe, changed, val_rule, seed, manifest)
     _check(run)
     return run
 

@@ -35,12 +35,15 @@ class AlignedConfig(RandomFeatureConfig):
     """Options of methods that can align queries and keys."""
 
     align: Literal["none", "centre", "balance"] = option(
-        "none", "subtract the means of q and k, and (balance) give both the same covariance; the kernel stays"
+        "none",
+        "subtract the means of q and k, and (balance) give both the same covariance; the kernel stays",
+        later=True,
     )
-    learn_mean: bool = option(False, "the means are parameters, calibrated at first; needs align")
+    learn_mean: bool = option(False, "the means are parameters, calibrated at first; needs align", later=True)
     target_norm: float = option(
         0.0,
         "temperature: shrink q and k so that their mean |q|^2 + |k|^2 is at most this; 0 = keep the kernel",
+        later=True,
     )
 
 

@@ -27,10 +27,11 @@ import torch
 from torch import nn
 
 
-def option(default: Any, help: str, *, budget: bool = False) -> Any:
+def option(default: Any, help: str, *, budget: bool = False, later: bool = False) -> Any:
     """A documented Config field. `budget=True`: its default comes from the task's recipe, so that every
-    method with an approximation size gets the same one."""
-    return dataclasses.field(default=default, metadata={"help": help, "budget": budget})
+    method with an approximation size gets the same one. `later=True`: added when there were results already; at
+    its default it changes nothing, and stays out of a run's identity, so that they keep theirs."""
+    return dataclasses.field(default=default, metadata={"help": help, "budget": budget, "later": later})
 
 
 class AttentionBase(nn.Module):

@@ -19,12 +19,14 @@ class Config(AlignedConfig):
         "identity",
         "where G starts: identity; whitening = the inverse root covariance of q and k, their mean norm kept; "
         "aligned = the identity times the temperature of target_norm, learned from there; needs align",
+        later=True,
     )
-    rank: int = option(0, "rows of G, at most the head width; 0 = the head width")
-    share_heads: bool = option(False, "one G for all heads")
+    rank: int = option(0, "rows of G, at most the head width; 0 = the head width", later=True)
+    share_heads: bool = option(False, "one G for all heads", later=True)
     proposal: Literal["isotropic", "variance_optimal"] = option(
         "isotropic",
         "distribution of the projections; variance_optimal = theorem 3.2 on the data calibrated with",
+        later=True,
     )
 
 
@@ -48,8 +50,9 @@ class Attention(AlignedAttention):
                 f"got align={config.align}, target_norm={config.target_norm}"
             )
         super().__init__(config, **shape)
+        # (H, R, D); named as it was before it could have fewer rows than columns, for the weights that exist.
         G_RD = torch.eye(self.feature_dim, self.head_dim)
-        self.G_HRD = nn.Parameter(G_RD.repeat(1 if config.share_heads else self.heads, 1, 1))
+        self.G_HDD = nn.Parameter(G_RD.repeat(1 if config.share_heads else self.heads, 1, 1))
         if config.proposal == "variance_optimal":
             self.register_buffer("root_HRR", torch.eye(self.feature_dim).repeat(self.heads, 1, 1))
             self.b_HM = torch.zeros(self.heads, config.num_features)
@@ -69,17 +72,17 @@ class Attention(AlignedAttention):
         )  # there G starts at the temperature, and learns it
 
     def geometry(self):
-        return self.G_HRD
+        return self.G_HDD
 
     def _fit(self, Lambda_HDD):
-        heads = self.G_HRD.shape[0]
+        heads = self.G_HDD.shape[0]
         shared_HDD = Lambda_HDD.mean(0, keepdim=True) if heads == 1 else Lambda_HDD
         if self.config.init == "aligned":
-            self.G_HRD.copy_(self.temperature(2 * shared_HDD) * torch.eye(self.feature_dim, self.head_dim))
+            self.G_HDD.copy_(self.temperature(2 * shared_HDD) * torch.eye(self.feature_dim, self.head_dim))
         elif self.config.init == "whitening":
-            self.G_HRD.copy_(whitening(shared_HDD, self.feature_dim))
+            self.G_HDD.copy_(whitening(shared_HDD, self.feature_dim))
         if self.config.proposal == "variance_optimal":
-            G_HRD = self.G_HRD.detach().cpu().double()
+            G_HRD = self.G_HDD.detach().cpu().double()
             name = f"{self.name}, layer {self.layer}"
             self.root_HRR.copy_(variance_optimal(G_HRD @ Lambda_HDD @ G_HRD.mT, name))
 

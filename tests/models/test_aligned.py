@@ -219,7 +219,7 @@ def test_whitening_keeps_the_mean_norm_and_evens_out_the_directions():
     values = torch.linalg.eigvalsh(covariance)
     assert (values[:, -1] / values[:, 0]).max() < 3  # not 1: the ridge
     low = build("darkformer", (q, k), init="whitening", align="centre", rank=2)
-    assert low.G_HRD.shape == (H, 2, D) and low.aligned(q, "q").shape == (B, H, N, 2)
+    assert low.G_HDD.shape == (H, 2, D) and low.aligned(q, "q").shape == (B, H, N, 2)
 
 
 def test_darkformer_starts_aligned_at_its_temperature_and_learns_it_from_there():
@@ -228,12 +228,12 @@ def test_darkformer_starts_aligned_at_its_temperature_and_learns_it_from_there()
     learned = build("darkformer", (q, k), align="balance", target_norm=0.1, init="aligned")
     v = normal(B, H, N, D, seed=9)
     torch.testing.assert_close(learned(q, k, v), fixed(q, k, v), rtol=0, atol=1e-6)
-    assert not torch.allclose(learned.G_HRD, torch.eye(D).double()) and learned.G_HRD.requires_grad
+    assert not torch.allclose(learned.G_HDD, torch.eye(D).double()) and learned.G_HDD.requires_grad
 
 
 def test_shared_heads_have_one_geometry():
     attention = build("darkformer", share_heads=True)
-    assert attention.G_HRD.shape == (1, D, D)
+    assert attention.G_HDD.shape == (1, D, D)
     assert attention(*skewed(), normal(B, H, N, D)).shape == (B, H, N, D)
 
 

@@ -128,8 +128,8 @@ def test_darkformer_estimates_the_kernel_of_its_geometry():
     q, k, v = (x[:1, :1] for x in qkv())
     attention = build_attention("darkformer", heads=1, head_dim=D, max_len=N, num_features=200_000).double()
     with torch.no_grad():
-        attention.G_HRD.copy_(0.2 * normal(1, D, D, seed=8))
-    G = attention.G_HRD.detach()
+        attention.G_HDD.copy_(0.2 * normal(1, D, D, seed=8))
+    G = attention.G_HDD.detach()
 
     def exact(G):
         return torch.nn.functional.scaled_dot_product_attention(q @ G.mT, k @ G.mT, v)

@@ -69,14 +69,14 @@ def test_darkformer_equals_darkformer_pytorch(masked):
     theirs = Oracle(D, H, num_features=M).double()
     mask = torch.arange(N) < torch.tensor([[N - 1], [4]]) if masked else None
     with torch.no_grad():
-        attention.G_HRD += 0.3 * torch.randn(H, D, D)
-        theirs.random_features.geometry.copy_(attention.G_HRD)
+        attention.G_HDD += 0.3 * torch.randn(H, D, D)
+        theirs.random_features.geometry.copy_(attention.G_HDD)
         theirs.random_features.projection_matrix.copy_(share_projection_between_heads(attention))
     wanted = outputs_and_gradients(
         theirs(q, k, v, key_mask=mask), mask, q=q, k=k, v=v, G=theirs.random_features.geometry
     )
     assert_same(
-        outputs_and_gradients(attention(q, k, v, mask), mask, q=q, k=k, v=v, G=attention.G_HRD), wanted, 1e-11
+        outputs_and_gradients(attention(q, k, v, mask), mask, q=q, k=k, v=v, G=attention.G_HDD), wanted, 1e-11
     )
 
 
