@@ -1,6 +1,7 @@
 """What `bench` and `variance` measured, read from results/bench/: the source of every time per length. No torch.
 
-attention.json: {"points": [{"name", "N", "seconds", "peak_bytes"}]}: forward and backward of one attention.
+attention.json: {"points": [{"name", "N", "seconds", "peak_bytes", "ratio"}]}: forward and backward of one attention;
+ratio, if given, is softmax's time by its own, the median over interleaved rounds.
 variance.json: {"points": [{"name", "M", "error"}]}: relative error of the attention output at M features.
 """
 
@@ -21,16 +22,21 @@ MISSING = "–"
 SPEED = (
     "Forward and backward of the attention alone, relative to softmax in the same interleaved benchmark "
     "(results/bench/attention.json): softmax's time divided by the method's (above 1 = faster) / peak memory "
-    "divided by softmax's. N: tokens. Crossover: the length from which the method is faster."
+    "divided by softmax's. N: tokens. Crossover: the length from which the method is never slower."
 )
 
 
 class Point(NamedTuple):
-    """One measurement of a curve: y over x; `peak_bytes` where it was measured."""
+    """One measurement of a curve: y over x; `peak_bytes` and `ratio` where they were measured."""
 
     x: float
     y: float
     peak_bytes: float | None = None
+    ratio: float | None = None
+
+    def faster(self, base: Point) -> float:
+        """How many times as fast as softmax at the same length."""
+        return base.y / self.y if self.ratio is None else self.ratio
 
 
 Curves = dict[str, list[Point]]  # name -> points by x
@@ -52,26 +58,26 @@ def _read(path: Path, x: str, y: str) -> Curves:
     curves: Curves = defaultdict(list)
     try:
         for point in json.loads(path.read_text())["points"]:
-            numbers = float(point[x]), float(point[y])
-            peak = point.get("peak_bytes")
-            if not all(math.isfinite(v) and v > 0 for v in numbers):
-                raise ValueError(f"{x} {point[x]}, {y} {point[y]}")
-            curves[str(point["name"])].append(Point(*numbers, None if peak is None else float(peak)))
+            more = [None if (v := point.get(key)) is None else float(v) for key in ("peak_bytes", "ratio")]
+            numbers = [float(point[x]), float(point[y]), *more]
+            if not all(v is None or (math.isfinite(v) and v > 0) for v in numbers):
+                raise ValueError(f"{x} {point[x]}, {y} {point[y]}, {more}")
+            curves[str(point["name"])].append(Point(*numbers))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None
     return {name: sorted(curves[name]) for name in sorted(curves)}
 
 
 def crossover(curve: Sequence[Point], baseline: Sequence[Point]) -> float | None:
-    """The x from which `curve` stays below `baseline`, between shared points by straight lines in log-log.
+    """The x from which `curve` is never slower than `baseline`, between shared points by straight lines in log-log.
 
-    The first shared x when it is below from the start; None when it is not below at the last one.
+    The first shared x when it is never slower; None when it is slower at the last one.
     """
-    base = {p.x: p.y for p in baseline}
-    gaps = [(math.log(p.x), math.log(p.y / base[p.x])) for p in sorted(curve) if p.x in base]
-    if not gaps or gaps[-1][1] >= 0:
+    base = {p.x: p for p in baseline}
+    gaps = [(math.log(p.x), math.log(p.faster(base[p.x]))) for p in sorted(curve) if p.x in base]
+    if not gaps or gaps[-1][1] < 0:
         return None
-    last = max((i for i, (_, gap) in enumerate(gaps) if gap >= 0), default=None)
+    last = max((i for i, (_, gap) in enumerate(gaps) if gap < 0), default=None)
     if last is None:
         return math.exp(gaps[0][0])
     (x0, g0), (x1, g1) = gaps[last], gaps[last + 1]
@@ -98,4 +104,4 @@ def _ratios(point: Point | None, base: Point) -> str:
     if point is None:
         return MISSING
     memory = f"{point.peak_bytes / base.peak_bytes:.2f}" if point.peak_bytes and base.peak_bytes else MISSING
-    return f"{base.y / point.y:.2f} / {memory}"
+    return f"{point.faster(base):.2f} / {memory}"

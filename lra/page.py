@@ -28,7 +28,7 @@ CAPTIONS = {
     "bubble": "Accuracy, speed and peak memory of every method that has run all tasks.",
     "accuracy": "Test accuracy by task: seeds, mean and 95% interval; floors dashed.",
     "curves": "Validation accuracy while training: mean and standard deviation over seeds.",
-    "lengths": "Time and memory of the attention alone against length; a ring where a method overtakes softmax.",
+    "lengths": "Time and memory of the attention alone against length; from where a method is not slower than softmax.",
     "features": "Approximation error against the number of features.",
 }
 DOTS = 120  # width of the small chart in a row, in its own units

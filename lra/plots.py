@@ -18,7 +18,7 @@ from lra.cells import Cell, Column, Table, build
 from lra.measured import BASELINE, Curves
 from lra.record import PRESETS, report_skipped
 from lra.stats import Estimate, average, mean_sd
-from lra.style import GREY, INK, color, drawing, marker, save, subplots
+from lra.style import GREY, INK, color, dashes, drawing, marker, save, subplots
 from lra.table import row_name
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def curves(table: Table) -> Figure | None:
                 steps, means, sds = zip(*points, strict=True)
                 low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
                 axes.fill_between(steps, low, high, color=color(row[1]), alpha=0.18, linewidth=0)
-                (line,) = axes.plot(steps, means, marker=marker(row[1]), color=color(row[1]))
-                shown.setdefault(_short(row_name(row)), line)
+                (drawn,) = axes.plot(steps, means, marker=marker(row[1]), color=color(row[1]))
+                shown.setdefault(_short(row_name(row)), drawn)
     figure.supxlabel("optimizer step" + _more(table), fontsize=8)
     figure.supylabel("validation accuracy, %: mean ± sd over seeds", fontsize=8)
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=min(6, len(shown)))
@@ -171,7 +171,7 @@ def bubble(table: Table) -> Figure | None:
         _bubble(axes, row, speed, memory, mean)
     axes.set_xscale("log")
     axes.margins(0.2)
-    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes)
     columns = len(table.averaged or table.columns)
     axes.set_xlabel("speed relative to softmax (interleaved pairs of steps; geometric mean over tasks)")
     axes.set_ylabel(f"test accuracy, %, mean of {columns} task{'s' * (columns > 1)}, 95% interval")
@@ -201,14 +201,15 @@ def scaling(lengths: Curves) -> Figure | None:
     """Time and peak memory of the attention alone against length; a ring where a method overtakes softmax."""
     if not lengths:
         return None
-    figure, (times, memory) = subplots(1, 2, width=9, height=3.8)
-    for name, curve in list(lengths.items())[:MOST]:
-        look = dict(color=color(name), marker=marker(name), label=_short(name))
+    figure, (times, memory) = subplots(1, 2, width=10, height=4.6)
+    for name, curve in lengths.items():
+        cross = measured.crossover(curve, lengths.get(BASELINE, [])) if name != BASELINE else None
+        label = _short(name) + (f", from {cross:,.0f}" if cross else "")
+        look = dict(color=color(name), marker=marker(name), linestyle=dashes(name), label=label)
         times.plot([p.x for p in curve], [p.y for p in curve], **look)
         peaks = [(p.x, p.peak_bytes / 1e6) for p in curve if p.peak_bytes]
         if peaks:
             memory.plot(*zip(*peaks, strict=True), **look)
-        cross = measured.crossover(curve, lengths.get(BASELINE, [])) if name != BASELINE else None
         if cross and cross > curve[0].x:
             _ring(times, cross, lengths[BASELINE], color(name))
     times.set_ylabel("seconds, forward and backward")
@@ -216,8 +217,8 @@ def scaling(lengths: Curves) -> Figure | None:
     for axes in (times, memory):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("tokens N (ring: from here faster than softmax)" if axes is times else "tokens N")
-        _plain_ticks(axes.xaxis)
+        axes.set_xlabel("tokens N (ring, from: not slower than softmax)" if axes is times else "tokens N")
+        _plain_ticks(axes)
     handles, names = times.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=8)
     return figure
@@ -232,7 +233,6 @@ def _ring(axes: Axes, x: float, baseline: Sequence[measured.Point], shade: str) 
     axes.plot(
         [x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=shade, markeredgewidth=1.8
     )
-    axes.annotate(f"{x:,.0f}", (x, y), xytext=(-4, 9), textcoords="offset points", fontsize=8, ha="right")
 
 
 def errors(schemes: Curves) -> Figure | None:
@@ -240,7 +240,7 @@ def errors(schemes: Curves) -> Figure | None:
     if not schemes:
         return None
     figure, axes = subplots(width=6.4, height=4)
-    for name, curve in list(schemes.items())[:MOST]:
+    for name, curve in schemes.items():
         axes.plot(
             [p.x for p in curve],
             [p.y for p in curve],
@@ -254,16 +254,20 @@ def errors(schemes: Curves) -> Figure | None:
     axes.plot([first.x, last], slope, color=INK, linestyle=":", linewidth=1, label="slope −1/2")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _plain_ticks(axes.xaxis)
     axes.set_xlabel("features M")
     axes.set_ylabel("relative error of the attention output")
+    _plain_ticks(axes)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
-def _plain_ticks(axis) -> None:
-    """Numbers as people write them: 0.5, 1, 2,048."""
-    from matplotlib.ticker import FuncFormatter
+def _plain_ticks(axes: Axes) -> None:
+    """Numbers as people write them, 0.5 or 2,048, on both axes; never powers of ten, which would be markup."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_formatter(plain)
+        axis.set_minor_formatter(
+            plain if high < 20 * low else NullFormatter()
+        )  # few decades: name what is between

@@ -63,15 +63,25 @@ STYLE = {
 
 
 def color(method: str) -> str:
-    """The colour of a method as #rrggbb; a method without one of its own gets one from the hash of its name."""
+    """The colour of a method as #rrggbb; a method without one of its own gets one from the hash of its name.
+
+    What stands after a space names a variant ("performer bf16"), which has the colour of its method.
+    """
     own = {"softmax": INK, "constant": GREY} | dict(zip(NAMED, PALETTE, strict=True))
+    method = method.partition(" ")[0]
     return own.get(method) or PALETTE[_hash(method) % len(PALETTE)]
 
 
 def marker(method: str) -> str:
     """The marker of a method, in matplotlib's letters."""
     own = {"softmax": "*", "constant": "_"} | dict(zip(NAMED, MARKERS, strict=True))
+    method = method.partition(" ")[0]
     return own.get(method) or MARKERS[_hash(method) // len(PALETTE) % len(MARKERS)]
+
+
+def dashes(method: str) -> str:
+    """The line style of a method: dashed for a variant, dotted for another package's ("pypi:NAME")."""
+    return "--" if " " in method else ":" if ":" in method else "-"
 
 
 def _hash(method: str) -> int:

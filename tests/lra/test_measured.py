@@ -40,7 +40,7 @@ def test_ratios_are_taken_to_softmax_at_the_same_length(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [((1, 1, 1), 512), ((9, 9, 17), None), ((3, 6, 12), 1536), ((0.5, 8, 8), 1448.2), ((2, 4, 15), 1024)],
+    [((1, 1, 1), 512), ((9, 9, 17), None), ((3, 6, 12), 1536), ((0.5, 8, 8), 1448.2), ((2, 4, 15), 512)],
 )
 def test_crossover_is_where_a_method_becomes_faster_for_good(seconds, expected):
     lengths = (512, 1024, 2048)
@@ -50,16 +50,31 @@ def test_crossover_is_where_a_method_becomes_faster_for_good(seconds, expected):
     assert found == (None if expected is None else pytest.approx(expected, rel=1e-4))
 
 
+def test_the_ratio_of_interleaved_rounds_counts_before_that_of_medians(tmp_path):
+    paired = [point("linear", 512, 0.5) | {"ratio": 0.8}, point("linear", 1024, 5) | {"ratio": 1.25}]
+    bench(tmp_path, [*QUADRATIC, *paired])
+    *_, grid = measured.blocks(tmp_path)
+    assert grid.rows[0] == ("linear", "0.80 / –", "1.25 / –", "–", "724")  # half way in log-log
+
+
 def test_nothing_measured_is_nothing_shown(tmp_path):
     assert (
         measured.blocks(tmp_path) == [] and measured.attention(tmp_path) == measured.variance(tmp_path) == {}
     )
 
 
-@pytest.mark.parametrize(
-    "points",
-    [5, [1], [{"name": "a"}], [point("a", 0, 1)], [point("a", 1, float("nan"))], [point("a", "x", 1)]],
-)
+BROKEN = [
+    5,
+    [1],
+    [{"name": "a"}],
+    [point("a", 0, 1)],
+    [point("a", 1, float("nan"))],
+    [point("a", "x", 1)],
+    [point("a", 1, 1) | {"ratio": -1}],
+]
+
+
+@pytest.mark.parametrize("points", BROKEN)
 def test_a_broken_file_is_one_line(tmp_path, points):
     bench(tmp_path, points)
     with pytest.raises(UsageError, match="attention.json is not usable: "):

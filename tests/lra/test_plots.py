@@ -52,7 +52,9 @@ def test_every_figure_is_drawn_with_the_methods_and_tasks_it_compares(tmp_path, 
         assert set(FIVE) | {"softmax", "performer", "linformer"} <= set(texts(found[name])), name
     # peak memory relative to softmax beside each name
     assert {"softmax 1.00", "performer 2.00", "linformer 3.00"} <= set(texts(found["small-bubble"]))
-    assert "1,536" in texts(found["lengths"])  # the crossover: 3 n = n^2 in units of 512 tokens
+    assert "performer, from 1,536" in texts(
+        found["lengths"]
+    )  # the crossover: 3 n = n^2 in units of 512 tokens
     assert "slope −1/2" in texts(found["features"])
 
 
