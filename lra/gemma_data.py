@@ -12,7 +12,7 @@ import numpy as np
 
 from lra.options import UsageError
 from tasks import text as imdb
-from tasks._sources import open_text, package_file, read_csv, sha256_file, sha256_folder
+from tasks._sources import open_text, package_file, read_csv, read_folder, sha256_file
 
 SHARES = {"test": 0.10, "val": 0.05, "calibration": 0.05}  # of the documents; the rest is train
 Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without BOS
@@ -65,12 +65,12 @@ def documents(path: Path | None) -> Documents:
         files = {file.name: sha256_file(file)}
         return _checked(texts, "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", files)
     if path.is_dir():
-        found = sorted(path.glob("*.txt"))
-        texts = []
-        for part in found:
-            with open_text(part) as opened:
-                texts.append(opened.read())
-        return _checked(texts, path.name, "local", "as found", {f"{path.name}/*.txt": sha256_folder(found)})
+        contents, digest = read_folder(sorted(path.glob("*.txt")), 1)
+        try:
+            texts = [content.decode() for content in contents]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--text {path}: a file in it is not UTF-8 ({error})") from error
+        return _checked(texts, path.name, "local", "as found", {f"{path.name}/*.txt": digest})
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file or folder")
     with open_text(path) as opened:

@@ -15,9 +15,8 @@ import torch
 from tqdm import tqdm
 
 from lra.gemma_data import documents, pack, split
-from lra.gemma_weights import Base
+from lra.gemma_weights import Base, sha256_files
 from lra.optim import learning_rate
-from tasks._sources import sha256_folder
 from tasks.base import Optim
 
 PAD, EOS, BOS, FIRST = 0, 1, 2, 3  # ids; byte b is FIRST + b
@@ -114,7 +113,7 @@ def _make(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as temporary:
         made = Path(temporary) / "made"
         pretrain(RECIPE).save_pretrained(made)
-        (made / "weights.sha256").write_text(sha256_folder(sorted(made.glob("*.safetensors"))) + "\n")
+        (made / "weights.sha256").write_text(sha256_files(sorted(made.glob("*.safetensors"))) + "\n")
         shutil.rmtree(folder, ignore_errors=True)  # left without the note that says it is whole
         os.replace(made, folder)
 

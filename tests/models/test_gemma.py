@@ -15,6 +15,11 @@ SHAPE = dict(
 WINDOWS = dict(
     sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
 )
+DECODING = [
+    n
+    for n in attention_names()
+    if attention_class(n).causal and (attention_class(n).recurrent or n == "softmax")
+]
 CAUSAL = [n for n in attention_names() if attention_class(n).causal]
 
 
@@ -92,7 +97,7 @@ def test_generate_with_a_cache_is_eager_generate(kind):
     assert torch.equal(model.generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", DECODING)
 def test_generate_with_a_cache_is_generate_without_one(name):
     ids, mask = prompt()
     options = dict(attention_mask=mask, max_new_tokens=9, min_new_tokens=9, do_sample=False)
@@ -116,7 +121,20 @@ def test_later_tokens_change_no_earlier_logit(kind, name):
     assert (after[:, 9:] - before[:, 9:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", sorted(set(CAUSAL) - set(DECODING)))
+def test_what_needs_earlier_queries_refuses_to_decode_from_a_cache(name):
+    ids, mask = prompt()
+    model = gemma("gemma3")
+    plug(model, name)
+    options = dict(attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(ids, **options)
+    assert model.generate(ids, use_cache=False, **options).shape == (3, 20)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CAUSAL if n != "random"]
+)  # its logits belong to places, not tokens
 @torch.no_grad()
 def test_left_padding_changes_no_logit_of_a_real_token(name):
     model = gemma("gemma1")
