@@ -25,7 +25,7 @@ from models.gemma import bridge
 from models.gemma.loss import Head
 
 SIZES = {  # what options default to: length, calibration, eval_blocks, tokens, batch
-    "tiny": {"length": 128, "calibration": 8, "eval_blocks": 64, "tokens": 65_536, "batch": 8},
+    "tiny": {"length": 128, "calibration": 8, "eval_blocks": 64, "tokens": 16_384, "batch": 8},
     "others": {"length": 512, "calibration": 4, "eval_blocks": 16, "tokens": 46_080, "batch": 2},
 }
 

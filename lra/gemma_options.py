@@ -52,7 +52,7 @@ def train_options(add) -> None:
     """How finetuning goes."""
     add("--train", choices=("kernel", "kernel+qk", "kernel+qkvo", "all"), default="kernel+qkvo",
         help="what is trained; qk, qkvo: projections of replaced layers; all: all but the embedding")  # fmt: skip
-    add("--tokens", type=at_least(1), help="training tokens (default: tiny 65536, others 46080)")
+    add("--tokens", type=at_least(1), help="training tokens (default: tiny 16384, others 46080)")
     add("--batch", type=at_least(1), help="sequences per step (default: tiny 8, others 2)")
     add("--lr", type=float, default=1e-4, help="peak learning rate of pretrained weights")
     add("--lr-kernel", type=float, default=1e-3, help="peak learning rate of what the kernel itself learns")
