@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lra.gemma_stats import Record, accuracy, gap, spikes
-from lra.gemma_table import baseline, by_kind, grouped, order, row_of, setting_of
+from lra.gemma_table import baseline, by_kind, grouped, order, row_of, setting_of, titled
 from lra.style import color, drawing, marker, save, subplots
 
 if TYPE_CHECKING:
@@ -38,12 +38,8 @@ def _panels(settings: Sequence[str], height: float = 3.2) -> tuple[Figure, list[
     figure, grid = subplots(len(settings), 1, width=7.0, height=height * len(settings), squeeze=False)
     axes = [row[0] for row in grid]
     for one, setting in zip(axes, settings, strict=True):
-        one.set_title(setting.replace("\\", ""), fontsize=7)
+        one.set_title(setting, fontsize=7)
     return figure, axes
-
-
-def _name(label: tuple[str, str]) -> str:
-    return label[0] + (f" [{label[1]}]" if label[1] else "")
 
 
 def finetune(records: Sequence[Record]) -> Figure:
@@ -59,7 +55,7 @@ def finetune(records: Sequence[Record]) -> Figure:
             middle = [statistics.fmean(c[s] for c in curves) for s in steps]
             low, high = ([abs(m - f(c[s] for c in curves)) for m, s in zip(middle, steps, strict=True)]
                          for f in (min, max))  # fmt: skip
-            one.errorbar([s * per_step for s in steps], middle, [low, high], label=_name(label),
+            one.errorbar([s * per_step for s in steps], middle, [low, high], label=titled(label),
                          color=color(label[0]), marker=marker(label[0]))  # fmt: skip
         one.set(xlabel="training tokens", ylabel="validation accuracy, %")
         one.legend(fontsize=7)
@@ -80,7 +76,7 @@ def swap(records: Sequence[Record]) -> Figure:
                 rest = ", ".join(p for p in label[1].split(", ") if not p.startswith("M="))
                 lines.setdefault((label[0], rest), []).append((m, gap(exact, found)))
         for label in sorted(lines, key=order):
-            style = {"color": color(label[0]), "label": _name(label)}
+            style = {"color": color(label[0]), "label": titled(label)}
             if lines[label][0][0] is None:
                 one.axhline(100 * lines[label][0][1].value, linestyle="--", **style)
                 continue
@@ -89,6 +85,7 @@ def swap(records: Sequence[Record]) -> Figure:
             spans = [[100 * (g.value - g.low) for g in gaps], [100 * (g.high - g.value) for g in gaps]]
             one.errorbar(at, values, spans, marker=marker(label[0]), capsize=2, **style)
         one.set_xscale("log", base=2)
+        one.xaxis.set_major_formatter("{x:g}")
         one.set(xlabel="random features M", ylabel="gap to exact, points")
         one.legend(fontsize=7)
     return figure
@@ -111,6 +108,7 @@ def stability(records: Sequence[Record]) -> Figure:
             for x in set(rates) - set(at):
                 one.plot([x], [0], color=color(attention), marker="x", linestyle="none")
         one.set_xscale("log")
+        one.xaxis.set_major_formatter("{x:g}")
         one.set(
             xlabel="peak learning rate (number: spikes per 100 steps; x: diverged)", ylabel="test accuracy, %"
         )
@@ -140,6 +138,7 @@ def anisotropy(records: Sequence[Record]) -> Figure:
             one.axhline(limit, linestyle=":", color=color("constant"))
             one.annotate(name, (len(values), limit), ha="right", va="bottom", fontsize=7)
         one.set_yscale("log")
+        one.yaxis.set_major_formatter("{x:g}")
         one.set(xlabel="eigenvalue", ylabel="second moment of q~ and k~, first head")
         one.legend(fontsize=7)
     return figure

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lra.gemma_stats import SPIKE, WINDOW, Record, accuracy, clusters, gap, ratio, recovered, spikes, widened
+from lra.markup import Block, Grid, Heading, Text, markdown
 from lra.options import UsageError
 from lra.record import iterate_records
 from lra.stats import Estimate
-from lra.table import escape
 from tasks._sources import atomic_path
 
 MISSING = "–"
@@ -36,7 +36,7 @@ def show(args: Namespace) -> None:
 def render(results: Path) -> dict[str, str]:
     """Kind to Markdown. Raises UsageError for a record that cannot be read."""
     try:
-        return {kind: MAKERS[kind](records) for kind, records in by_kind(results).items()}
+        return {kind: markdown(MAKERS[kind](records)) for kind, records in by_kind(results).items()}
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(
             f"a record of the Gemma track is not usable: {type(error).__name__} {error}"
@@ -57,20 +57,17 @@ def by_kind(results: Path) -> dict[str, list[Record]]:
 # Swap and finetune
 
 
-def scores(records: Sequence[Record]) -> str:
+def scores(records: Sequence[Record]) -> list[Block]:
     """One table per setting, and for finetuning one of accuracy against tokens."""
-    lines = [LEGEND, ""]
+    blocks: list[Block] = [Text(LEGEND)]
     for setting, runs in grouped(records, setting_of).items():
         rows = grouped(runs, lambda r: row_of(r, runs))
-        lines += [f"### {setting}", ""]
         trained = runs[0]["task"]["name"] == "gemma-finetune"
-        header = ["attention", "accuracy", "gap to exact", "recovered", "loss"]
-        lines += grid(header + (["validation before", "tokens/s"] if trained else ["KL"]),
-                      [line(label, rows[label], rows) for label in sorted(rows, key=order)])  # fmt: skip
-        if trained:
-            lines += ["", *curves(rows)]
-        lines.append("")
-    return "\n".join(lines)
+        last = ("validation before", "tokens/s") if trained else ("KL",)
+        cells = tuple(line(label, rows[label], rows) for label in sorted(rows, key=order))
+        header = ("attention", "accuracy", "gap to exact", "recovered", "loss", *last)
+        blocks += [Heading(setting), Grid(header, cells), *(curves(rows) if trained else [])]
+    return blocks
 
 
 def setting_of(r: Record) -> str:
@@ -87,7 +84,7 @@ def setting_of(r: Record) -> str:
     ]
     if recipe:
         parts += [f"{recipe['tokens']:,} training tokens", f"train {recipe['train']}"]
-    return escape(", ".join(parts))
+    return ", ".join(parts)
 
 
 def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
@@ -115,10 +112,10 @@ def order(label: tuple[str, str]) -> tuple:
 
 def line(label, runs, rows) -> list[str]:
     """Cells of one row."""
-    name = escape(label[0] + (f" [{label[1]}]" if label[1] else ""))
+    name = titled(label)
     done = [r for r in runs if r["result"]]
     if not done:
-        return [name, escape(runs[0]["status"]), *[MISSING] * (5 if runs[0]["training"]["recipe"] else 4)]
+        return [name, runs[0]["status"], *[MISSING] * (5 if runs[0]["training"]["recipe"] else 4)]
     failed = f", {len(runs) - len(done)} failed" if len(done) < len(runs) else ""
     own = widened(ratio(list(clusters(done).values())), done)
     exact, constant = (baseline(rows, kind, runs[0]) for kind in ("softmax", "constant"))
@@ -152,7 +149,7 @@ def _alike(a: dict, b: dict) -> bool:
     return all(a.get(key) == b.get(key) for key in ("warmstart", "lr"))
 
 
-def curves(rows) -> list[str]:
+def curves(rows) -> list[Block]:
     """Validation accuracy against training tokens, mean over seeds."""
     done = {label: [r for r in runs if r["result"]] for label, runs in rows.items()}
     some = next((runs[0] for runs in done.values() if runs), None)
@@ -164,30 +161,24 @@ def curves(rows) -> list[str]:
     for label in sorted(done, key=order):
         at = [{c[0]: c[3] / c[4] for c in r["result"]["curve"]} for r in done[label]]
         values = [[a[s] for a in at if s in a] for s in steps]
-        table.append(
-            [
-                escape(": ".join(filter(None, label))),
-                *(f"{100 * statistics.fmean(v):.1f}" if v else MISSING for v in values),
-            ]
-        )
-    header = ["validation accuracy after tokens", *(f"{s * per_step:,}" for s in steps)]
-    return grid(header, table)
+        table.append((titled(label), *(f"{100 * statistics.fmean(v):.1f}" if v else MISSING for v in values)))
+    return [Grid(("validation accuracy after tokens", *(f"{s * per_step:,}" for s in steps)), tuple(table))]
 
 
 # Stability and anisotropy
 
 
-def stability(records: Sequence[Record]) -> str:
+def stability(records: Sequence[Record]) -> list[Block]:
     """Test accuracy, spikes and divergence at each learning rate."""
-    lines = [
+    legend = (
         f"Test accuracy in percent / loss spikes per 100 steps (a loss {SPIKE:g} median absolute deviations above the "
-        f"median of the {WINDOW} before) at each peak learning rate; diverged: the loss stopped being finite.",
-        "",
-    ]
+        f"median of the {WINDOW} before) at each peak learning rate; diverged: the loss stopped being finite."
+    )
+    blocks: list[Block] = [Text(legend)]
     for setting, runs in grouped(records, setting_of).items():
         rates = sorted({r["training"]["recipe"]["lr"] for r in runs})
 
-        def unrated(r):
+        def unrated(r, runs=runs):
             label = row_of(r, runs)
             return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith("lr"))
 
@@ -199,15 +190,10 @@ def stability(records: Sequence[Record]) -> str:
                 statistics.fmean(map(accuracy, x)) for x in by_rate.values() if all(r["result"] for r in x)
             ]
             best_worst = f"{100 * max(ended):.1f} / {100 * min(ended):.1f}" if ended else MISSING
-            cells = [stable(by_rate.get(rate, [])) for rate in rates]
-            table.append([escape(": ".join(filter(None, label))), *cells, best_worst])
-        lines += [
-            f"### {setting}",
-            "",
-            *grid(["attention", *(f"{x:g}" for x in rates), "best / worst"], table),
-            "",
-        ]
-    return "\n".join(lines)
+            table.append((titled(label), *(stable(by_rate.get(rate, [])) for rate in rates), best_worst))
+        header = ("attention", *(f"{x:g}" for x in rates), "best / worst")
+        blocks += [Heading(setting), Grid(header, tuple(table))]
+    return blocks
 
 
 def stable(runs: Sequence[Record]) -> str:
@@ -222,49 +208,39 @@ def stable(runs: Sequence[Record]) -> str:
     return f"{shown} / {rate:.1f}{lost}"
 
 
-def anisotropy(records: Sequence[Record]) -> str:
+def anisotropy(records: Sequence[Record]) -> list[Block]:
     """A row per layer."""
-    lines = [
+    legend = (
         "Of q~ = sqrt(scale) q and k~ in the exact model. largest: eigenvalue of their second moment, over heads. "
         "aligned: after centring and balancing, which leave attention unchanged. pair: median over pairs of "
-        "log10 E[Z²] / E[Z]² of one random feature. optimal: log10 E[Z²] in closed form for w ~ N(0, Sigma\\*), where "
-        "all eigenvalues are below 1/2.",
-        "",
-    ]
-    header = [
-        "layer",
-        "q²",
-        "k²",
-        "largest",
-        "condition",
-        "pair",
-        "aligned q²",
-        "largest",
-        "above 1/2",
-        "pair",
-        "optimal",
-    ]
+        "log10 E[Z²] / E[Z]² of one random feature. optimal: log10 E[Z²] in closed form for w ~ N(0, Sigma*), where "
+        "all eigenvalues are below 1/2."
+    )
+    header = ("layer", "q²", "k²", "largest", "condition", "pair")
+    header += ("aligned q²", "aligned largest", "above 1/2", "aligned pair", "optimal")
+    blocks: list[Block] = [Text(legend)]
     for r in records:
-        rows = []
-        for x in r["result"]["layers"]:
-            best = [v for v in x["aligned_log10_optimal"] if v is not None]
-            cells = [
-                f"{x['q_norm2']:.0f}",
-                f"{x['k_norm2']:.0f}",
-                f"{max(x['top']):.3g}",
-                f"{max(x['condition']):.2g}",
-            ]
-            cells += [
-                f"{x['log10_pair']['median']:.1f}",
-                f"{x['aligned_norm2']:.1f}",
-                f"{max(x['aligned_top']):.3g}",
-            ]
-            cells += [str(max(x["aligned_above_half"])), f"{x['aligned_log10_pair']['median']:.1f}"]
-            rows.append(
-                [str(x["layer"]), *cells, f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite"]
-            )
-        lines += [f"### {setting_of(r)}", "", *grid(header, rows), ""]
-    return "\n".join(lines)
+        rows = tuple(spectrum(x) for x in r["result"]["layers"])
+        blocks += [Heading(setting_of(r)), Grid(header, rows)]
+    return blocks
+
+
+def spectrum(x: dict) -> tuple[str, ...]:
+    """The row of one layer."""
+    best = [v for v in x["aligned_log10_optimal"] if v is not None]
+    return (
+        str(x["layer"]),
+        f"{x['q_norm2']:.0f}",
+        f"{x['k_norm2']:.0f}",
+        f"{max(x['top']):.3g}",
+        f"{max(x['condition']):.2g}",
+        f"{x['log10_pair']['median']:.1f}",
+        f"{x['aligned_norm2']:.1f}",
+        f"{max(x['aligned_top']):.3g}",
+        str(max(x["aligned_above_half"])),
+        f"{x['aligned_log10_pair']['median']:.1f}",
+        f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite",
+    )
 
 
 # Text
@@ -283,10 +259,9 @@ def percent(e: Estimate, digits: int = 1) -> str:
     return f"{100 * e.value:.{digits}f} [{100 * e.low:.{digits}f}, {100 * e.high:.{digits}f}]"
 
 
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    rule = "|:--|" + "--:|" * (len(header) - 1)
-    return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+def titled(label: tuple[str, str]) -> str:
+    """The name of a row."""
+    return label[0] + (f" ({label[1]})" if label[1] else "")
 
 
 MAKERS = {"swap": scores, "finetune": scores, "stability": stability, "anisotropy": anisotropy}

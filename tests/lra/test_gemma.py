@@ -186,6 +186,9 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tm
     assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == gemma_table.render(
         results
     )
+    run("plot", f"--results={results}")
+    drawn = {p.name for p in (results / "gemma" / "figures").iterdir()}
+    assert drawn == {f"{kind}.{form}" for kind in made for form in ("svg", "png")}
     found = records(tmp_path, "finetune")
     mean = np.mean([found["constant", s]["result"]["n_correct"] for s in (0, 1)])
     assert f"| constant | {100 * mean / found['constant', 0]['result']['n_test']:.1f} [" in made["finetune"]
