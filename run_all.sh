@@ -18,7 +18,7 @@ usage: bash run_all.sh [--preset P] [--tasks A,B] [--attentions A,B] [--seeds N]
 TEXT
 }
 
-preset="" seeds="" data=data results=results extra=()
+preset="" seeds="" data=data results=results gemma=yes extra=()
 while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
@@ -31,6 +31,7 @@ while (($#)); do
         --data-dir) data=data/local; extra+=(--data-dir "$2") ;;
       esac
       shift 2 ;;
+    --tasks | --attentions) gemma="" ;&
     *) extra+=("$1"); shift ;;
   esac
 done
@@ -46,5 +47,14 @@ status=0
 "$PY" -m lra table --results "$results" --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
 "$PY" -m lra table --results "$results" --preset "$preset" || status=$?
 "$PY" -m lra leaderboard build --results "$results" || status=$?
+if [[ -n $gemma ]]; then  # left out where --tasks or --attentions ask for a part; a tiny model in smoke, else 270M (253 MB)
+  base=(--model gemma-3-270m --precision bf16)
+  [[ $preset != smoke ]] || base=(--model tiny)
+  base+=(--results "$results" --attention softmax --attention constant --attention performer
+         --attention performer,align=balance --attention darkformer,align=balance,init=aligned,target_norm=4)
+  "$PY" -m lra gemma swap "${base[@]}" || status=$?
+  "$PY" -m lra gemma finetune "${base[@]}" || status=$?
+  "$PY" -m lra gemma table --results "$results" && "$PY" -m lra gemma plot --results "$results" || status=$?
+fi
 echo "all tables: $results/TABLE.md; figures: $results/index.html; learning curves: $PY -m lra tensorboard --start"
 exit $status

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from lra import gemma_options
+from lra.options import at_least
 
 PRESETS_HELP = (
     "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU); "
@@ -220,19 +222,9 @@ def tensorboard_options(add) -> None:
     add("--start", action="store_true", help="start TensorBoard, instead of only printing the command")
 
 
-def at_least(least: int):
-    """An argparse type: a whole number not below `least`."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
-        return value
-
-    return number
-
-
 FAMILIES = {  # commands of two words
     "bench": "measure this machine, and write results/bench/ACTION.json and ACTION.md",
+    "gemma": "exchange the attention of a pretrained Gemma, finetune it, and measure what comes back",
     "leaderboard": "take records in, verify them, make the page of all results",
 }
 COMMANDS = (  # name, function, help, groups of options
@@ -270,4 +262,5 @@ COMMANDS = (  # name, function, help, groups of options
     ("tensorboard", "lra.tensorboard:tensorboard", "average the seeds of each cell, and show all learning curves",
      tensorboard_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
+    *gemma_options.COMMANDS,
 )  # fmt: skip

