@@ -9,29 +9,28 @@ usage: bash run_all.sh [--preset P] [--tasks A,B] [--attentions A,B] [--seeds N]
 
   --preset P      smoke: every cell runs, minutes (default on a CPU); small: real learning on a CPU;
                   paper: LRA's sizes (default on a GPU)
-  --tasks A,B     default: all              --attentions A,B  default: all
-  --seeds N       seeds 0..N-1 of each cell (default: 1; small: 3)
+  --attentions A,B  default: softmax,constant,performer,linformer,darkformer; all: every one of `list attentions`
+  --tasks A,B     default: all              --seeds N  seeds 0..N-1 of each cell (default: 1; small: 3)
   --results DIR   folder of records and tables (default: results)
-  --data-dir DIR  raw data (IMDb, CIFAR-10, AAN, ...), a folder or archive, in place of what the packages embed;
-                  prepared under data/local
+  --data-dir DIR  raw data, a folder or archive, in place of what the packages embed; prepared under data/local
   anything else goes to `python -m lra sweep`, see its --help
 TEXT
 }
 
-preset="" seeds="" data=data results=results gemma=yes extra=()
+preset="" seeds="" data=data results=results attentions=softmax,constant,performer,linformer,darkformer gemma=yes extra=()
 while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
-    --preset | --seeds | --data-dir | --results)
+    --preset | --seeds | --data-dir | --results | --tasks | --attentions)
       [[ $# -ge 2 ]] || { echo "error: $1 needs a value" >&2; exit 2; }
       case $1 in
-        --preset) preset=$2 ;;
-        --seeds) seeds=$2 ;;
+        --preset) preset=$2 ;; --seeds) seeds=$2 ;;
         --results) results=$2 ;;
+        --attentions) attentions=$2 gemma="" ;;
+        --tasks) extra+=(--tasks "$2") gemma="" ;;
         --data-dir) data=data/local; extra+=(--data-dir "$2") ;;
       esac
       shift 2 ;;
-    --tasks | --attentions) gemma="" ;&
     *) extra+=("$1"); shift ;;
   esac
 done
@@ -42,7 +41,8 @@ source lra/environment.sh                                       # 1-3 minutes th
 
 # Two CPU cores: smoke about 2 minutes, small with 3 seeds under an hour; paper takes GPU days.
 status=0
-"$PY" -m lra sweep --preset "$preset" --seeds "$seeds" --data "$data" --results "$results" ${extra[@]+"${extra[@]}"} || status=$?
+"$PY" -m lra sweep --preset "$preset" --attentions "$attentions" --seeds "$seeds" --data "$data" --results "$results" \
+  ${extra[@]+"${extra[@]}"} || status=$?
 ((status <= 1)) || exit $status                                 # 1: some cells failed, and the table shows which
 "$PY" -m lra table --results "$results" --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
 "$PY" -m lra table --results "$results" --preset "$preset" || status=$?
