@@ -115,11 +115,14 @@ def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
             p.step += 1
             bar.update()
             validate, stopping = p.step % o.eval_every == 0 or p.step == o.steps, stop.requested
-            if p.step % FLUSH == 0 or validate or stopping:
+            regular = p.step % FLUSH == 0 or validate
+            if regular or stopping:
                 try:
-                    flush(trainer, pending, log)
+                    scalars = flush(trainer, pending)
                 finally:
                     p.seconds += time.perf_counter() - start
+                if regular:  # and not where a signal happened to come: a log tells nothing of interruptions
+                    log.scalars(p.step, scalars)
                 if validate:
                     select(trainer, log, bar)
                 if validate or stopping:
@@ -132,8 +135,9 @@ def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
                 start = time.perf_counter()
 
 
-def flush(trainer: Trainer, pending: list[tuple[torch.Tensor, ...]], log: RunLog) -> None:
-    """Read the waiting losses back and log them. Raises Diverged, naming the step, when one is not finite."""
+def flush(trainer: Trainer, pending: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
+    """Read the waiting losses back; returns the last step's scalars. Raises Diverged, naming the step, when one is
+    not finite."""
     p = trainer.progress
     first = p.step - len(pending) + 1
     for step, (loss, correct, norm) in enumerate(pending, first):
@@ -141,13 +145,13 @@ def flush(trainer: Trainer, pending: list[tuple[torch.Tensor, ...]], log: RunLog
         if not math.isfinite(value):
             raise Diverged(f"loss is not finite at step {step}")
         p.window = [p.window[0] + value, p.window[1] + int(correct), p.window[2] + 1]
-    scalars = {
+    pending.clear()
+    return {
         "train/loss": value,
         "train/acc": int(correct) / trainer.optim.batch,
         "opt/grad_norm": norm.item(),
+        "opt/lr": learning_rate(p.step - 1, trainer.optim),
     }
-    log.scalars(p.step, scalars | {"opt/lr": learning_rate(p.step - 1, trainer.optim)})
-    pending.clear()
 
 
 def select(trainer: Trainer, log: RunLog, bar: tqdm) -> None:
