@@ -90,6 +90,9 @@ def test_incomplete_or_mistyped_commands_end_with_exit_code_2(words, capsys):
         ["train", "tiny", "--attention=softmax", "--preset=smoke", "--threads=-1"],
         ["train", "tiny", "--attention=softmax", "--preset=smoke", "--seed=-1"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--jobs=-1"],
+        ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=-1"],
+        ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=0"],
+        ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=3 GB"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--seeds=0"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--seeds=-1"],
     ],
@@ -98,7 +101,7 @@ def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     import lra.sweep
 
-    monkeypatch.setattr(lra.sweep, "run_all", lambda *_: pytest.fail("started to run the grid"))
+    monkeypatch.setattr(lra.sweep, "Grid", lambda *_: pytest.fail("started to run the grid"))
     try:
         code = main(words)
     except SystemExit as ended:  # argparse's own
