@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,7 +35,10 @@ def save(
     header = {"state": json.dumps(state)}
     header["sha256"] = _digest(plain, header["state"])
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata=header)
+        try:
+            save_file(plain, temporary, metadata=header)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(errno.EIO, one_line(error), str(path)) from error
         if previous and path.exists():
             os.replace(path, previous)
 

@@ -15,7 +15,8 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from lra.config import Run
-from tasks._sources import atomic_path
+from lra.options import UsageError
+from tasks._sources import atomic_path, one_line
 
 LOG = "log.jsonl"
 LAYOUT = {  # one tag a chart, so that each line is a run: TensorBoard lays the attentions over one another
@@ -38,16 +39,11 @@ LAYOUT = {  # one tag a chart, so that each line is a run: TensorBoard lays the 
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl up to the first that is none, as a killed process may leave. Empty when absent."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-                lines.append({"step": int(line["step"]), **line})
-            except (ValueError, KeyError, TypeError):
-                break
-    return lines
+    """The lines of a log.jsonl; without its last one where a killed run ended in its middle. Empty when absent."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class RunLog:
@@ -57,18 +53,14 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, run: Run, step: int):
-LOG = "log.jsonl"
-        self.run = run
-        self.path = folder / "log.jsonl"
-        kept = [line for line in read_log(self.path) if line["step"] <= step]
-        self.file = open(self.path, "w", buffering=1)
-        self.file.writelines(json.dumps(line) + "\n" for line in kept)
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
-        if not step:
-            self.writer.add_custom_scalars(LAYOUT)
+        self.run, self.folder, self.step = run, folder, step
+        self.path = folder / LOG
 
     def __enter__(self) -> RunLog:
-        kept = [line for line in read_log(self.path) if line["step"] <= self.step]
+        try:
+            kept = [line for line in read_log(self.path) if line["step"] <= self.step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.path} is damaged ({one_line(error)}): remove it") from None
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         for old in self.folder.glob("events.out.tfevents.*"):

@@ -32,11 +32,11 @@ import lra.sweep
 import lra.train
 from lra import checkpoint
 from lra.__main__ import main
-from lra.machine import cpu_name
+from lra.bench import machine_line, markdown_table, write_report
 from lra.options import BUSY, STOPPED
 from lra.record import read_predictions, read_record
+from lra.registry import attention_class
 from lra.train import CHECKPOINTS, WEIGHTS
-from tasks import _sources
 from tests.conftest import Lab, plug_in, timeless
 
 # Random features, redrawn as it goes, with dropout: whatever a checkpoint forgets shows in the losses.
@@ -192,16 +192,18 @@ def one_error(done: Done) -> bool:
 
 def sigkill(suite: Suite) -> int:
     """SIGKILL at random moments of one run, until there were `kills`; then again while it ends."""
-    lab, kills, steps = suite.lab("sigkill"), 0, set()
+    lab, kills, steps = suite.lab("sigkill"), 0, {0}
     short = suite.seconds / 6
     while not lab.records():
-        # At first too short to reach the end, so that all kills hit one run; afterwards any moment.
+        # At first so early that most attempts get no further, and all kills hit one run; afterwards at any moment.
         seconds = suite.rng.uniform(0, short if kills < suite.kills else 1.5 * suite.seconds)
+        before = max(steps)
         done = run(lab, disturb=after(seconds, signal.SIGKILL))
         kills += done.code == -signal.SIGKILL
         suite.expect(done.code in (0, -signal.SIGKILL), f"sigkill: ended with {done.code}: {done.err[-300:]}")
         suite.expect("damaged" not in done.err, f"sigkill: {done.err[-300:]}")
         steps |= {checkpoint.load(path)[1]["progress"]["step"] for path in lab.runs.rglob(CHECKPOINTS[0])}
+        short *= 0.75 if max(steps) > before else 1.08
         if kills > 4 * suite.kills + 40:
             suite.losses.append(f"sigkill: no progress after {kills} kills: at steps {sorted(steps)}")
             return kills
@@ -478,7 +480,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     top = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     top.add_argument("--kills", type=int, default=50, help="SIGKILLs over one run; the rest scales with it")
     top.add_argument("--seed", type=int, default=0, help="of the moments and places of the faults")
-    top.add_argument("--write", type=Path, help="a JSON file for the summary")
+    top.add_argument("--results", type=Path, help="write the summary there, to bench/faults.json and .md")
     return top.parse_args(arguments)
 
 
@@ -487,6 +489,7 @@ def command(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(1)
     plug_in(pytest.MonkeyPatch())
+    attention_class(CELL["attention"])  # imported once, here
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         suite = run_suite(Path(folder), args.kills, args.seed)
@@ -494,19 +497,20 @@ def command(arguments: list[str] | None = None) -> int:
     kills = suite.counts.get("SIGKILL", 0)
     others = sum(suite.counts.values()) - kills
     skipped = "".join(f", skipped: {name} ({why})" for name, why in suite.skipped.items())
-    print(f"{kills} kills, {others} other faults, losses of data: {len(suite.losses)}{skipped}")
-    if args.write:
-        summary = {
-            "command": f"python -m tests.faults --kills {args.kills} --seed {args.seed}",
-            "machine": f"{cpu_name()}, 1 thread",
+    line = f"{kills} kills, {others} other faults, losses of data: {len(suite.losses)}{skipped}"
+    print(line)
+    if args.results:
+        words = f"python -m tests.faults --kills {args.kills} --seed {args.seed} --results {args.results}"
+        facts = {
             "kills": kills,
             "faults": {name: n for name, n in suite.counts.items() if name != "SIGKILL"},
             "skipped": suite.skipped,
             "losses_of_data": len(suite.losses),
             "seconds": seconds,
         }
-        with _sources.atomic_path(args.write) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        rows = markdown_table(["fault", "times"], [[name, str(n)] for name, n in suite.counts.items()])
+        text = "\n".join([f"`{words}`: {line}.", "", *rows, "", machine_line(1), ""])
+        write_report(args.results, "faults", words, facts, text)
     return 1 if suite.losses else 0
 
 

@@ -9,12 +9,11 @@ from tests.faults import FAULTS
 
 
 def test_faults_lose_nothing(tmp_path):
-    summary = tmp_path / "faults.json"
     # In a process of its own: it forks, and this one may have threads.
-    command = [sys.executable, "-m", "tests.faults", "--kills=3", "--write", str(summary)]
+    command = [sys.executable, "-m", "tests.faults", "--kills=3", f"--results={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(summary.read_text())
+    found = json.loads((tmp_path / "bench" / "faults.json").read_text())
     assert found["losses_of_data"] == 0 and found["kills"] >= 3
     assert {"SIGKILL", *found["faults"], *found["skipped"]} == set(FAULTS)
     assert "losses of data: 0" in done.stdout.splitlines()[-1]

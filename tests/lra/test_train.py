@@ -319,6 +319,12 @@ def test_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(lab, at_step, 
     assert "Permission denied" in error_line(*lab.words()) and path.exists()
 
 
+def test_damaged_log_is_one_line(lab, at_step, error_line):
+    log = interrupted(lab, at_step).with_name("log.jsonl")
+    log.write_text("{\n" + log.read_text())
+    assert f"{log} is damaged" in error_line(*lab.words())
+
+
 def test_checkpoint_of_another_recipe_is_refused_in_one_line(lab, at_step, error_line, monkeypatch):
     path = interrupted(lab, at_step)
     task = load_task("tiny")
