@@ -255,7 +255,7 @@ def no_sync(suite: Suite) -> int:
     times = 3
     lab = suite.lab("no-sync")
     for k in range(times):
-        calls = suite.rng.randrange(1, 40)
+        calls = suite.rng.randrange(1, 15)
 
         def before(calls=calls):
             original, left = os.fsync, [calls]
@@ -379,17 +379,43 @@ def clock_jumps(suite: Suite) -> int:
     return 2
 
 
-def nan_loss(suite: Suite) -> int:
-    """A loss that is not finite is a failed record with its step, and the sweep goes on to the next cell."""
-    lab = suite.lab("nan")
+def run_sweep(lab: Lab, *options: str, disturb: Callable[[int], None] = lambda pid: None) -> Done:
+    """A sweep whose cells know the plugins too."""
 
     def before() -> None:
         original = subprocess.Popen
         lra.sweep.subprocess.Popen = lambda command, **more: original(lab.driver() + command[3:], **more)
 
-    words = ["sweep", "--tasks=tiny", "--attentions=constant,softmax", "--preset=smoke", "--jobs=1"]
-    words += ["--device=cpu", "--threads=1", "--set=train.lr=1e30", *lab.places]
-    done = run(lab, words, before=before)
+    words = ["sweep", "--tasks=tiny", "--preset=smoke", "--device=cpu", "--threads=1", "--jobs=1"]
+    return run(lab, [*words, *options, *lab.places], before=before, disturb=disturb)
+
+
+def sweep(suite: Suite) -> int:
+    """A sweep stopped by SIGTERM, which stops its cell, and one killed, whose cell goes on; then the same again."""
+    cells = (f"--attentions={CELL['attention']}", *RUN)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        lab = suite.lab(f"sweep-{number.name}")
+
+        def disturb(pid: int, number=number, lab=lab) -> None:
+            end = time.monotonic() + LIMIT
+            while not list(lab.runs.rglob(CHECKPOINTS[0])) and time.monotonic() < end:
+                time.sleep(0.01)
+            os.kill(pid, number)
+
+        done = run_sweep(lab, *cells, disturb=disturb)
+        expected = STOPPED if number == signal.SIGTERM else -number
+        suite.expect(done.code == expected, f"sweep: {number.name} ended it with {done.code}: {done.err!r}")
+        while (done := run_sweep(lab, *cells)).code == BUSY:
+            pass  # the cell of the killed sweep is still at it
+        suite.expect(done.code == 0, f"sweep: after {number.name} {done.code}: {done.err!r}")
+        suite.check(lab, f"sweep after {number.name}")
+    return 2
+
+
+def nan_loss(suite: Suite) -> int:
+    """A loss that is not finite is a failed record with its step, and the sweep goes on to the next cell."""
+    lab = suite.lab("nan")
+    done = run_sweep(lab, "--attentions=constant,softmax", "--set=train.lr=1e30")
     status = [read_record(path)["status"] for path in lab.records()]
     right = len(status) == 2 and all(s.startswith("failed: loss is not finite at step ") for s in status)
     suite.expect(right and done.code == 0, f"NaN: {status}, {done.code}, {done.err!r}")
@@ -406,6 +432,7 @@ FAULTS: dict[str, Callable[[Suite], int]] = {
     "damaged checkpoint": damage,
     "two processes": two_processes,
     "clock jump": clock_jumps,
+    "sweep": sweep,
     "NaN loss": nan_loss,
 }
 
