@@ -237,7 +237,7 @@ def test_second_sweep_moves_on_while_the_first_is_at_a_cell(sweep, lab, capsys):
 
 
 def test_nan_loss_is_no_reason_to_stop(sweep, lab, capsys):
-    assert sweep("--set=train.lr=1e30", "--jobs=1", attentions="constant,softmax") == 0
+    assert sweep("--set=train.lr=1e30", attentions="constant,softmax") == 0
     status = [json.loads(path.read_text())["status"] for path in lab.records()]
     assert len(status) == 2 and all(s.startswith("failed: loss is not finite at step ") for s in status)
     assert capsys.readouterr().out.count("failed: loss is not finite") == 2
