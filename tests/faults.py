@@ -296,14 +296,17 @@ def damage(suite: Suite) -> int:
     """Checkpoints with a flipped bit, cut short or empty: the newest, which is noticed, or all of them."""
     lab, times, way = suite.lab("damage"), 0, None
 
-    def files() -> set[int]:
-        return {path.stat().st_ino for path in lab.runs.rglob("checkpoint*.safetensors")}
+    def files() -> set[tuple[int, int]]:
+        found = set()
+        for path in lab.runs.rglob("checkpoint*.safetensors"):
+            with suppress(FileNotFoundError):  # renamed since it was listed
+                found.add((path.stat().st_ino, path.stat().st_mtime_ns))
+        return found
 
     def stop_with_two(pid: int) -> None:
         before, end = files(), time.monotonic() + LIMIT
-        with suppress(FileNotFoundError):
-            while len(files() - before) < 2 and time.monotonic() < end:
-                time.sleep(0.002)
+        while len(files() - before) < 2 and not lab.records() and time.monotonic() < end:
+            time.sleep(0.002)
         os.kill(pid, signal.SIGTERM)
 
     for kind in ("flip", "cut", "empty"):
