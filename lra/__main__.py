@@ -9,7 +9,7 @@ import sys
 import threading
 
 from lra.commandline import COMMANDS, FAMILIES
-from lra.options import STOPPED, UsageError
+from lra.options import BUSY, STOPPED, Held, UsageError
 from tasks.base import SourceError
 
 
@@ -19,8 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; training itself saves first
     module, _, function = args.run.partition(":")
+    code = 2
     try:
         return getattr(importlib.import_module(module), function)(args) or 0
+    except Held as error:
+        message, code = str(error), BUSY
     except (UsageError, SourceError) as error:
         message = str(error)
     except OSError as error:
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return STOPPED
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lra import gemma_options
-from lra.options import at_least
+from lra.options import at_least, size
 
 PRESETS_HELP = (
     "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU); "
@@ -69,6 +69,8 @@ def grid_options(add) -> None:
     add("--seeds", type=at_least(1), default=1, help="seeds 0..N-1 of each cell")
     jobs = "runs at a time, sharing the threads; 0 = one per CPU core, 1 on a GPU"
     add("--jobs", type=at_least(0), default=0, help=jobs)
+    memory = "bytes all runs together may hold, such as 6G (default: what is free); a run waits until it fits"
+    add("--memory", type=size, help=memory)
 
 
 def training_options(add) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,17 @@ PROBE_STEPS, PROBE_BATCH = 20, 4
 
 
 def build_record(
-    trainer: Trainer, status: str, result: dict[str, Any] | None, cost: dict[str, Any], started: datetime
+    trainer: Trainer,
+    status: str,
+    result: dict[str, Any] | None,
+    cost: dict[str, Any],
+    started: datetime,
+    seconds: float,
 ) -> dict[str, Any]:
-    """The whole record (see record.py for where it goes). `cost` adds what the trainer itself does not know."""
+    """The whole record (see record.py for where it goes). `cost` adds what the trainer itself does not know.
+
+    `seconds` since `started` are of a monotonic clock: the date may be set while a run goes on.
+    """
     run = trainer.run
     model = model_facts(run)
     return {
@@ -53,7 +61,7 @@ def build_record(
         "status": status,
         "command": run.command,
         "started": started.isoformat(timespec="seconds"),
-        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ended": (started + timedelta(seconds=seconds)).isoformat(timespec="seconds"),
     }
 
 

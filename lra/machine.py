@@ -76,11 +76,39 @@ class PeakMemory:
         return None if self.start is None else max(0, _status("VmHWM") - self.start)
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _status(field: str, pid: int | str = "self") -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    raise OSError(f"/proc/{pid}/status has no {field}")
+
+
+def peak_resident(pid: int | str) -> int | None:
+    """Most bytes a process has held; None once it ended, and where the system cannot tell."""
+    try:
+        return _status("VmHWM", pid)
+    except OSError:
+        return None
+
+
+def available_memory() -> int | None:
+    """Bytes that processes may still take: of the machine, or of the control group where that is less."""
+    try:
+        facts = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(f.split()[1]) * 1024 for f in facts if f.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return min(available, int(limit) - int(used))
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return available
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,10 +10,15 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 STOPPED = 85  # exit code of a command that saved its state and can be repeated to go on
+BUSY = 75  # exit code of a command that left a run to the other process that is at it
 
 
 class UsageError(ValueError):
     """Bad input from the user: one line that names the value and the way out; the CLI exits with 2."""
+
+
+class Held(UsageError):
+    """Another process is at it: no fault of the user's; the CLI exits with BUSY."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
@@ -69,3 +74,11 @@ def at_least(least: int):
         return value
 
     return number
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, with K, M, G or T for powers of 1000."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in "KMGT" else (text, "")
+    if not number.isascii() or not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(f"must be a number of bytes, such as 6000000000 or 6G; got {text}")
+    return int(number) * 1000 ** " KMGT".index(unit or " ")

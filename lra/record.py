@@ -25,7 +25,7 @@ from typing import Any
 
 from lra import __version__
 from lra.options import UsageError
-from tasks._sources import atomic_path
+from tasks._sources import atomic_path, remove_temporaries
 
 SCHEMA = "lra-record/1"
 PROTOCOL = "lra-v1"  # the closed protocol; everything else is "open"
@@ -85,7 +85,12 @@ def write_labels(results: Path, labels: bytes) -> None:
     path = labels_path(results, hashlib.sha256(labels).hexdigest())
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _pack(path, labels)
+        try:
+            _pack(path, labels)
+        except FileNotFoundError:  # another process wrote them first, and cleared this one's temporary away
+            if not path.exists():
+                raise
+    remove_temporaries(path)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -2,89 +2,91 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from argparse import Namespace
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from lra import config, registry
 from lra.commands import describe
-from lra.machine import StopSignals, pick_device
-from lra.options import STOPPED, UsageError, unknown
+from lra.jobs import Cell, Costs, Grid, Outcome
+from lra.machine import available_memory, cores, pick_device
+from lra.options import BUSY, STOPPED, UsageError, unknown
 from lra.record import record_path
 from lra.train import run_folder
+from tasks.base import SourceError
 from tasks.prepared import prepare
-
-
-@dataclass
-class Cell:
-    """One run of the grid."""
-
-    run: config.Run
-    record: Path
-    log: Path  # what the process prints
-
-    def __str__(self) -> str:
-        return f"{self.run.meta.name} {self.run.attention} seed {self.run.seed}"
 
 
 def sweep(args: Namespace) -> int:
     """`sweep`: prepare the data, list what is missing, run it, say what happened.
 
-    Records that exist are left alone, so the same command continues after an interruption. A cell that fails
-    does not stop the others; the exit code is then 1, and 85 when the sweep was interrupted.
+    Records that exist are left alone, so the same command continues after an interruption. A cell that fails, or
+    a task without data, does not stop the others; the exit code is then 1. It is 75 when cells were left to
+    another process, and 85 when the sweep was interrupted.
     """
-    cells = grid(args)
+    cells, unprepared = grid(args)
     missing = [cell for cell in cells if not cell.record.exists()]
     print(f"{len(cells)} cells, {len(cells) - len(missing)} done, {len(missing)} to run")
-    if not missing:
+    outcome = Outcome()
+    if missing:
+        cpu = pick_device(args.device).type == "cpu"
+        jobs = min(args.jobs or (cores() if cpu else 1), len(missing))
+        threads = args.threads or max(1, cores() // jobs)
+        memory = args.memory or available_memory()
+        outcome = Grid(missing, jobs, memory, Costs(cells)).run(lambda cell: start(cell, args, threads))
+    elif not unprepared:
         print("nothing to do: every record is there")
-        return 0
-    cpu = pick_device(args.device).type == "cpu"
-    cores = os.cpu_count() or 1
-    jobs = min(args.jobs or (cores if cpu else 1), len(missing))
-    threads = args.threads or max(1, cores // jobs)
-    failed = run_all(missing, args, jobs, threads)
-    if failed is None:
+    for cell, why in outcome.failed:
+        print(f"failed: {cell}: {why}", file=sys.stderr)
+    for name, error in unprepared.items():
+        print(f"failed: {name}: no data: {error}", file=sys.stderr)
+    for cell in outcome.held:
+        print(f"left alone: {cell}: another process is at it", file=sys.stderr)
+    if outcome.stopped:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return STOPPED
-    for cell in failed:
-        print(f"failed: {cell}: {last_line(cell.log)} (whole log: {cell.log})", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if outcome.failed or unprepared else BUSY if outcome.held else 0
 
 
-def grid(args: Namespace) -> list[Cell]:
-    """Every cell asked for, seeds outermost so that a table is complete as early as possible."""
+def grid(args: Namespace) -> tuple[list[Cell], dict[str, Exception]]:
+    """Every cell asked for, seeds outermost so that a table is complete as early as possible; and the tasks whose
+    data cannot be had. Raises the first of their errors when that leaves no cell."""
     tasks = choose("task", args.tasks, registry.task_names())
     attentions = choose("attention", args.attentions, registry.attention_names())
     overrides = config.overrides(args.sets, args.steps)
-    manifests = {}
     for name in tasks:
-        task = registry.load_task(name)
-        config.load_preset(task, args.preset)
-        prepared, reused = prepare(
-            task,
-            args.preset,
-            out=args.data,
-            source=args.source,
-            data_dir=args.data_dir,
-            workers=os.cpu_count() or 1,
-        )
-        manifests[name] = prepared.manifest
-        print(f"{name}: data {'reused' if reused else 'prepared'}\n{describe(prepared)}", flush=True)
+        config.load_preset(registry.load_task(name), args.preset)
+    manifests, unprepared = {}, {}
+    for name in tasks:
+        try:
+            manifests[name] = data(name, args)
+        except (SourceError, OSError) as error:
+            unprepared[name] = error
+    if not manifests:
+        raise next(iter(unprepared.values()))
     cells = []
     for seed in range(args.seeds):
-        for name in tasks:
+        for name, manifest in manifests.items():
             for attention in attentions:
-                run = config.resolve(
-                    name, args.preset, attention, seed, manifests[name], overrides, args.val_rule
-                )
+                run = config.resolve(name, args.preset, attention, seed, manifest, overrides, args.val_rule)
                 path = record_path(args.results, name, attention, run.digest, seed)
                 cells.append(Cell(run, path, run_folder(args.runs, run) / "train.log"))
-    return cells
+    return cells, unprepared
+
+
+def data(name: str, args: Namespace) -> dict[str, Any]:
+    """Prepare one task and say what there is; returns its manifest."""
+    prepared, reused = prepare(
+        registry.load_task(name),
+        args.preset,
+        out=args.data,
+        source=args.source,
+        data_dir=args.data_dir,
+        workers=cores(),
+    )
+    print(f"{name}: data {'reused' if reused else 'prepared'}\n{describe(prepared)}", flush=True)
+    return prepared.manifest
 
 
 def choose(kind: str, text: str, known: list[str]) -> list[str]:
@@ -98,38 +100,6 @@ def choose(kind: str, text: str, known: list[str]) -> list[str]:
     return names
 
 
-def run_all(cells: list[Cell], args: Namespace, jobs: int, threads: int) -> list[Cell] | None:
-    """Run `jobs` cells at a time. Returns those that failed, or None when interrupted."""
-    waiting, running, failed, begun = list(cells), {}, [], time.monotonic()
-    with StopSignals() as stop:
-        while waiting or running:
-            while waiting and len(running) < jobs and not stop.requested:
-                cell = waiting.pop(0)
-                running[start(cell, args, threads)] = cell
-            time.sleep(0.1)
-            for process in [p for p in running if p.poll() is not None]:
-                cell = running.pop(process)
-                if process.returncode == STOPPED:
-                    stop.requested = True
-                elif process.returncode:
-                    failed.append(cell)
-                done = len(cells) - len(waiting) - len(running)
-                spent = time.monotonic() - begun
-                left = spent / done * (len(cells) - done)
-                print(
-                    f"[{done}/{len(cells)}] {clock(spent)} spent, about {clock(left)} left  "
-                    f"{cell}: {last_line(cell.log)}",
-                    flush=True,
-                )
-            if stop.requested:
-                for process in running:
-                    process.terminate()
-                for process in running:
-                    process.wait()
-                return None
-    return failed
-
-
 def start(cell: Cell, args: Namespace, threads: int) -> subprocess.Popen:
     """The process of one cell: the same `train` command a user would type, its output in the cell's log."""
     run = cell.run
@@ -140,16 +110,5 @@ def start(cell: Cell, args: Namespace, threads: int) -> subprocess.Popen:
     command += ["--compile"] if args.compile else []
     command += ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
     cell.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(cell.log, "w") as log:
+    with open(cell.log, "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def last_line(log: Path) -> str:
-    """The last line a process printed."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
-def clock(seconds: float) -> str:
-    """90.4 -> "1:30"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

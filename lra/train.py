@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -19,16 +20,19 @@ from lra.config import Run
 from lra.data import collate, example_lengths
 from lra.evaluate import Counts, attention_report, to_device
 from lra.facts import build_record, outcome, probe, step_ratio
-from lra.log import RunLog
+from lra.log import LOG, RunLog
 from lra.machine import StopSignals
 from lra.optim import learning_rate
-from lra.options import UsageError
-from lra.record import finite, record_path, write_labels, write_record
+from lra.options import Held, UsageError
+from lra.record import finite, predictions_path, record_path, write_labels, write_record
 from lra.trainer import Progress, Trainer, Where
+from tasks._sources import remove_temporaries
 from tasks.prepared import Prepared
 
 FLUSH = 10  # steps between reading losses back from the device
 REPORT = 4  # validation examples the attention report looks at
+CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")  # the newest, and the one before
+WEIGHTS = "model.safetensors"
 
 
 class Interrupted(Exception):
@@ -43,7 +47,7 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
     """Train, select on validation, read test once, write the record. Returns (its path, newly made).
 
     An existing record means the run is done. Raises Interrupted after SIGINT or SIGTERM, with a checkpoint
-    saved, and UsageError when another process holds this run.
+    saved, and Held when another process is at this run.
     """
     path = record_path(results, run.meta.name, run.attention, run.digest, run.seed)
     if path.exists():
@@ -57,7 +61,9 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
         with FileLock(folder / "lock", timeout=0):
             if path.exists():  # another process finished it meanwhile
                 return path, False
-            started = datetime.now(timezone.utc)
+            for file in (path, predictions_path(path), *(folder / n for n in (*CHECKPOINTS, WEIGHTS, LOG))):
+                remove_temporaries(file)
+            started, begun = datetime.now(timezone.utc), time.perf_counter()
             trainer = Trainer(run, prepared, where)
             resume(trainer, folder)
             with RunLog(folder, run, trainer.progress.step) as log:
@@ -69,20 +75,20 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
                     predictions = counts.predictions.tobytes()
                     speed = step_ratio(trainer)
                     result = outcome(trainer, counts) | {"probe": probe(run, prepared)}
-                    checkpoint.save(
-                        folder / "model.safetensors", trainer.best, {"digest": run.digest, "seed": run.seed}
-                    )
+                    checkpoint.save(folder / WEIGHTS, trainer.best, {"digest": run.digest, "seed": run.seed})
                 except Diverged as error:
                     status, peak = f"failed: {error}", trainer.memory.read()
-                record = build_record(
-                    trainer, status, result, {"peak_bytes": peak, "softmax_same_machine": speed}, started
-                )
-                write_labels(results, prepared.splits["test"].labels.tobytes())
-                write_record(path, record, predictions)
+                cost = {"peak_bytes": peak, "softmax_same_machine": speed}
+                seconds = time.perf_counter() - begun
+                record = build_record(trainer, status, result, cost, started, seconds)
                 log.finish(record)
-                (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+            # The record comes last: once it is there, so is all the rest.
+            write_labels(results, prepared.splits["test"].labels.tobytes())
+            write_record(path, record, predictions)
+            for name in CHECKPOINTS:
+                (folder / name).unlink(missing_ok=True)
     except Timeout:
-        raise UsageError(f"another process is training this cell: {folder / 'lock'} is held") from None
+        raise Held(f"another process is training this cell: {folder / 'lock'} is held") from None
     return path, True
 
 
@@ -108,26 +114,30 @@ def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
             pending.append(trainer.step(p.step))
             p.step += 1
             bar.update()
-            validate = p.step % o.eval_every == 0 or p.step == o.steps
-            if p.step % FLUSH == 0 or validate or stop.requested:
+            validate, stopping = p.step % o.eval_every == 0 or p.step == o.steps, stop.requested
+            regular = p.step % FLUSH == 0 or validate
+            if regular or stopping:
                 try:
-                    flush(trainer, pending, log)
+                    scalars = flush(trainer, pending)
                 finally:
                     p.seconds += time.perf_counter() - start
+                if regular:  # and not where a signal happened to come: a log tells nothing of interruptions
+                    log.scalars(p.step, scalars)
                 if validate:
                     select(trainer, log, bar)
-                if validate or stop.requested:
+                if validate or stopping:
                     log.flush()
                     save(trainer, folder)
-                if stop.requested:
+                if stopping:
                     raise Interrupted(
                         f"stopped at step {p.step} of {o.steps}; the same command resumes there"
                     )
                 start = time.perf_counter()
 
 
-def flush(trainer: Trainer, pending: list[tuple[torch.Tensor, ...]], log: RunLog) -> None:
-    """Read the waiting losses back and log them. Raises Diverged, naming the step, when one is not finite."""
+def flush(trainer: Trainer, pending: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
+    """Read the waiting losses back; returns the last step's scalars. Raises Diverged, naming the step, when one is
+    not finite."""
     p = trainer.progress
     first = p.step - len(pending) + 1
     for step, (loss, correct, norm) in enumerate(pending, first):
@@ -135,13 +145,13 @@ def flush(trainer: Trainer, pending: list[tuple[torch.Tensor, ...]], log: RunLog
         if not math.isfinite(value):
             raise Diverged(f"loss is not finite at step {step}")
         p.window = [p.window[0] + value, p.window[1] + int(correct), p.window[2] + 1]
-    scalars = {
+    pending.clear()
+    return {
         "train/loss": value,
         "train/acc": int(correct) / trainer.optim.batch,
         "opt/grad_norm": norm.item(),
+        "opt/lr": learning_rate(p.step - 1, trainer.optim),
     }
-    log.scalars(p.step, scalars | {"opt/lr": learning_rate(p.step - 1, trainer.optim)})
-    pending.clear()
 
 
 def select(trainer: Trainer, log: RunLog, bar: tqdm) -> None:
@@ -184,14 +194,32 @@ def save(trainer: Trainer, folder: Path) -> None:
         groups["rng"]["cuda"] = torch.cuda.get_rng_state(trainer.where.device)
     tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
     state = {"digest": trainer.run.digest, "seed": trainer.run.seed, "progress": asdict(trainer.progress)}
-    checkpoint.save(folder / "checkpoint.safetensors", tensors, state)
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    checkpoint.save(newest, tensors, state, previous)
 
 
 def resume(trainer: Trainer, folder: Path) -> None:
-    """Continue from the folder's checkpoint, if there is one. Raises UsageError when it is another run's."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return
+    """Continue from the newest sound checkpoint, if there is one. Raises UsageError when it is another run's.
+
+    A damaged one is set aside, and said to be.
+    """
+    damaged = []
+    for path in (folder / name for name in CHECKPOINTS):
+        if path.exists():
+            try:
+                restore(trainer, path)
+                break
+            except checkpoint.Damaged as error:
+                path.replace(path.with_suffix(".damaged"))
+                damaged.append(str(error))
+    if damaged:
+        step = trainer.progress.step
+        goes_on = f"going on from step {step}" if step else "starting from the first step"
+        print(f"{'; '.join(damaged)}: set aside as *.damaged, {goes_on}", file=sys.stderr)
+
+
+def restore(trainer: Trainer, path: Path) -> None:
+    """Put the state of a checkpoint back. Raises Damaged, or UsageError when it is another run's."""
     tensors, state = checkpoint.load(path)
     if state["digest"] != trainer.run.digest:
         raise UsageError(

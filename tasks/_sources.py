@@ -94,6 +94,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.close(folder)
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of `atomic_path(path)`. The caller keeps others from writing it."""
+    for left in path.parent.glob(f".{path.stem}-{12 * '[0-9a-f]'}{path.suffix}"):
+        left.unlink(missing_ok=True)
+
+
 def hub_file(
     repo: str,
     filename: str,

@@ -7,13 +7,13 @@ one rename; beside it stand its lock and, while it is made, hidden folders that 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,14 +22,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from tasks import _archives, _parts
+from tasks import _archives, _parts, _stamps
 from tasks._duplicates import disjoint
 from tasks._sources import atomic_path, one_line, sha256_file
 from tasks.base import SPLITS, Built, SourceError, Split
 
 SCHEMA = "lra-data/1"
-STAMP = "verified.json"  # size and time of each array when its hash was last found right
-SETTLED = 2  # seconds; a file changed within the resolution of its time looks unchanged
 
 
 @dataclass(frozen=True)
@@ -91,16 +89,23 @@ def prepare(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; what a killed process left beside the folder is cleared away."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the folder's lock; what a killed process left beside the folder is cleared away.
+
+    Data in a folder that is read-only are used as they are.
+    """
     lock = FileLock(f"{folder}.lock")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1)
     except Timeout:
         print(f"waiting for another process that prepares {folder}", file=sys.stderr)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES) or not folder.exists():
+            raise
     try:
-        _clear(folder)
+        if lock.is_locked:
+            _clear(folder)
         yield
     finally:
         lock.release()
@@ -136,42 +141,19 @@ def load(folder: Path, *, full: bool = False) -> Prepared:
         raise SourceError(f"{path} is damaged: {remedy}") from None
     if manifest["schema"] != SCHEMA:
         raise SourceError(f"{path} has schema {manifest['schema']!r}, not {SCHEMA!r}: {remedy}")
-    if full or not _unchanged(path.parent, manifest):
+    if full or not _stamps.unchanged(path.parent, manifest):
         for name, digest in arrays.items():
             if not (path.parent / name).is_file():
                 raise SourceError(f"{path.parent / name} is missing: {remedy}")
             if (found := sha256_file(path.parent / name)) != digest:
                 raise SourceError(f"{path.parent / name}: sha256 is {found}, expected {digest}: {remedy}")
-        _remember(path.parent, manifest)
+        _stamps.remember(path.parent, manifest)
 
     def array(split, part):
         return np.load(path.parent / f"{split}.{part}.npy", mmap_mode="r", allow_pickle=False)
 
     splits = {s: Split(array(s, "tokens"), array(s, "offsets"), array(s, "labels")) for s in SPLITS}
     return Prepared(manifest, splits)
-
-
-def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What stays as it is while the arrays are the ones the manifest was found to describe."""
-    facts = {name: (folder / name).stat() for name in manifest["arrays"]}
-    sizes_and_times = {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()}
-    return {"manifest": manifest["sha256"], "arrays": sizes_and_times}
-
-
-def _unchanged(folder: Path, manifest: dict[str, Any]) -> bool:
-    try:
-        return json.loads((folder / STAMP).read_text()) == _stamp(folder, manifest)
-    except (OSError, ValueError):
-        return False
-
-
-def _remember(folder: Path, manifest: dict[str, Any]) -> None:
-    with suppress(OSError):  # a folder that cannot be written to is hashed every time
-        stamp = _stamp(folder, manifest)
-        newest = max(time_ns for _, time_ns in stamp["arrays"].values())
-        if time.time() - newest / 1e9 > SETTLED:
-            with atomic_path(folder / STAMP) as path:
-                path.write_text(json.dumps(stamp))
 
 
 def data_identity(manifest: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from argparse import _SubParsersAction
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,9 @@ def test_incomplete_or_mistyped_commands_end_with_exit_code_2(words, capsys):
         ["train", "tiny", "--attention=softmax", "--preset=smoke", "--threads=-1"],
         ["train", "tiny", "--attention=softmax", "--preset=smoke", "--seed=-1"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--jobs=-1"],
+        ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=-1"],
+        ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=0"],
+        ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=3 GB"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--seeds=0"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--seeds=-1"],
     ],
@@ -98,7 +102,7 @@ def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     import lra.sweep
 
-    monkeypatch.setattr(lra.sweep, "run_all", lambda *_: pytest.fail("started to run the grid"))
+    monkeypatch.setattr(lra.sweep, "Grid", lambda *_: pytest.fail("started to run the grid"))
     try:
         code = main(words)
     except SystemExit as ended:  # argparse's own
@@ -120,14 +124,74 @@ def test_list_prints_names_one_a_line_or_as_json(capsys):
     assert capsys.readouterr().out.split() == ["smoke", "small", "paper"]
 
 
-def test_doctor_reports_the_machine_and_never_fails(capsys, monkeypatch):
+@pytest.fixture
+def quick_doctor(monkeypatch, tmp_path):
+    """`doctor` in an empty folder, without the network and with small matrices."""
     import lra.doctor
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lra.doctor, "reachable", lambda host, port: False)
+    monkeypatch.setattr(lra.doctor, "BLOCKS", 2)
+    original = lra.doctor.matmul_peak
+    monkeypatch.setattr(
+        lra.doctor, "matmul_peak", lambda *args, **more: original(*args, **more | {"size": 37})
+    )
+    return lra.doctor
+
+
+def test_doctor_reports_the_machine_and_never_fails(capsys, quick_doctor):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for fact in ("python", "torch", "cpu", "device", "compiler", "not reachable", "GB free"):
+    facts = (
+        "python",
+        "torch",
+        "cpu",
+        "memory",
+        "device",
+        "compiler",
+        "not reachable",
+        "GB free",
+        "MB/s",
+        "GFLOP/s",
+    )
+    for fact in (*facts, "nothing committed to compare with"):
         assert fact in text
+
+
+def test_doctor_measures_the_committed_points_again(capsys, quick_doctor):
+    sizes = {"B": 1, "H": 2, "D": 3, "M": 5}
+    points = [
+        {"name": "softmax", "N": 7, "seconds": 1e-9, **sizes},
+        {"name": "softmax", "N": 11, "seconds": 0.4, **sizes},
+        {"name": "softmax", "N": 10**9, "seconds": 30.0, **sizes},
+        {"name": "another", "N": 11, "seconds": 0.4, **sizes},
+    ]
+    env = {"env": {"cpu": "Some CPU", "threads": 3}, "date": "2026-01-02"}
+    folder = Path("results") / "bench"
+    folder.mkdir(parents=True)
+    (folder / "attention.json").write_text(json.dumps(env | {"points": points}))
+    (folder / "encoder.json").write_text(json.dumps(env | {"matmul_peak": 5e9}))
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  committed   5 GFLOP/s: Some CPU, 3 threads, 2026-01-02" in lines
+    (line,) = [line for line in lines if "softmax" in line]
+    assert "N 11:" in line and "400 committed" in line
+    assert float(line.split(": ")[-1].split()[0]) > 10  # so small a product takes no 40 ms
+    (folder / "attention.json").write_text("{")
+    assert main(["doctor"]) == 0
+    assert "nothing committed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "compiler, said", [("false", "fails with OpenMP"), ("no-such-compiler", "works|none")]
+)
+def test_doctor_tries_the_compiler(monkeypatch, quick_doctor, compiler, said):
+    monkeypatch.setenv("CXX", compiler)
+    assert re.search(said, quick_doctor.compiler())
+
+
+def test_doctor_says_that_a_disk_cannot_be_written_to(quick_doctor, tmp_path):
+    assert "not writable here" in quick_doctor.disk_speed(tmp_path / "absent")
 
 
 # Bad names and values: nearest name, one line

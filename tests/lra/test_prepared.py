@@ -16,7 +16,7 @@ import pytest
 
 from lra.__main__ import main
 from lra.registry import load_task
-from tasks import prepared
+from tasks import _stamps, prepared
 from tasks.base import SPLITS, Built, SourceError, Split
 from tasks.prepared import data_identity, disjoint, load, prepare
 
@@ -81,7 +81,7 @@ def test_same_request_gives_the_same_bytes(task, tmp_path):
     one, _ = prepare(task, "smoke", out=tmp_path / "a", workers=1)
     two, _ = prepare(task, "smoke", out=tmp_path / "b", workers=3)
     assert one.manifest == two.manifest
-    files = [f for f in (tmp_path / "a" / "tiny" / "smoke").iterdir() if f.name != prepared.STAMP]
+    files = [f for f in (tmp_path / "a" / "tiny" / "smoke").iterdir() if f.name != _stamps.STAMP]
     assert len(files) == 10
     assert all(f.read_bytes() == (tmp_path / "b" / "tiny" / "smoke" / f.name).read_bytes() for f in files)
 
@@ -311,7 +311,7 @@ def test_arrays_written_just_now_are_hashed_because_their_time_tells_nothing(tas
     hashed.clear()
     load(folder)
     load(folder)
-    assert len(hashed) == 18 and not (folder / prepared.STAMP).exists()
+    assert len(hashed) == 18 and not (folder / _stamps.STAMP).exists()
 
 
 @pytest.mark.parametrize("damage", [flip, cut])
@@ -333,7 +333,7 @@ def test_verify_notices_what_size_and_time_hide_and_makes_the_data_again(lab, ta
     load(folder)
     flip(folder / "test.tokens.npy")
     age(folder, 60)
-    stamp = json.loads((folder / prepared.STAMP).read_text())
+    stamp = json.loads((folder / _stamps.STAMP).read_text())
     for name, (_, time_ns) in stamp["arrays"].items():
         os.utime(folder / name, ns=(time_ns, time_ns))
     load(folder)  # the fast path cannot see it
@@ -350,11 +350,11 @@ def test_a_stamp_is_of_one_manifest(task, tmp_path, monkeypatch, hashed):
     folder = tmp_path / "tiny" / "smoke"
     age(folder)
     load(folder)
-    (folder / prepared.STAMP).write_text("{")
+    (folder / _stamps.STAMP).write_text("{")
     hashed.clear()
     load(folder)
-    stamp = json.loads((folder / prepared.STAMP).read_text())
-    (folder / prepared.STAMP).write_text(json.dumps(stamp | {"manifest": "0" * 64}))
+    stamp = json.loads((folder / _stamps.STAMP).read_text())
+    (folder / _stamps.STAMP).write_text(json.dumps(stamp | {"manifest": "0" * 64}))
     load(folder)
     assert len(hashed) == 18
 

@@ -4,9 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+import lra.jobs
 import lra.sweep
 from lra.__main__ import main
 from tests.conftest import ROOT
@@ -39,6 +41,7 @@ class Process:
 
     def __init__(self, returncode=0, polls=2):
         self.returncode, self.polls, self.terminated = returncode, polls, False
+        self.pid = 0  # of no process
 
     def poll(self):
         """None while it runs."""
@@ -71,7 +74,7 @@ def processes(monkeypatch):
         return table.get(cell.run.attention, Process())
 
     monkeypatch.setattr(lra.sweep, "start", start)
-    monkeypatch.setattr(lra.sweep.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(lra.jobs.time, "sleep", lambda seconds: None)
     return table
 
 
@@ -100,7 +103,7 @@ def test_cells_are_ordered_by_seed_first_so_that_a_table_fills_early(sweep, proc
 
 
 def test_jobs_share_the_cores(sweep, processes, monkeypatch):
-    monkeypatch.setattr(lra.sweep.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(lra.sweep, "cores", lambda: 8)
     assert sweep("--seeds=3", "--jobs=2") == 0
     assert {threads for _, threads in processes.started} == {4}
     processes.started.clear()
@@ -146,7 +149,7 @@ def test_sigterm_stops_the_cells_and_ends_with_85(sweep, processes, monkeypatch)
         if len(looks) == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(lra.sweep.time, "sleep", sleep)
+    monkeypatch.setattr(lra.jobs.time, "sleep", sleep)
     assert sweep("--jobs=1", attentions="softmax,constant") == 85
     assert long.terminated and len(processes.started) == 1
 
@@ -173,7 +176,7 @@ def test_cell_runs_the_command_a_user_would_type(lab, monkeypatch):
             commands.append(command)
 
     monkeypatch.setattr(lra.sweep.subprocess, "Popen", Popen)
-    monkeypatch.setattr(lra.sweep.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(lra.jobs.time, "sleep", lambda seconds: None)
     words = ["sweep", "--tasks=tiny", "--attentions=performer", "--preset=smoke", "--device=cpu", "--steps=7"]
     words += ["--set=attention.num_features=3", "--val-rule=legacy", "--precision=fp32", *lab.places]
     assert main(words) == 0
@@ -183,3 +186,172 @@ def test_cell_runs_the_command_a_user_would_type(lab, monkeypatch):
     options = "--set attention.num_features=3", "--set train.steps=7", "--val-rule legacy", "--precision fp32"
     for part in (*options, f"--data {lab.data}", f"--results {lab.results}", f"--runs {lab.runs}"):
         assert part in text
+
+
+def test_task_without_data_does_not_stop_the_others(sweep, processes, monkeypatch, capsys):
+    """A source that cannot be reached is one line, and the exit code says that something is missing."""
+    from tasks.base import SourceError
+
+    original = lra.sweep.prepare
+
+    def prepare(task, *args, **options):
+        if task.META.name == "image":
+            raise SourceError("image: the hub cannot be reached; use --source embedded")
+        return original(task, *args, **options)
+
+    monkeypatch.setattr(lra.sweep, "prepare", prepare)
+    assert sweep("--tasks=image,tiny") == 1
+    assert [cell.run.meta.name for cell, _ in processes.started] == ["tiny"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "failed: image: no data: image: the hub cannot be reached; use --source embedded"
+
+
+def test_no_task_with_data_is_an_error(lab, processes, monkeypatch, error_line):
+    from tasks.base import SourceError
+
+    def prepare(task, *args, **options):
+        raise SourceError(f"{task.META.name}: nowhere")
+
+    monkeypatch.setattr(lra.sweep, "prepare", prepare)
+    assert error_line("sweep", "--tasks=tiny,image", "--preset=smoke", *lab.places) == "error: tiny: nowhere"
+
+
+def test_cell_that_another_process_is_at_is_left_to_it(sweep, processes, capsys):
+    processes["softmax"] = Process(returncode=75)
+    assert sweep("--jobs=1", attentions="softmax,constant") == 75
+    assert len(processes.started) == 2
+    assert "left alone: tiny softmax seed 0" in capsys.readouterr().err
+
+
+def test_second_sweep_moves_on_while_the_first_is_at_a_cell(sweep, lab, capsys):
+    from filelock import FileLock
+
+    folder = lab.runs / "tiny" / "constant" / "smoke" / "seed0"
+    folder.mkdir(parents=True)
+    with FileLock(folder / "lock"):
+        assert sweep(attentions="constant,softmax") == 75
+    assert [path.parent.parent.name for path in lab.records()] == ["softmax"]
+    assert sweep(attentions="constant,softmax") == 0
+    log = (folder / "train.log").read_text()  # one log per cell, of every attempt
+    assert "another process is training this cell" in log and log.splitlines()[-1].startswith("test ")
+
+
+def test_nan_loss_is_no_reason_to_stop(sweep, lab, capsys):
+    assert sweep("--set=train.lr=1e30", attentions="constant,softmax") == 0
+    status = [json.loads(path.read_text())["status"] for path in lab.records()]
+    assert len(status) == 2 and all(s.startswith("failed: loss is not finite at step ") for s in status)
+    assert capsys.readouterr().out.count("failed: loss is not finite") == 2
+
+
+def test_processes_do_not_outlive_a_sweep_that_fails(sweep, processes, monkeypatch):
+    first = processes["softmax"] = Process(polls=10**9)
+
+    def start(cell, args, threads, original=lra.sweep.start):
+        if cell.run.attention == "constant":
+            raise OSError(28, "No space left on device", str(cell.log))
+        return original(cell, args, threads)
+
+    monkeypatch.setattr(lra.sweep, "start", start)
+    assert sweep("--jobs=2", attentions="softmax,constant") == 2
+    assert first.terminated
+
+
+# The budget of memory
+
+
+class Memory:
+    """Cells of made-up sizes on a made-up machine: which run side by side."""
+
+    def __init__(self, lab, sizes, memory, jobs=3):
+        self.sizes, self.memory, self.jobs, self.side = sizes, memory, jobs, []
+        self.lab = lab
+
+    def run(self, known=()):
+        """The outcome; `side` holds the names that ran together, one entry for each cell started."""
+        from lra.jobs import Cell, Costs, Grid
+
+        def cell(name):
+            log = self.lab.runs / f"{name}.log"
+            log.parent.mkdir(exist_ok=True)
+            log.write_text("")
+            run = SimpleNamespace(meta=SimpleNamespace(name="tiny"), attention=name, seed=0)
+            return Cell(run, self.lab.results / "records" / "tiny" / name / "digest" / "seed0.json", log)
+
+        cells = [cell(name) for name in self.sizes]
+        costs = Costs(cells)
+        for c in cells:
+            if c.run.attention in known:
+                costs.add(c.kind, 1.0, self.sizes[c.run.attention])
+        running = []
+
+        class Counted(Process):
+            def poll(self):
+                found = super().poll()
+                if found is not None:
+                    running.remove(self.name)
+                return found
+
+        def start(cell):
+            process = Counted(polls=5)
+            process.name = cell.run.attention
+            running.append(process.name)
+            self.side.append(tuple(running))
+            return process
+
+        return Grid(cells, self.jobs, self.memory, costs).run(start)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """No sleeping."""
+    monkeypatch.setattr(lra.jobs.time, "sleep", lambda seconds: None)
+
+
+def test_cells_run_side_by_side_only_while_they_fit_in_memory(lab, patient):
+    sizes = {"a": 50, "b": 70, "c": 40, "d": 20}
+    grid = Memory(lab, sizes, memory=100)
+    assert not grid.run(known=sizes).failed
+    assert grid.side[:2] == [("a",), ("a", "c")]  # b waits, c fits beside a
+    assert {names[-1] for names in grid.side} == set(sizes)
+    assert all(sum(sizes[name] for name in names) <= 100 for names in grid.side)
+
+
+def test_cell_that_never_fits_fails_with_its_size_and_the_others_run(lab, patient):
+    grid = Memory(lab, {"a": 2 * 10**9, "b": 10**9}, memory=15 * 10**8)
+    ((cell, why),) = grid.run(known=("a", "b")).failed
+    assert cell.run.attention == "a" and why == "needs about 2.0 GB, --memory allows 1.5"
+    assert grid.side == [("b",)]
+
+
+def test_cell_of_unknown_size_is_given_its_share(lab, patient):
+    grid = Memory(lab, {"a": 0, "b": 90, "c": 0}, memory=90)
+    grid.run(known=("b",))
+    assert grid.side[0] == ("a",) and grid.side[1] == ("a", "c") and ("b",) in grid.side
+
+
+def test_without_a_limit_every_job_runs(lab, patient):
+    grid = Memory(lab, {"a": 50, "b": 70, "c": 40}, memory=None)
+    grid.run(known=("a", "b", "c"))
+    assert grid.side[2] == ("a", "b", "c")
+
+
+def test_size_and_time_of_a_cell_are_those_of_its_other_seeds(lab):
+    from lra.jobs import Cell, Costs
+
+    record = lab.train()
+    (path,) = lab.records()
+    other = Cell(None, path.with_name("seed1.json"), None)
+    stranger = Cell(None, path.parent.parent / "another" / "seed1.json", None)
+    costs = Costs([other, stranger])
+    assert costs.need(other) > record["cost"]["peak_bytes"] and costs.need(stranger) == 0
+    assert costs.duration(stranger) == costs.duration(other) >= record["cost"]["wall_s"]
+
+
+def test_status_line_is_redrawn_on_a_terminal_and_absent_elsewhere(sweep, processes, monkeypatch, capsys):
+    assert sweep("--jobs=1") == 0
+    assert "\r" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert sweep("--jobs=1", "--seeds=2") == 0
+    out = capsys.readouterr().out
+    assert "\r\x1b[K[0/2]" in out and "1 running: tiny softmax seed 0" in out
+    assert "[2/2]" in out and out.rstrip().endswith("\x1b[K")
