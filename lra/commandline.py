@@ -83,6 +83,11 @@ def training_options(add) -> None:
     precision = "bf16: autocast; auto: bf16 on cuda, else fp32"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler on a CPU)")
+    add(
+        "--debug",
+        action="store_true",
+        help="stop where an attention first gets or gives a value that is not finite",
+    )
     add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
 
 

@@ -99,7 +99,7 @@ def execution(args: Namespace) -> Where:
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return Where(device, precision, args.compile)
+    return Where(device, precision, args.compile, args.debug)
 
 
 def evaluate(args: Namespace) -> None:

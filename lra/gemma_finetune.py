@@ -25,7 +25,8 @@ from lra.machine import StopSignals
 from lra.optim import learning_rate
 from lra.options import UsageError
 from lra.record import finite, write_record
-from lra.train import Diverged, Interrupted
+from lra.train import Interrupted
+from lra.trainer import Diverged
 from models.gemma import bridge
 from models.gemma.transfer import Transfer
 from tasks.base import Optim

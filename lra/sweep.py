@@ -108,6 +108,7 @@ def start(cell: Cell, args: Namespace, threads: int) -> subprocess.Popen:
     command += [word for k, v in run.overrides.items() for word in ("--set", f"{k}={v}")]
     command += ["--device", args.device, "--precision", args.precision, "--threads", str(threads)]
     command += ["--compile"] if args.compile else []
+    command += ["--debug"] if args.debug else []
     command += ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, "a") as log:

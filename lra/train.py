@@ -25,7 +25,7 @@ from lra.machine import StopSignals
 from lra.optim import learning_rate
 from lra.options import Held, UsageError
 from lra.record import finite, predictions_path, record_path, write_labels, write_record
-from lra.trainer import Progress, Trainer, Where
+from lra.trainer import Diverged, Progress, Trainer, Where
 from tasks._sources import remove_temporaries
 from tasks.prepared import Prepared
 
@@ -37,10 +37,6 @@ WEIGHTS = "model.safetensors"
 
 class Interrupted(Exception):
     """The run was asked to stop, and a checkpoint is on disk: the same command resumes it."""
-
-
-class Diverged(Exception):
-    """The loss stopped being finite."""
 
 
 def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Where) -> tuple[Path, bool]:
@@ -111,7 +107,11 @@ def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
     with StopSignals() as stop, bar:
         start = time.perf_counter()
         while p.step < o.steps:
-            pending.append(trainer.step(p.step))
+            try:
+                pending.append(trainer.step(p.step))
+            except Diverged:  # with --debug
+                p.seconds += time.perf_counter() - start
+                raise
             p.step += 1
             bar.update()
             validate, stopping = p.step % o.eval_every == 0 or p.step == o.steps, stop.requested

@@ -16,6 +16,10 @@ from lra.optim import build_optimizer, learning_rate, micro_batches
 from tasks.prepared import Prepared
 
 
+class Diverged(Exception):
+    """The loss stopped being finite."""
+
+
 @dataclass(frozen=True)
 class Where:
     """How a run is executed: nothing here changes what is measured, except by rounding."""
@@ -23,6 +27,7 @@ class Where:
     device: torch.device
     precision: str = "fp32"  # or bf16 autocast
     compiled: bool = False
+    debug: bool = False  # look for values that are not finite wherever an attention is called
 
 
 @dataclass
@@ -48,6 +53,9 @@ class Trainer:
         self.memory = PeakMemory(where.device)
         self.model = run.build_model()
         self.model.to(where.device).train()
+        if where.debug:
+            for layer, attention in enumerate(self.model.encoder.attentions):
+                attention.register_forward_hook(finite(layer, self))
         self.forward = torch.compile(self.model) if where.compiled else self.model
         self.optimizer = build_optimizer(self.model, self.optim)
         train_split = prepared.splits["train"]
@@ -88,3 +96,15 @@ class Trainer:
             precision=self.where.precision,
             name=split,
         )
+
+
+def finite(layer: int, trainer: Trainer):
+    """A hook that raises Diverged, naming what of an attention's inputs and output is not finite, and when."""
+
+    def check(attention, inputs, out):
+        for name, x in (*zip("qkv", inputs, strict=False), ("the output", out)):
+            if not x.isfinite().all():
+                where = f"of {attention.name} in layer {layer} at step {trainer.progress.step + 1}"
+                raise Diverged(f"{name} {where} is not finite")
+
+    return check

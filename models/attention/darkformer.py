@@ -63,7 +63,8 @@ class Attention(AlignedAttention):
 
     @property
     def adapts(self):
-        return super().adapts or self.config.init != "identity" or self.config.proposal != "isotropic"
+        own = self.config.init != "identity" or self.config.proposal != "isotropic"
+        return own or self.config.align != "none" or self._transforms
 
     @property
     def cools(self):

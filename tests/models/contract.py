@@ -551,7 +551,9 @@ def compiled_equals_eager(case: Case) -> None:
     )
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit inside PyTorch's own compiler
+        # PyTorch's own compiler uses torch.jit, and looks for gradients of intermediate results.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         compiled = torch.compile(attention)(q, k, v, mask)
         got = outputs_and_gradients(compiled, mask, q=q, k=k, v=v, **dict(attention.named_parameters()))
     assert_same(got, run(attention, q, k, v, mask), 1e-5)
