@@ -39,7 +39,7 @@ source lra/environment.sh                                       # 1-3 minutes th
 [[ -n $preset ]] || preset=$("$PY" -m lra.machine)              # smoke on a CPU, paper on a GPU
 [[ -n $seeds ]] || seeds=$([[ $preset == small ]] && echo 3 || echo 1)
 
-# Two CPU cores: smoke about 2 minutes, small with 3 seeds under an hour; paper takes GPU days.
+# The sweep predicts its time and memory before it starts; `python -m lra cost` with its options says the same alone.
 status=0
 "$PY" -m lra sweep --preset "$preset" --attentions "$attentions" --seeds "$seeds" --data "$data" --results "$results" \
   ${extra[@]+"${extra[@]}"} || status=$?

@@ -14,7 +14,6 @@ from lra import config, published, registry
 from lra.bench import machine_line, markdown_table, write_report
 from lra.data import Batches
 from lra.machine import set_threads
-from lra.sweep import choose
 from lra.trainer import Trainer, Where
 from tasks import listops, pathfinder
 from tasks.prepared import Prepared, load
@@ -29,7 +28,7 @@ SMALLEST = "constant"  # the attention whose step is shortest
 def bench(args: Namespace) -> None:
     """`bench data`: measure, print and write."""
     set_threads(args.threads)
-    names = choose("task", args.tasks, registry.task_names())
+    names = registry.choose("task", args.tasks, registry.task_names())
     prepared = {
         name: load(args.data / name / args.preset) for name in names
     }  # all there, before anything is timed

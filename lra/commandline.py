@@ -73,6 +73,15 @@ def grid_options(add) -> None:
     add("--memory", type=size, help=memory)
 
 
+def cost_options(add) -> None:
+    """Of `cost`."""
+    calibrate = (
+        "measure this machine, one thread, about a minute: results/bench/cost.json; all else is ignored"
+    )
+    add("--calibrate", action="store_true", help=calibrate)
+    add("--gpu", help="predict for a GPU from its data sheet: A100, H100, L4 or RTX4090")
+
+
 def training_options(add) -> None:
     """How a run differs from its preset, and how it is executed."""
     sets = "override: attention.*, encoder.* or train.* (may be repeated)"
@@ -245,6 +254,8 @@ COMMANDS = (  # name, function, help, groups of options
      task_options, cell_options, preset_options, training_options, place_options),
     ("sweep", "lra.sweep:sweep", "train every missing (task, attention, seed) of a grid",
      grid_options, preset_options, source_options, training_options, place_options),
+    ("cost", "lra.cost:cost", "predict seconds and memory of what `sweep` would run with the same options",
+     grid_options, preset_options, cost_options, training_options, place_options),
     ("evaluate", "lra.commands:evaluate", "repeat the test evaluation of a record from its saved weights",
      record_options, trust_options, place_options),
     ("reproduce", "lra.reproduce:reproduce", "run a record again and compare; adds a counter-record",

@@ -36,6 +36,10 @@ class Batches:
             self._epoch = (epoch, self._order(epoch))
         return collate(self.split, self.towers, self._epoch[1][index], self.cap)
 
+    def widths(self) -> np.ndarray:
+        """Tokens that each batch of the first epoch is padded to."""
+        return np.array([padded(int(self.lengths[chosen].max()), self.cap) for chosen in self._order(0)])
+
     def _order(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
         examples = rng.permutation(len(self.lengths))[: self.per_epoch * self.size]
@@ -61,12 +65,16 @@ def example_lengths(split: Split, towers: int) -> np.ndarray:
     return np.diff(split.offsets).reshape(-1, towers).max(1)
 
 
+def padded(longest: int, cap: int) -> int:
+    """`longest` rounded up to ROUND where that stays within `cap`."""
+    return max(longest, min(-(-longest // ROUND) * ROUND, cap))
+
+
 def collate(split: Split, towers: int, examples: np.ndarray, cap: int) -> Batch:
     """Pad the chosen examples to their longest sequence, rounded up to ROUND where that stays within `cap`."""
     rows = (towers * examples[:, None] + np.arange(towers)).ravel()
     lengths = split.offsets[rows + 1] - split.offsets[rows]
-    longest = int(lengths.max())
-    width = max(longest, min(-(-longest // ROUND) * ROUND, cap))
+    width = padded(int(lengths.max()), cap)
     tokens = np.full((len(rows), width), PAD, np.int64)
     source = np.asarray(
         split.tokens
@@ -75,7 +83,7 @@ def collate(split: Split, towers: int, examples: np.ndarray, cap: int) -> Batch:
     for row, start, length in zip(tokens, starts, lengths.tolist(), strict=True):
         row[:length] = source[start : start + length]
     shape = (len(examples), towers, width)
-    padded = bool((lengths < width).any())
-    mask = torch.from_numpy(np.arange(width) < lengths[:, None]).view(shape) if padded else None
+    ragged = bool((lengths < width).any())
+    mask = torch.from_numpy(np.arange(width) < lengths[:, None]).view(shape) if ragged else None
     labels = torch.from_numpy(split.labels[examples].astype(np.int64))
     return Batch(torch.from_numpy(tokens).view(shape), mask, labels)

@@ -12,9 +12,11 @@ from datetime import datetime
 from pathlib import Path
 
 from lra.config import Run
+from lra.cost import smaller
 from lra.machine import StopSignals, peak_resident
 from lra.options import BUSY, STOPPED, UsageError
 from lra.record import read_record
+from tasks.prepared import Prepared
 
 POLL = 0.1  # seconds between looks at the processes
 REDRAW = 1.0  # seconds between two states of the status line
@@ -27,6 +29,7 @@ class Cell:
     run: Run
     record: Path
     log: Path  # what the process prints
+    prepared: Prepared | None = None
 
     def __str__(self) -> str:
         return f"{self.run.meta.name} {self.run.attention} seed {self.run.seed}"
@@ -47,11 +50,13 @@ class Outcome:
 
 
 class Costs:
-    """Seconds and bytes of cells, from the records of other seeds and from what this sweep measures itself."""
+    """Seconds and bytes of cells, from the records of other seeds and from what this sweep measures itself; for
+    kinds without either, what is predicted."""
 
     def __init__(self, cells: list[Cell]):
         self.seconds: dict[Path, float] = {}
         self.bytes: dict[Path, int] = {}
+        self.expected: dict[Path, tuple[float, int]] = {}
         base = peak_resident("self") or 0  # a record's peak is above what its process held before training
         for kind in {cell.kind for cell in cells}:
             for path in kind.glob("seed*.json"):
@@ -70,12 +75,21 @@ class Costs:
         self.seconds[kind] = max(seconds, self.seconds.get(kind, 0.0))
         self.bytes[kind] = max(peak, self.bytes.get(kind, 0))
 
+    def expect(self, kind: Path, seconds: float, peak: int) -> None:
+        """A prediction, for as long as nothing is measured."""
+        self.expected[kind] = seconds, peak
+
     def need(self, cell: Cell) -> int:
         """Bytes of memory; 0 where nobody knows."""
-        return self.bytes.get(cell.kind, 0)
+        return self.bytes.get(cell.kind, 0) or self.expected.get(cell.kind, (0.0, 0))[1]
 
     def duration(self, cell: Cell) -> float:
-        """Seconds; the mean of the kinds of its task, else of all, where its own is not known; else 0."""
+        """Seconds; where its own kind was not measured, as predicted by what predictions were worth so far, else
+        the mean of the kinds of its task, else of all; else 0."""
+        if cell.kind in self.expected and not self.seconds.get(cell.kind):
+            both = [(s, self.expected[k][0]) for k, s in self.seconds.items() if s and k in self.expected]
+            worth = sum(s for s, _ in both) / sum(e for _, e in both) if both else 1.0
+            return worth * self.expected[cell.kind][0]
         for alike in ([cell.kind], [k for k in self.seconds if k.parent.parent == cell.kind.parent.parent]):
             if known := [s for k in alike if (s := self.seconds.get(k))]:
                 return sum(known) / len(known)
@@ -147,6 +161,7 @@ class Grid:
             if need > self.memory:
                 self.waiting.remove(cell)
                 why = f"needs about {need / 1e9:.1f} GB, --memory allows {self.memory / 1e9:.1f}"
+                why += f": --set train.accumulate={smaller(cell.run, need / self.memory)} needs less"
                 self.outcome.failed.append((cell, why))
             elif used + need <= self.memory or not self.running:
                 self.waiting.remove(cell)

@@ -61,6 +61,17 @@ def build_attention(
     return cls(options, heads=heads, head_dim=head_dim, max_len=max_len, seed=seed, layer=layer)
 
 
+def choose(kind: str, text: str, known: list[str]) -> list[str]:
+    """Names from "all" or a comma-separated list; outside attentions are checked when they are resolved."""
+    names = known if text == "all" else [n for n in dict.fromkeys(text.split(",")) if n]
+    for name in names:
+        if name not in known and ":" not in name:
+            raise unknown(kind, name, known)
+    if not names:
+        raise UsageError(f"no {kind} named in {text!r}")
+    return names
+
+
 def load_task(name: str) -> ModuleType:
     """The task's file: META, RECIPES and Task."""
     if name not in task_names():

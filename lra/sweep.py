@@ -5,17 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from argparse import Namespace
-from typing import Any
 
-from lra import config, registry
+from lra import config, cost, registry
 from lra.commands import describe
 from lra.jobs import Cell, Costs, Grid, Outcome
 from lra.machine import available_memory, cores, pick_device
-from lra.options import BUSY, STOPPED, UsageError, unknown
+from lra.options import BUSY, STOPPED
 from lra.record import record_path
 from lra.train import run_folder
 from tasks.base import SourceError
-from tasks.prepared import prepare
+from tasks.prepared import Prepared, prepare
 
 
 def sweep(args: Namespace) -> int:
@@ -34,7 +33,9 @@ def sweep(args: Namespace) -> int:
         jobs = min(args.jobs or (cores() if cpu else 1), len(missing))
         threads = args.threads or max(1, cores() // jobs)
         memory = args.memory or available_memory()
-        outcome = Grid(missing, jobs, memory, Costs(cells)).run(lambda cell: start(cell, args, threads))
+        costs = Costs(cells)
+        foresee(missing, costs, args, jobs)
+        outcome = Grid(missing, jobs, memory, costs).run(lambda cell: start(cell, args, threads))
     elif not unprepared:
         print("nothing to do: every record is there")
     for cell, why in outcome.failed:
@@ -52,31 +53,33 @@ def sweep(args: Namespace) -> int:
 def grid(args: Namespace) -> tuple[list[Cell], dict[str, Exception]]:
     """Every cell asked for, seeds outermost so that a table is complete as early as possible; and the tasks whose
     data cannot be had. Raises the first of their errors when that leaves no cell."""
-    tasks = choose("task", args.tasks, registry.task_names())
-    attentions = choose("attention", args.attentions, registry.attention_names())
+    tasks = registry.choose("task", args.tasks, registry.task_names())
+    attentions = registry.choose("attention", args.attentions, registry.attention_names())
     overrides = config.overrides(args.sets, args.steps)
     for name in tasks:
         config.load_preset(registry.load_task(name), args.preset)
-    manifests, unprepared = {}, {}
+    prepared, unprepared = {}, {}
     for name in tasks:
         try:
-            manifests[name] = data(name, args)
+            prepared[name] = data(name, args)
         except (SourceError, OSError) as error:
             unprepared[name] = error
-    if not manifests:
+    if not prepared:
         raise next(iter(unprepared.values()))
     cells = []
     for seed in range(args.seeds):
-        for name, manifest in manifests.items():
+        for name, found in prepared.items():
             for attention in attentions:
-                run = config.resolve(name, args.preset, attention, seed, manifest, overrides, args.val_rule)
+                run = config.resolve(
+                    name, args.preset, attention, seed, found.manifest, overrides, args.val_rule
+                )
                 path = record_path(args.results, name, attention, run.digest, seed)
-                cells.append(Cell(run, path, run_folder(args.runs, run) / "train.log"))
+                cells.append(Cell(run, path, run_folder(args.runs, run) / "train.log", found))
     return cells, unprepared
 
 
-def data(name: str, args: Namespace) -> dict[str, Any]:
-    """Prepare one task and say what there is; returns its manifest."""
+def data(name: str, args: Namespace) -> Prepared:
+    """Prepare one task and say what there is."""
     prepared, reused = prepare(
         registry.load_task(name),
         args.preset,
@@ -86,18 +89,23 @@ def data(name: str, args: Namespace) -> dict[str, Any]:
         workers=cores(),
     )
     print(f"{name}: data {'reused' if reused else 'prepared'}\n{describe(prepared)}", flush=True)
-    return prepared.manifest
+    return prepared
 
 
-def choose(kind: str, text: str, known: list[str]) -> list[str]:
-    """Names from "all" or a comma-separated list; outside attentions are checked when they are resolved."""
-    names = known if text == "all" else [n for n in dict.fromkeys(text.split(",")) if n]
-    for name in names:
-        if name not in known and ":" not in name:
-            raise unknown(kind, name, known)
-    if not names:
-        raise UsageError(f"no {kind} named in {text!r}")
-    return names
+def foresee(cells: list[Cell], costs: Costs, args: Namespace, jobs: int) -> None:
+    """Add what is predicted to what was measured, and print the sum; nothing where the device has no prediction."""
+    machine = cost.machine(args.results, pick_device(args.device))
+    found = cost.predict_all([(cell.run, cell.prepared) for cell in cells], machine) if machine else []
+    known = [(cell, p) for cell, p in zip(cells, found, strict=False) if p is not None]
+    for cell, prediction in known:
+        costs.expect(cell.kind, prediction.seconds, machine.start_bytes + prediction.bytes)
+    if known:
+        total, largest = sum(p.seconds for _, p in known), max(p.bytes for _, p in known)
+        print(
+            f"predicted: {cost.duration(total / jobs)} with {jobs} at a time ({cost.duration(total)} one by one), "
+            f"up to {(machine.start_bytes + largest) / 1e9:.1f} GB each",
+            flush=True,
+        )
 
 
 def start(cell: Cell, args: Namespace, threads: int) -> subprocess.Popen:

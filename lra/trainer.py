@@ -13,6 +13,7 @@ from lra.data import Batches
 from lra.evaluate import Counts, autocast, evaluate, to_device
 from lra.machine import PeakMemory
 from lra.optim import build_optimizer, learning_rate, micro_batches
+from tasks.base import Batch, Optim
 from tasks.prepared import Prepared
 
 
@@ -72,18 +73,7 @@ class Trainer:
             group["lr"] = learning_rate(step, o)
         batch = to_device(self.batches.batch(step), device)
         self.progress.tokens += batch.tokens_BTN.numel()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
-        for part in micro_batches(batch, o.accumulate):
-            with autocast(device, self.where.precision):
-                logits_BC = self.forward(part.tokens_BTN, part.mask_BTN)
-            part_loss = F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum") / o.batch
-            part_loss.backward()
-            loss += part_loss.detach()
-            correct += (logits_BC.argmax(-1) == part.labels_B).sum()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), o.clip)
-        self.optimizer.step()
-        return loss, correct, norm
+        return update(self.forward, self.optimizer, batch, o, self.where.precision)
 
     def evaluate(self, split: str) -> Counts:
         """Counts over a split, in batches twice the training size."""
@@ -108,3 +98,30 @@ def finite(layer: int, trainer: Trainer):
                 raise Diverged(f"{name} {where} is not finite")
 
     return check
+
+
+def update(
+    forward: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    optim: Optim,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the mean loss over `batch`, in micro-batches, clipped, and one optimizer step.
+
+    Returns (loss, number correct, gradient norm before clipping). lra/trace.py counts what this does.
+    """
+    device, examples = batch.labels_B.device, len(batch.labels_B)
+    optimizer.zero_grad(set_to_none=True)
+    loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
+    for part in micro_batches(batch, optim.accumulate):
+        with autocast(device, precision):
+            logits_BC = forward(part.tokens_BTN, part.mask_BTN)
+        part_loss = F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum") / examples
+        part_loss.backward()
+        loss += part_loss.detach()
+        correct += (logits_BC.argmax(-1) == part.labels_B).sum()
+
+    norm = nn.utils.clip_grad_norm_(forward.parameters(), optim.clip)
+    optimizer.step()
+    return loss, correct, norm
