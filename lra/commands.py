@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
-from lra import config, rebuild, registry, schema
+from lra import config, distributed, rebuild, registry, schema
 from lra.consistency import places
 from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
@@ -75,12 +76,17 @@ def train(args: Namespace) -> int:
     run = config.resolve(
         args.task, args.preset, args.attention, args.seed, prepared.manifest, overrides, args.val_rule
     )
-    print(run.summary())
-    try:
-        path, new = train_run(run, prepared, results=args.results, runs=args.runs, where=where)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return STOPPED
+    optim = run.recipe.train
+    with distributed.join(where.device, optim.batch, optim.accumulate) as (world, device):
+        where = replace(where, world=world, device=device)
+        world.main_only(print, run.summary())
+        try:
+            path, new = train_run(run, prepared, results=args.results, runs=args.runs, where=where)
+        except Interrupted as stopped:
+            world.main_only(print, stopped, file=sys.stderr)
+            return STOPPED
+    if world.rank:
+        return 0
     record = read_record(path)
     if not new:
         print(f"already done: {path}")

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from lra import calibration, config, registry
-from lra.bench import markdown_table
+from lra.bench import PAIRS, markdown_table
 from lra.calibration import Machine, planned_manifest
 from lra.data import Batches
 from lra.facts import PROBE_BATCH, PROBE_STEPS
@@ -90,6 +90,7 @@ def predict(run: config.Run, machine: Machine | Gpu, prepared: Prepared | None =
     constant, slope = _affine(run, machine, micro, int(widths.max()), padded)
     evaluations = -(-optim.steps // optim.eval_every)
     seconds = machine.start_seconds + optim.steps * step + PROBE_STEPS * probe
+    seconds += 2 * (PAIRS + 1) * step / optim.accumulate  # step_ratio, softmax taken to be as slow
     seconds += forward * (evaluations * splits["val"]["n"] + splits["test"]["n"])
     return Prediction(seconds, machine.bytes((constant + slope * micro)[2]), step)
 

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lra.data import evaluation_batches
+from lra.distributed import ALONE, World
 from tasks.base import Batch, Split
 
 
@@ -47,15 +48,19 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
     name: str = "",
+    world: World = ALONE,
 ) -> Counts:
-    """Every example of `split` once: none dropped, none twice. The model is left in the mode it was in."""
+    """Every example of `split` once: none dropped, none twice. The model is left in the mode it was in.
+
+    The ranks of a world share the batches, and each returns the counts of all.
+    """
     training = model.training
     model.eval()
     total = len(split.labels)
     predictions = np.zeros(total, np.uint8)
     loss = 0.0
     bar = tqdm(total=total, desc=f"evaluating {name}", unit="ex", disable=None, leave=False, delay=2)
-    for chosen, examples in evaluation_batches(split, towers, size=batch):
+    for chosen, examples in world.take(evaluation_batches(split, towers, size=batch)):
         examples = to_device(examples, device)
         with autocast(device, precision):
             logits_BC = model(examples.tokens_BTN, examples.mask_BTN)
@@ -64,6 +69,7 @@ def evaluate(
         bar.update(len(chosen))
     bar.close()
     model.train(training)
+    loss, predictions = sum(world.gather(loss)), sum(world.gather(predictions))
     return Counts(loss / total, int((predictions == split.labels).sum()), total, predictions)
 
 

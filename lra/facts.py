@@ -16,7 +16,7 @@ from lra.data import collate
 from lra.evaluate import Counts, to_device
 from lra.machine import environment
 from lra.record import MAX_PARAMETER_RATIO, PROTOCOL, SCHEMA, finite, suite_facts
-from lra.trainer import Trainer, Where
+from lra.trainer import Trainer, Where, tensors_sha256
 from tasks.prepared import Prepared, data_identity
 
 PROBE_STEPS, PROBE_BATCH = 20, 4
@@ -139,7 +139,7 @@ def _training(trainer: Trainer) -> dict[str, Any]:
         "recipe": asdict(run.recipe.train),
         "budget": run.recipe.budget,
         "overrides": run.overrides,
-        "world_size": 1,
+        "world_size": where.world.size,
         "steps": p.step,
         "examples_seen": p.step * trainer.optim.batch,
         "selected_step": p.best_step,
@@ -156,11 +156,3 @@ def _cost(trainer: Trainer) -> dict[str, Any]:
         "steps_per_s": round(p.step / p.seconds, 4),
         "tokens_per_s": round(p.tokens / p.seconds, 1),
     }
-
-
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over names and contents, in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ CONTRACT = (
     "Config",
     "forward",
     *TRAITS,
+    "adapts",
     "flops",
     "state_bytes",
     "before_step",

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,47 +46,85 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
     An existing record means the run is done. Raises Interrupted after SIGINT or SIGTERM, with a checkpoint
     saved, and Held when another process is at this run.
     """
-    path = record_path(results, run.meta.name, run.attention, run.digest, run.seed)
-    if path.exists():
+    path, world = record_path(results, run.meta.name, run.attention, run.digest, run.seed), where.world
+    if any(world.gather(path.exists())):
         return path, False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):  # now, not after an hour of training
-        raise UsageError(f"results folder is not writable: {path.parent}")
     folder = run_folder(runs, run)
-    folder.mkdir(parents=True, exist_ok=True)
+    world.main_only(open_folders, path, folder)
     try:
-        with FileLock(folder / "lock", timeout=0):
-            if path.exists():  # another process finished it meanwhile
+        with world.main_only(FileLock, folder / "lock", timeout=0):
+            if any(world.gather(path.exists())):  # another process finished it meanwhile
                 return path, False
-            for file in (path, predictions_path(path), *(folder / n for n in (*CHECKPOINTS, WEIGHTS, LOG))):
-                remove_temporaries(file)
-            started, begun = datetime.now(timezone.utc), time.perf_counter()
+            world.main_only(tidy, path, folder)
+            clocks = datetime.now(timezone.utc), time.perf_counter()
             trainer = Trainer(run, prepared, where)
             resume(trainer, folder)
-            with RunLog(folder, run, trainer.progress.step) as log:
-                status, result, predictions, speed = "ok", None, None, None
+            world.check_equal("checkpoints", lambda: str(trainer.progress.step))
+            counts = failure = None
+            with world.main_only(RunLog, folder, run, trainer.progress.step) as log:
                 try:
                     fit(trainer, folder, log)
-                    peak = trainer.memory.read()
-                    counts = test(trainer)
-                    predictions = counts.predictions.tobytes()
-                    speed = step_ratio(trainer)
-                    result = outcome(trainer, counts) | {"probe": probe(run, prepared)}
-                    checkpoint.save(folder / WEIGHTS, trainer.best, {"digest": run.digest, "seed": run.seed})
                 except Diverged as error:
-                    status, peak = f"failed: {error}", trainer.memory.read()
-                cost = {"peak_bytes": peak, "softmax_same_machine": speed}
-                seconds = time.perf_counter() - begun
-                record = build_record(trainer, status, result, cost, started, seconds)
+                    failure = str(error)
+                peak = trainer.memory.read()
+                if failure is None:
+                    counts = test(trainer)
+                record = world.main_only(conclude, trainer, folder, counts, failure, peak, clocks)
                 log.finish(record)
-            # The record comes last: once it is there, so is all the rest.
-            write_labels(results, prepared.splits["test"].labels.tobytes())
-            write_record(path, record, predictions)
-            for name in CHECKPOINTS:
-                (folder / name).unlink(missing_ok=True)
+            world.main_only(publish, record, path, folder, results, prepared, counts)
     except Timeout:
         raise Held(f"another process is training this cell: {folder / 'lock'} is held") from None
     return path, True
+
+
+def open_folders(path: Path, folder: Path) -> None:
+    """Make the folders of the record and of the run. Raises UsageError where records cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):  # now, not after an hour of training
+        raise UsageError(f"results folder is not writable: {path.parent}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def tidy(path: Path, folder: Path) -> None:
+    """Remove what a killed process was writing."""
+    for file in (path, predictions_path(path), *(folder / n for n in (*CHECKPOINTS, WEIGHTS, LOG))):
+        remove_temporaries(file)
+
+
+def conclude(
+    trainer: Trainer,
+    folder: Path,
+    counts: Counts | None,
+    failure: str | None,
+    peak: int | None,
+    clocks: tuple[datetime, float],
+) -> dict[str, Any]:
+    """Save the selected weights; returns the record. `counts` of the test are None if the run failed; `clocks` are
+    the date and the seconds it started at."""
+    run, result, speed = trainer.run, None, None
+    if counts is not None:
+        speed = step_ratio(trainer)
+        result = outcome(trainer, counts) | {"probe": probe(run, trainer.prepared)}
+        checkpoint.save(folder / WEIGHTS, trainer.best, {"digest": run.digest, "seed": run.seed})
+    status = "ok" if failure is None else f"failed: {failure}"
+    cost = {"peak_bytes": peak, "softmax_same_machine": speed}
+    started, begun = clocks
+    return build_record(trainer, status, result, cost, started, time.perf_counter() - begun)
+
+
+def publish(
+    record: dict[str, Any],
+    path: Path,
+    folder: Path,
+    results: Path,
+    prepared: Prepared,
+    counts: Counts | None,
+) -> None:
+    """Write the record last: once it is there, so is all the rest. The checkpoints go."""
+    write_labels(results, prepared.splits["test"].labels.tobytes())
+    write_record(path, record, None if counts is None else counts.predictions.tobytes())
+    for name in CHECKPOINTS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_folder(runs: Path, run: Run) -> Path:
@@ -99,10 +138,9 @@ def run_folder(runs: Path, run: Run) -> Path:
 
 def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
     """Optimizer steps until done. Every `eval_every` steps: validate, select, checkpoint."""
-    p, o, run = trainer.progress, trainer.optim, trainer.run
-    bar = tqdm(
-        total=o.steps, initial=p.step, desc=f"{run.meta.name} {run.attention}", unit="step", disable=None
-    )
+    p, o, run, world = trainer.progress, trainer.optim, trainer.run, trainer.where.world
+    what = f"{run.meta.name} {run.attention}"
+    bar = tqdm(total=o.steps, initial=p.step, desc=what, unit="step", disable=world.rank > 0 or None)
     pending: list[tuple[torch.Tensor, ...]] = []
     with StopSignals() as stop, bar:
         start = time.perf_counter()
@@ -114,7 +152,8 @@ def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
                 raise
             p.step += 1
             bar.update()
-            validate, stopping = p.step % o.eval_every == 0 or p.step == o.steps, stop.requested
+            validate = p.step % o.eval_every == 0 or p.step == o.steps
+            stopping = world.stopping(stop.requested, p.step)
             regular = p.step % FLUSH == 0 or validate
             if regular or stopping:
                 try:
@@ -184,18 +223,26 @@ def validation_split(run: Run) -> str:
 
 def save(trainer: Trainer, folder: Path) -> None:
     """Everything a bitwise continuation needs; the sampler's position is the step itself."""
+    world = trainer.where.world
     groups = {
         "model": trainer.model.state_dict(),
         "best": trainer.best,
         "optim": checkpoint.optimizer_tensors(trainer.optimizer),
-        "rng": {"cpu": torch.get_rng_state()},
     }
-    if trainer.where.device.type == "cuda":
-        groups["rng"]["cuda"] = torch.cuda.get_rng_state(trainer.where.device)
+    for rank, states in enumerate(world.gather(_random_states(trainer.where.device))):
+        groups[f"rng.{rank}"] = states
     tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
-    state = {"digest": trainer.run.digest, "seed": trainer.run.seed, "progress": asdict(trainer.progress)}
+    state = {"digest": trainer.run.digest, "seed": trainer.run.seed, "world_size": world.size}
+    state["progress"] = asdict(trainer.progress)
     newest, previous = (folder / name for name in CHECKPOINTS)
-    checkpoint.save(newest, tensors, state, previous)
+    world.main_only(checkpoint.save, newest, tensors, state, previous)
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def resume(trainer: Trainer, folder: Path) -> None:
@@ -225,14 +272,20 @@ def restore(trainer: Trainer, path: Path) -> None:
         raise UsageError(
             f"{path} was made with another recipe or other data: remove it, or give another --runs"
         )
+    world = trainer.where.world
+    if state["world_size"] != world.size:
+        raise UsageError(
+            f"{path} was made by {state['world_size']} processes, not {world.size}: go on with as many"
+        )
     trainer.model.load_state_dict(checkpoint.under("model", tensors))
     checkpoint.restore_optimizer(trainer.optimizer, checkpoint.under("optim", tensors))
     trainer.best = checkpoint.under("best", tensors)
     trainer.progress = Progress(**state["progress"])
     trainer.progress.resumed += 1
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], trainer.where.device)
+    states = checkpoint.under(f"rng.{world.rank}", tensors)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], trainer.where.device)
 
 
 def test(trainer: Trainer) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from lra.config import Run
 from lra.data import Batches
+from lra.distributed import ALONE, World, not_yet
 from lra.evaluate import Counts, autocast, evaluate, to_device
 from lra.machine import PeakMemory
 from lra.optim import build_optimizer, learning_rate, micro_batches
@@ -29,6 +31,7 @@ class Where:
     precision: str = "fp32"  # or bf16 autocast
     compiled: bool = False
     debug: bool = False  # look for values that are not finite wherever an attention is called
+    world: World = ALONE  # the processes of the run
 
 
 @dataclass
@@ -57,7 +60,8 @@ class Trainer:
         if where.debug:
             for layer, attention in enumerate(self.model.encoder.attentions):
                 attention.register_forward_hook(finite(layer, self))
-        self.forward = torch.compile(self.model) if where.compiled else self.model
+        self.forward = where.world.wrap(torch.compile(self.model) if where.compiled else self.model)
+        where.world.differ(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
         train_split = prepared.splits["train"]
         self.batches = Batches(train_split, run.meta.towers, size=self.optim.batch, seed=run.seed)
@@ -66,14 +70,20 @@ class Trainer:
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step: (mean loss, number correct, gradient norm before clipping), left on the device."""
-        o, device = self.optim, self.where.device
+        o, device, world = self.optim, self.where.device, self.where.world
         for attention in self.model.encoder.attentions:
+            if attention.adapts:
+                world.agree(attention)
             attention.before_step(step)
+        if step % o.eval_every == 0:
+            world.check_equal("weights or projections", lambda: tensors_sha256(self.model.state_dict()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
-        batch = to_device(self.batches.batch(step), device)
+        batch = self.batches.batch(step)
         self.progress.tokens += batch.tokens_BTN.numel()
-        return update(self.forward, self.optimizer, batch, o, self.where.precision)
+        mine = to_device(world.share(batch), device)
+        loss, correct, norm = update(self.forward, self.optimizer, mine, o, self.where.precision)
+        return world.total(loss / world.size), world.total(correct), norm
 
     def evaluate(self, split: str) -> Counts:
         """Counts over a split, in batches twice the training size."""
@@ -85,6 +95,7 @@ class Trainer:
             device=self.where.device,
             precision=self.where.precision,
             name=split,
+            world=self.where.world,
         )
 
 
@@ -114,14 +125,23 @@ def update(
     device, examples = batch.labels_B.device, len(batch.labels_B)
     optimizer.zero_grad(set_to_none=True)
     loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
-    for part in micro_batches(batch, optim.accumulate):
-        with autocast(device, precision):
-            logits_BC = forward(part.tokens_BTN, part.mask_BTN)
-        part_loss = F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum") / examples
-        part_loss.backward()
+    for number, part in enumerate(micro_batches(batch, optim.accumulate), 1):
+        with not_yet(forward, last=number == optim.accumulate):
+            with autocast(device, precision):
+                logits_BC = forward(part.tokens_BTN, part.mask_BTN)
+            part_loss = F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum") / examples
+            part_loss.backward()
         loss += part_loss.detach()
         correct += (logits_BC.argmax(-1) == part.labels_B).sum()
 
     norm = nn.utils.clip_grad_norm_(forward.parameters(), optim.clip)
     optimizer.step()
     return loss, correct, norm
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names and contents, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -129,8 +129,6 @@ class RandomFeatureAttention(FeatureAttention):
     `calibrate` or before training step 1 on SAMPLE queries and keys of step 0.
     """
 
-    adapts = False
-
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
         if config.redraw_every < 0:

@@ -47,6 +47,7 @@ class AttentionBase(nn.Module):
     recurrent: ClassVar[bool] = False  # causal, with a state of constant size: has `step`
     linear: ClassVar[bool] = False  # memory grows no faster than N
     fixed_length: ClassVar[bool] = False  # has parameters per position: N may not exceed max_len
+    adapts: ClassVar[bool] = False  # keeps something of the data it is trained on in its buffers
     reads_qk: ClassVar[bool] = True  # False: output depends on v alone, and the encoder passes v for q and k
 
     def __init__(

@@ -124,7 +124,7 @@ def test_way_out_of_memory_is_the_next_number_of_micro_batches_that_divides():
 
 def test_sweep_refuses_what_cannot_fit_before_it_starts(lab, capsys):
     words = ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--device=cpu", *lab.places]
-    assert main([*words, "--memory=0.1"]) == 1
+    assert main([*words, "--memory=100M"]) == 1
     out, err = capsys.readouterr()
     assert "predicted: " in out and "needs about 0." in err and "--set train.accumulate=8" in err
     assert not lab.records()
