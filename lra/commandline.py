@@ -73,6 +73,16 @@ def grid_options(add) -> None:
     add("--memory", type=size, help=memory)
 
 
+def executor_options(add) -> None:
+    """Where the cells of a sweep run."""
+    how = "here: processes of this command; slurm: an array of jobs; local, debug: the same machinery without Slurm"
+    add("--executor", choices=("here", "slurm", "local", "debug"), default="here", help=how)
+    keys = "of every job, such as partition=gpu, account=me, gpus_per_node=1, mem=8G (may be repeated)"
+    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help=keys)
+    minutes = "time limit of a job; one that reaches it saves its state and is queued again"
+    add("--job-minutes", type=at_least(1), default=240, help=minutes)
+
+
 def cost_options(add) -> None:
     """Of `cost`."""
     calibrate = (
@@ -253,7 +263,7 @@ COMMANDS = (  # name, function, help, groups of options
     ("train", "lra.commands:train", "train one task with one attention and one seed, and write its record",
      task_options, cell_options, preset_options, training_options, place_options),
     ("sweep", "lra.sweep:sweep", "train every missing (task, attention, seed) of a grid",
-     grid_options, preset_options, source_options, training_options, place_options),
+     grid_options, executor_options, preset_options, source_options, training_options, place_options),
     ("cost", "lra.cost:cost", "predict seconds and memory of what `sweep` would run with the same options",
      grid_options, preset_options, cost_options, training_options, place_options),
     ("evaluate", "lra.commands:evaluate", "repeat the test evaluation of a record from its saved weights",

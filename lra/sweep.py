@@ -6,7 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 
-from lra import config, cost, registry
+from lra import cluster, config, cost, registry
 from lra.commands import describe
 from lra.jobs import Cell, Costs, Grid, Outcome
 from lra.machine import available_memory, cores, pick_device
@@ -33,9 +33,13 @@ def sweep(args: Namespace) -> int:
         jobs = min(args.jobs or (cores() if cpu else 1), len(missing))
         threads = args.threads or max(1, cores() // jobs)
         memory = args.memory or available_memory()
-        costs = Costs(cells)
-        foresee(missing, costs, args, jobs)
-        outcome = Grid(missing, jobs, memory, costs).run(lambda cell: start(cell, args, threads))
+        if args.executor == "here":
+            costs = Costs(cells)
+            foresee(missing, costs, args, jobs)
+            outcome = Grid(missing, jobs, memory, costs).run(lambda cell: start(cell, args, threads))
+        else:
+            commands = [command(cell.run, args, threads) for cell in missing]
+            outcome = cluster.run(missing, commands, args, jobs, threads)
     elif not unprepared:
         print("nothing to do: every record is there")
     for cell, why in outcome.failed:
@@ -108,16 +112,21 @@ def foresee(cells: list[Cell], costs: Costs, args: Namespace, jobs: int) -> None
         )
 
 
+def command(run: config.Run, args: Namespace, threads: int) -> list[str]:
+    """The `train` command that a user would type for a run."""
+    words = [sys.executable, "-m", "lra", "train", run.meta.name, "--attention", run.attention]
+    words += ["--preset", run.preset, "--seed", str(run.seed), "--val-rule", run.val_rule]
+    words += [word for k, v in run.overrides.items() for word in ("--set", f"{k}={v}")]
+    words += ["--device", args.device, "--precision", args.precision, "--threads", str(threads)]
+    words += ["--compile"] if args.compile else []
+    words += ["--debug"] if args.debug else []
+    return words + ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
+
+
 def start(cell: Cell, args: Namespace, threads: int) -> subprocess.Popen:
-    """The process of one cell: the same `train` command a user would type, its output in the cell's log."""
-    run = cell.run
-    command = [sys.executable, "-m", "lra", "train", run.meta.name, "--attention", run.attention]
-    command += ["--preset", run.preset, "--seed", str(run.seed), "--val-rule", run.val_rule]
-    command += [word for k, v in run.overrides.items() for word in ("--set", f"{k}={v}")]
-    command += ["--device", args.device, "--precision", args.precision, "--threads", str(threads)]
-    command += ["--compile"] if args.compile else []
-    command += ["--debug"] if args.debug else []
-    command += ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
+    """The process of one cell, its output at the end of the cell's log."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command(cell.run, args, threads), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )

@@ -137,7 +137,7 @@ def test_cost_of_a_grid(lab, capsys):
     assert "tiny softmax " in out and "6 runs" in out and "one CPU thread" in out and "*" not in out
     assert main([*words, "--gpu=A100", "--data=elsewhere"]) == 0
     out = capsys.readouterr().out
-    assert "of one A100, predicted" in out and "| tiny constant* |" in out
+    assert "of one A100, predicted" in out and "tiny constant" in out and "data not prepared" in out
 
 
 def test_unknown_gpu_names_the_nearest(lab, error_line):
