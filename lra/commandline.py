@@ -89,7 +89,8 @@ def cost_options(add) -> None:
         "measure this machine, one thread, about a minute: results/bench/cost.json; all else is ignored"
     )
     add("--calibrate", action="store_true", help=calibrate)
-    add("--gpu", help="predict for a GPU from its data sheet: A100, H100, L4 or RTX4090")
+    add("--gpu", help="predict for GPUs from their data sheets, comma-separated: A100, H100, L4, RTX4090")
+    add("--write", type=Path, help="a Markdown file; only what stands between its cost markers changes")
 
 
 def training_options(add) -> None:

@@ -6,7 +6,6 @@ validations, the test and the probe of the record included. For named GPUs a pre
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -21,8 +20,11 @@ from lra.bench import PAIRS, markdown_table
 from lra.calibration import Machine, planned_manifest
 from lra.data import Batches
 from lra.facts import PROBE_BATCH, PROBE_STEPS
+from lra.machine import cores
 from lra.options import unknown
+from lra.table import refresh_block
 from lra.trace import Uncountable, Work, trace
+from tasks._sources import atomic_path
 from tasks.base import SPLITS
 from tasks.prepared import Prepared, load
 
@@ -159,12 +161,18 @@ def cost(args: Namespace) -> None:
     if args.calibrate:
         print(calibration.calibrate(args.results))
         return
-    if args.gpu and args.gpu not in GPUS:
-        raise unknown("GPU", args.gpu, GPUS)
-    machine = GPUS[args.gpu] if args.gpu else Machine.read(args.results)
+    names = args.gpu.split(",") if args.gpu else []
+    if wrong := [name for name in names if name not in GPUS]:
+        raise unknown("GPU", wrong[0], GPUS)
+    machines = {name: GPUS[name] for name in names} or {"CPU thread": Machine.read(args.results)}
     runs = planned(args)
-    known = [pair for pair in zip(runs, predict_all(runs, machine), strict=True) if pair[1] is not None]
-    print(report(*zip(*known, strict=True), args) if known else "nothing to predict")
+    found = {name: predict_all(runs, machine) for name, machine in machines.items()}
+    text = report(runs, found, args)
+    print(text)
+    if args.write:
+        page = refresh_block(args.write.read_text(), "cost", text)
+        with atomic_path(args.write) as temporary:
+            temporary.write_text(page)
 
 
 def planned(args: Namespace) -> list[tuple[config.Run, Prepared | None]]:
@@ -186,23 +194,26 @@ def planned(args: Namespace) -> list[tuple[config.Run, Prepared | None]]:
     return runs
 
 
-def report(runs: list, found: list[Prediction], args: Namespace) -> str:
-    """A row for each cell, and what the grid takes."""
-    rows = [
-        [f"{run.meta.name} {run.attention}{'' if prepared else '*'}", f"{1e3 * p.step_seconds:.1f}",
-         f"{run.recipe.train.steps:,}", duration(p.seconds), f"{p.bytes / 1e9:.2f}"]
-        for (run, prepared), p in zip(runs, found, strict=True)
-    ]  # fmt: skip
-    lines = markdown_table(["predicted", "ms per step", "steps", "run", "GB"], rows)
-    total = args.seeds * sum(p.seconds for p in found)
-    unit = f"of one {args.gpu}" if args.gpu else "of one CPU thread"
-    lines.append(f"\n{args.seeds * len(found)} runs: {duration(total)} {unit}, predicted.")
-    if not args.gpu:
-        jobs = args.jobs or os.cpu_count() or 1
-        lines[-1] += f" With {jobs} at a time: {duration(total / jobs)}."
+def report(runs: list, found: dict[str, list[Prediction | None]], args: Namespace) -> str:
+    """A row for each cell, with its columns for each machine, and what the grid takes."""
+    rows = []
+    for (run, prepared), *predictions in zip(runs, *found.values(), strict=True):
+        cells = [f"{run.meta.name} {run.attention}{'' if prepared else ' (planned)'}"]
+        cells.append(f"{run.recipe.train.steps:,}")
+        for p in predictions:
+            cells += [f"{1e3 * p.step_seconds:.1f}", duration(p.seconds)] if p else ["–", "–"]
+        rows.append([*cells, f"{predictions[0].bytes / 1e9:.2f}" if predictions[0] else "–"])
+    heads = [f"{name}, {what}" for name in found for what in ("ms per step", "run")]
+    lines = markdown_table(["predicted", "steps", *heads, "GB"], rows) + [""]
+    for name, predictions in found.items():
+        total = args.seeds * sum(p.seconds for p in predictions if p)
+        lines.append(f"{args.seeds * len(runs)} runs, predicted: {duration(total)} of one {name}.")
+        if not args.gpu:
+            jobs = args.jobs or cores()
+            lines[-1] += f" With {jobs} at a time: {duration(total / jobs)}."
     if not all(prepared for _, prepared in runs):
         lines.append(
-            "*: data not prepared; every sequence taken as long as the longest, which bounds it from above."
+            "\nPlanned: its data are not prepared, and every sequence is taken to be of full length."
         )
     return "\n".join(lines)
 

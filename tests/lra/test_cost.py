@@ -130,14 +130,26 @@ def test_sweep_refuses_what_cannot_fit_before_it_starts(lab, capsys):
     assert not lab.records()
 
 
-def test_cost_of_a_grid(lab, capsys):
+def test_cost_of_a_grid(lab, capsys, tmp_path):
     words = ["cost", "--tasks=tiny", "--attentions=softmax,constant", "--preset=smoke", *lab.places]
     assert main([*words, "--seeds=3", "--jobs=2"]) == 0
     out = capsys.readouterr().out
-    assert "tiny softmax " in out and "6 runs" in out and "one CPU thread" in out and "*" not in out
-    assert main([*words, "--gpu=A100", "--data=elsewhere"]) == 0
+    assert (
+        "| tiny softmax |" in out
+        and "6 runs, predicted" in out
+        and "CPU thread" in out
+        and "lanned" not in out
+    )
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- cost:begin -->old<!-- cost:end -->\nbelow\n")
+    assert main([*words, "--gpu=A100,L4", "--data=elsewhere", f"--write={page}"]) == 0
     out = capsys.readouterr().out
-    assert "of one A100, predicted" in out and "tiny constant" in out and "data not prepared" in out
+    assert "of one A100." in out and "of one L4." in out and "| tiny constant (planned) |" in out
+    assert (
+        out.strip() in page.read_text()
+        and page.read_text().startswith("above")
+        and "old" not in page.read_text()
+    )
 
 
 def test_unknown_gpu_names_the_nearest(lab, error_line):
