@@ -35,6 +35,7 @@ SCHEMES = {  # name: attention, options; target_norm None is filled in from --ta
     "optimal": ("optimal", IID),  # resampling from the pool undoes orthogonality anyway
     "optimal-balanced": ("optimal", IID | {"align": "balance"}),
 }
+ELSEWHERE = ("run", "data", "runs", "results", "threads")  # arguments that do not say what is measured
 
 
 def variance(args: Namespace) -> None:
@@ -80,13 +81,10 @@ def _command(args: Namespace) -> str:
     """The command that repeats this: every option that says what is measured and has a value."""
     words = ["python", "-m", "lra", "variance"]
     for name, value in vars(args).items():
-        if (
-            name not in ("run", "data", "runs", "results", "threads")
-            and value is not None
-            and value is not False
-        ):
-            option = "--" + {"run_of": "run"}.get(name, name).replace("_", "-")
-            words += [option] if value is True else [option, str(value)]
+        if name in ELSEWHERE or value is None or value is False:
+            continue
+        option = "--run" if name == "run_of" else "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
     return shlex.join(words)
 
 
@@ -112,13 +110,16 @@ def _scheme(case, name, features, forms, args, bar) -> dict[str, Any]:
     for M in features:
         module, said = calibrated(case, attention, M, args.seed, **options)
         notes |= said
-        points.append({"M": M, **measure(module, case, args.draws)})
+        point = {"M": M, **measure(module, case, args.draws)}
+        if not all(math.isfinite(x) for x in point.values() if x is not None):
+            raise UsageError(f"{case.name}: {name} with {M} features is beyond a double: scale q and k down")
+        points.append(point)
         bar.update()
     if attention != "optimal":
         exact = exact_variance(module, case)
     form = forms["optimal" if options.get("proposal") else "isotropic"]
-    # Alignment changes Lambda, and whitening the kernel: section 3's forms speak of neither.
-    if not case.closed or exact is None or set(options) - {"orthogonal", "proposal"}:
+    # Section 3 speaks of independent features, and neither of an aligned Lambda nor of a whitened kernel.
+    if not case.closed or options.get("orthogonal", True) or set(options) - {"orthogonal", "proposal"}:
         form = None
     return {
         "name": name,

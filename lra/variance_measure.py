@@ -86,23 +86,27 @@ def log_ratio(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -> torch.
 
 
 @torch.no_grad()
+def log_second_moment(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -> torch.Tensor:
+    """log E[Z^2 | q, k] / kappa^2 of one independent feature for pairs (q_n, k_n), (B, H, N), without sampling."""
+    u = sum(seen(module, q_BHND, k_BHND))
+    norm_BHN = u.square().sum(-1)
+    if not hasattr(module, "root_HRR"):
+        return norm_BHN
+    S = module.root_HRR.double() @ module.root_HRR.double()
+    A = 2 * torch.eye(S.shape[-1]) - torch.linalg.inv(S)
+    quadratic_BHN = (u * torch.linalg.solve(A, u.mT).mT).sum(-1)
+    return (torch.logdet(S) - torch.logdet(A))[:, None] / 2 + 2 * quadratic_BHN - norm_BHN
+
+
+@torch.no_grad()
 def exact_variance(module: Any, case: Case) -> dict[str, float]:
     """log10 of the exact relative variance of one independent feature: median over pairs, and the mean weighted by
     the squared kernel, which is the E[Z^2] / E[kappa^2] - 1 of the closed forms on this sample of pairs."""
     logs, weights = [], []
     for q_BHND, k_BHND, real_BN in pairs(case, PAIRINGS):
         u_q, u_k = seen(module, q_BHND, k_BHND)
-        u = u_q + u_k
-        log_second_BHN = u.square().sum(-1)
-        if hasattr(module, "root_HRR"):
-            S = module.root_HRR.double() @ module.root_HRR.double()
-            A = 2 * torch.eye(S.shape[-1]) - torch.linalg.inv(S)
-            quadratic_BHN = (u * torch.linalg.solve(A, u.mT).mT).sum(-1)
-            log_dets_H1 = (torch.logdet(S) - torch.logdet(A))[:, None] / 2
-            log_second_BHN = log_dets_H1 + 2 * quadratic_BHN - log_second_BHN
-        chosen = real_BN[:, None].expand_as(log_second_BHN)
-        logs.append(log_second_BHN[chosen])
-        weights.append(2 * (u_q * u_k).sum(-1)[chosen])
+        logs.append(log_second_moment(module, q_BHND, k_BHND).transpose(1, 2)[real_BN].flatten())
+        weights.append(2 * (u_q * u_k).sum(-1).transpose(1, 2)[real_BN].flatten())
     logs, weights = torch.cat(logs), torch.cat(weights)
     mean = float((logs + weights).logsumexp(0) - weights.logsumexp(0))
     found = {"median": float(logs.median()), "weighted_mean": mean}
@@ -131,37 +135,37 @@ def measure(module: Any, case: Case, draws: int) -> dict[str, float | None]:
     return kernel_error(torch.stack(ratios) - 1, weights) | output_error(torch.stack(errors))
 
 
-def kernel_error(e_RHP: torch.Tensor, log_weight_HP: torch.Tensor) -> dict[str, float]:
-    """Of relative errors e over R draws: mean with its standard error over draws and heads, root mean square
+def kernel_error(errors: torch.Tensor, log_weights: torch.Tensor) -> dict[str, float]:
+    """Of relative errors (draws, H, pairs): mean with its standard error over draws and heads, root mean square
     weighted by the squared kernel, and the median over pairs of the root mean square."""
-    replicates = e_RHP.mean(-1).flatten()
-    square_HP = e_RHP.square().mean(0)
-    share_HP = log_weight_HP.flatten().softmax(0).view_as(log_weight_HP)
+    replicates = errors.mean(-1).flatten()
+    squares = errors.square().mean(0)
+    shares = log_weights.flatten().softmax(0).view_as(log_weights)
     return {
         "kernel_bias": float(replicates.mean()),
         "kernel_bias_se": float(replicates.std() / len(replicates) ** 0.5),
-        "kernel_rms": float((share_HP * square_HP).sum().sqrt()),
-        "kernel_median": float(square_HP.sqrt().median()),
+        "kernel_rms": float((shares * squares).sum().sqrt()),
+        "kernel_median": float(squares.sqrt().median()),
     }
 
 
-def output_error(e_RX: torch.Tensor) -> dict[str, float]:
-    """Of relative errors e of the output over R draws: root mean square, split without bias into squared bias
+def output_error(errors: torch.Tensor) -> dict[str, float]:
+    """Of relative errors of the output (draws, values): root mean square, split without bias into squared bias
     and variance by the products of different draws, each with a standard error (bias: jackknife)."""
-    R = len(e_RX)
-    gram = (e_RX @ e_RX.T).numpy()
+    draws = len(errors)
+    gram = (errors @ errors.T).numpy()
     square, total = gram.diagonal(), gram.sum()
-    bias2 = (total - square.sum()) / (R * (R - 1))
+    bias2 = (total - square.sum()) / (draws * (draws - 1))
     error = math.sqrt(square.mean())
     without = None
-    if R > 2:
+    if draws > 2:
         left = total - 2 * gram.sum(0) + square  # sums of products among the other draws
-        without = (left - (square.sum() - square)) / ((R - 1) * (R - 2))
+        without = (left - (square.sum() - square)) / ((draws - 1) * (draws - 2))
     return {
         "error": error,
-        "error_se": float(square.std(ddof=1) / math.sqrt(R) / (2 * error)),
+        "error_se": float(square.std(ddof=1) / math.sqrt(draws) / (2 * error)),
         "bias_squared": float(bias2),
-        "bias_squared_se": None if without is None else float(math.sqrt((R - 1) * without.var())),
+        "bias_squared_se": None if without is None else float(math.sqrt((draws - 1) * without.var())),
         "variance": float(square.mean() - bias2),
     }
 

@@ -23,7 +23,8 @@ FORMS = (
 NOTES = """\
 Relative variance of one feature: exact for each pair of a query and a key where w is Gaussian and independent
 (median over pairs; mean weighted by κ², which on this finite sample of pairs is what the closed form is of a
-population), sampled elsewhere. Orthogonal schemes: the exact column is that of independent draws.
+population), sampled elsewhere. Orthogonal schemes: the exact column is that of independent draws. Schemes are
+calibrated on the very tokens they are measured on, as in training: with few tokens that flatters them.
 Kernel and output: {draws} draws of the projections; "bias" is the mean of estimate/kernel - 1 over pairs, draws
 and M, with its standard error; errors are relative root mean squares. Isotropic features are heavy-tailed: with
 large t a sample of {draws} draws misses the rare large ones and its variance, error and standard error are too small.
