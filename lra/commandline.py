@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra import gemma_options
+from lra import gemma_options, variance_options
 from lra.options import at_least, size
 
 PRESETS_HELP = (
@@ -284,6 +284,8 @@ COMMANDS = (  # name, function, help, groups of options
      bench_encoder_options, bench_options),
     ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
      fidelity_options, bench_options),
+    ("variance", "lra.variance:variance", "bias and variance of random features, measured beside closed forms",
+     variance_options.source_options, variance_options.measure_options, trust_options),
     ("plot", "lra.plots:plot", "draw the figures of the records and benchmarks, as SVG and PNG", results_options),
     ("leaderboard build", "lra.page:build", "make the page RESULTS/index.html, with its figures", results_options),
     ("leaderboard serve", "lra.page:serve", "show the results folder to a browser on this machine alone",

@@ -74,6 +74,23 @@ def evaluate(
 
 
 @torch.no_grad()
+def capture(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, tuple, torch.Tensor]]:
+    """(attention, (q, k, v, mask), out) of each layer, in evaluation mode, on a batch."""
+    captured: list[tuple[nn.Module, tuple, torch.Tensor]] = []
+    hooks = [
+        a.register_forward_hook(lambda module, args, out: captured.append((module, args, out)))
+        for a in model.encoder.attentions
+    ]
+    training = model.training
+    model.eval()
+    model(batch.tokens_BTN, batch.mask_BTN)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return captured
+
+
+@torch.no_grad()
 def attention_report(model: nn.Module, batch: Batch) -> dict[str, float]:
     """How the attentions behave on a batch, averaged over layers.
 
@@ -82,20 +99,8 @@ def attention_report(model: nn.Module, batch: Batch) -> dict[str, float]:
     (Roy and Vetterli, EUSIPCO 2007), between 1 and D; averaged over heads.
     `redraws`: how often random projections were redrawn (0 for methods without any).
     """
-    captured: list[tuple[nn.Module, tuple, torch.Tensor]] = []
-    attentions = model.encoder.attentions
-    hooks = [
-        a.register_forward_hook(lambda module, args, out: captured.append((module, args, out)))
-        for a in attentions
-    ]
-    training = model.training
-    model.eval()
-    model(batch.tokens_BTN, batch.mask_BTN)
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
     errors, ranks = [], []
-    for _, (q_BHND, k_BHND, v_BHND, mask_BN), out_BHND in captured:
+    for _, (q_BHND, k_BHND, v_BHND, mask_BN), out_BHND in capture(model, batch):
         real_B1N1 = torch.ones_like(q_BHND[:, :1, :, :1], dtype=torch.bool)
         if mask_BN is not None:
             real_B1N1 = mask_BN[:, None, :, None]
@@ -110,7 +115,7 @@ def attention_report(model: nn.Module, batch: Batch) -> dict[str, float]:
         spectrum_BHD = torch.linalg.svdvals(out_BHND.float().cpu())
         p_BHD = spectrum_BHD / spectrum_BHD.sum(-1, keepdim=True).clamp(min=1e-30)
         ranks.append(torch.special.entr(p_BHD).sum(-1).exp().mean().item())
-    redraws = max(int(getattr(a, "redraws", 0)) for a in attentions)
+    redraws = max(int(getattr(a, "redraws", 0)) for a in model.encoder.attentions)
     return {
         "approx_err": float(np.mean(errors)),
         "eff_rank": float(np.mean(ranks)),

@@ -18,7 +18,7 @@ from lra.cells import Cell, Column, Table, build
 from lra.measured import BASELINE, Curves
 from lra.record import PRESETS, report_skipped
 from lra.stats import Estimate, average, mean_sd
-from lra.style import GREY, INK, color, dashes, drawing, marker, save, subplots
+from lra.style import GREY, INK, color, dashes, drawing, marker, plain_ticks, save, subplots
 from lra.table import row_name
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def bubble(table: Table) -> Figure | None:
         _bubble(axes, row, speed, memory, mean)
     axes.set_xscale("log")
     axes.margins(0.2)
-    _plain_ticks(axes)
+    plain_ticks(axes)
     columns = len(table.averaged or table.columns)
     axes.set_xlabel("speed relative to softmax (interleaved pairs of steps; geometric mean over tasks)")
     axes.set_ylabel(f"test accuracy, %, mean of {columns} task{'s' * (columns > 1)}, 95% interval")
@@ -218,7 +218,7 @@ def scaling(lengths: Curves) -> Figure | None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("tokens N (ring, from: not slower than softmax)" if axes is times else "tokens N")
-        _plain_ticks(axes)
+        plain_ticks(axes)
     handles, names = times.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=8)
     return figure
@@ -256,18 +256,6 @@ def errors(schemes: Curves) -> Figure | None:
     axes.set_yscale("log")
     axes.set_xlabel("features M")
     axes.set_ylabel("relative error of the attention output")
-    _plain_ticks(axes)
+    plain_ticks(axes)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """Numbers as people write them, 0.5 or 2,048, on both axes; never powers of ten, which would be markup."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    plain = FuncFormatter(lambda value, _: f"{value:,g}")
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(
-            plain if high < 20 * low else NullFormatter()
-        )  # few decades: name what is between

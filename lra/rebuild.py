@@ -25,6 +25,7 @@ from lra.record import read_predictions
 from lra.schema import Rejected, Unchecked
 from lra.train import run_folder
 from lra.verify import manifest
+from tasks.prepared import Prepared
 
 LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte
 AGREE = 0.999  # V3: share of predictions that must be the same
@@ -120,8 +121,8 @@ def evaluate_again(path: Path, record: dict[str, Any], places: Places) -> None:
         )
 
 
-def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tuple[Counts, float]:
-    """A well-formed record's weights on its test split: counts, and the share of equal predictions."""
+def saved_model(path: Path, record: dict[str, Any], places: Places) -> tuple[Run, Prepared, torch.nn.Module]:
+    """The run of a well-formed record, its data, and its model with the saved weights."""
     if not record["result"]:
         raise Unchecked(f"{path} has no result: {record['status']}")
     prepared = prepared_data(record, places)
@@ -130,15 +131,20 @@ def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tupl
     weights, state = checkpoint.load(folder / "model.safetensors")
     if (state["digest"], state["seed"]) != (run.digest, run.seed):
         raise UsageError(f"{folder} holds weights of another run")
-    device = pick_device(places.device)
-    classifier = run.build_model().to(device)
+    classifier = run.build_model().to(pick_device(places.device))
     classifier.load_state_dict(weights)
+    return run, prepared, classifier
+
+
+def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tuple[Counts, float]:
+    """A well-formed record's weights on its test split: counts, and the share of equal predictions."""
+    run, prepared, classifier = saved_model(path, record, places)
     counts = evaluate(
         classifier,
         prepared.splits["test"],
         run.meta.towers,
         batch=2 * run.recipe.train.batch,
-        device=device,
+        device=pick_device(places.device),
         precision=record["training"]["precision"],
         name="test",
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tasks._sources import atomic_path
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = (
@@ -101,6 +102,18 @@ def subplots(rows: int = 1, columns: int = 1, *, width: float = 6.4, height: flo
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, **options)
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Numbers as people write them, 0.5 or 2,048, on both axes; never powers of ten, which would be markup."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_formatter(plain)
+        axis.set_minor_formatter(
+            plain if high < 20 * low else NullFormatter()
+        )  # few decades: name what is between
 
 
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:

@@ -20,7 +20,7 @@ SOURCES = {
 TORCH_FREE = (
     "record", "cells", "table", "stats", "published", "options", "show", "registry", "compare", "schema",
     "consistency", "verify", "leaderboard", "style", "entries", "markup", "measured",
-    "gemma_options", "gemma_stats", "gemma_table", "gemma_figures",
+    "gemma_options", "variance_options", "variance_report", "gemma_stats", "gemma_table", "gemma_figures",
 )  # fmt: skip
 TOP_LEVEL = {
     "lra", "models", "tasks", "results", "tests", "docs", "run_all.sh", "run_tests.sh", "requirements.txt",

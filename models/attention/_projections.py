@@ -6,6 +6,7 @@ All in float64 on the CPU, functions of their arguments alone.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 
 import torch
@@ -98,7 +99,7 @@ def optimal_resample(
     pool_HPD: torch.Tensor, q_HSD: torch.Tensor, k_HSD: torch.Tensor, features: int, source: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`features` of the pool in proportion to (E_q phi(q; w)^2 E_k phi(k; w)^2)^1/2, and their log importance
-    weights -1/2 log of that product, constants dropped  (arXiv 2406.18802; phi(x; w) = exp(w.x - |x|^2/2)).
+    weights: uniform over the pool against that proportion  (arXiv 2406.18802; phi(x; w) = exp(w.x - |x|^2/2)).
 
     q and k are scaled by the root of the scale. A candidate may be taken more than once.
     """
@@ -108,7 +109,7 @@ def optimal_resample(
         return logs.logsumexp(-1)
 
     log_weight_HP = 0.5 * (log_second_moment(q_HSD) + log_second_moment(k_HSD))
-    taken_HM = log_weight_HP.softmax(-1).multinomial(features, replacement=True, generator=source)
+    log_share_HP = log_weight_HP.log_softmax(-1)
+    taken_HM = log_share_HP.exp().multinomial(features, replacement=True, generator=source)
     w_HMD = pool_HPD.gather(1, taken_HM[..., None].expand(-1, -1, pool_HPD.shape[-1]))
-    bias_HM = -log_weight_HP.gather(1, taken_HM)
-    return w_HMD, bias_HM - bias_HM.mean(-1, keepdim=True)
+    return w_HMD, -log_share_HP.gather(1, taken_HM) - math.log(pool_HPD.shape[1])

@@ -92,8 +92,9 @@ class Attention(AlignedAttention):
         if self.config.proposal == "variance_optimal":
             z_HMR = self.w_HMD.clone()
             self.w_HMD.copy_(z_HMR @ self.root_HRR)
-            # log N(w; 0, I) / N(w; 0, Sigma*), but for a constant
-            self.b_HM.copy_((z_HMR.square().sum(-1) - self.w_HMD.square().sum(-1)) / 2)
+            # log N(w; 0, I) / N(w; 0, Sigma*)
+            log_det_H1 = torch.logdet(self.root_HRR)[:, None]
+            self.b_HM.copy_((z_HMR.square().sum(-1) - self.w_HMD.square().sum(-1)) / 2 + log_det_H1)
 
     def flops(self, B, H, N, D):
         return super().flops(B, H, N, D) + 2 * B * H * N * D * self.feature_dim

@@ -129,9 +129,6 @@ def test_features_of_the_aligned_kernel_are_unbiased(align, proposal):
     bias = 0 if m.feature_bias_HM is None else m.feature_bias_HM[..., None]
     r = m.aq_HMD @ q.mT + bias
     l = m.ak_HMD @ k.mT + m.key_bias_BHN[..., None, :]  # noqa: E741
-    if proposal == "variance_optimal":
-        # b is without its constant: log p/psi = log det root + (|z|^2 - |w|^2) / 2
-        r = r + torch.logdet(attention.root_HRR)[:, None, None]
     one, other = r[..., 0].exp(), l[..., 1].exp()
     q0, k1 = q[..., 0, :], k[..., 1, :]
     factor = attention.aligned(q, "q")[..., 0, :].square().sum(-1) * scale / 2

@@ -1,0 +1,146 @@
+"""`variance`: how far every scheme of random features is from exact attention, on synthetic or captured data."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import warnings
+from argparse import Namespace
+from typing import Any
+
+from tqdm import tqdm
+
+from lra import variance_report
+from lra.bench import write_report
+from lra.machine import set_threads
+from lra.options import UsageError, unknown
+from lra.registry import build_attention
+from lra.variance_cases import Case, cases, numbers
+from lra.variance_measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
+
+IID = {"orthogonal": False}
+OPTIMAL = {"proposal": "variance_optimal"}
+SCHEMES = {  # name: attention, options; target_norm None is filled in from --target-norm
+    "performer-iid": ("performer", IID),
+    "performer": ("performer", {}),
+    "performer-centred": ("performer", {"align": "centre"}),
+    "performer-balanced": ("performer", {"align": "balance"}),
+    "performer-balanced-cooled": ("performer", {"align": "balance", "target_norm": None}),
+    "darkformer-whitened": ("darkformer", {"init": "whitening"}),
+    "darkformer-centred-whitened": ("darkformer", {"init": "whitening", "align": "centre"}),
+    "darkformer-proposal-iid": ("darkformer", OPTIMAL | IID),
+    "darkformer-proposal": ("darkformer", OPTIMAL),
+    "darkformer-balanced-proposal": ("darkformer", OPTIMAL | {"align": "balance"}),
+    "optimal": ("optimal", IID),  # resampling from the pool undoes orthogonality anyway
+    "optimal-balanced": ("optimal", IID | {"align": "balance"}),
+}
+ELSEWHERE = ("run", "data", "runs", "results", "threads")  # arguments that do not say what is measured
+
+
+def variance(args: Namespace) -> None:
+    """`variance`: measure, print the tables, write bench/NAME.json and .md and the figures."""
+    if not re.fullmatch(r"variance[\w.-]*", args.name):  # never the files of another measurement
+        raise UsageError(
+            f"--name must start with variance, then letters, digits, . _ or -; got {args.name!r}"
+        )
+    if args.target_norm <= 0 or not math.isfinite(args.target_norm):
+        raise UsageError(f"--target-norm must be above 0 and finite; got {args.target_norm}")
+    features = numbers(args.features, "--features", 1, int)
+    names = list(SCHEMES) if args.schemes == "all" else list(dict.fromkeys(args.schemes.split(",")))
+    for name in names:
+        if name not in SCHEMES:
+            raise unknown("scheme", name, SCHEMES)
+    set_threads(args.threads)
+    found = cases(args)
+    bar = tqdm(total=len(found) * len(names) * len(features), unit="point", disable=None, leave=False)
+    with bar:
+        measured = [_case(case, names, sorted(features), args, bar) for case in found]
+    shown = variance_report.shown(measured)[0]
+    report = {
+        "draws": args.draws,
+        "target_norm": args.target_norm,
+        "pairings": PAIRINGS,
+        "points_of": shown["name"],
+        "points": [
+            {"name": s["name"], "M": p["M"], "error": p["error"]}
+            for s in shown["schemes"]
+            for p in s["points"]
+        ],
+        "cases": measured,
+    }
+    command = _command(args)
+    text = variance_report.markdown(report, command)
+    print(text)
+    figures = variance_report.draw(report, args.results / "figures", args.name)
+    for path in (*write_report(args.results, args.name, command, report, text), *figures):
+        print(path)
+
+
+def _command(args: Namespace) -> str:
+    """The command that repeats this: every option that says what is measured and has a value."""
+    words = ["python", "-m", "lra", "variance"]
+    for name, value in vars(args).items():
+        if name in ELSEWHERE or value is None or value is False:
+            continue
+        option = "--run" if name == "run_of" else "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
+def _case(case: Case, names: list[str], features: list[int], args: Namespace, bar: tqdm) -> dict[str, Any]:
+    """Everything measured of one case, as stored."""
+    forms = closed_forms(case.eigenvalues_HD)
+    return {
+        "name": case.name,
+        "group": case.group,
+        **case.facts,
+        "largest": float(case.eigenvalues_HD.max()),
+        "shape": list(case.q_BHND.shape),
+        "gaussian": case.closed,
+        "closed_form_log10": {k: None if v is None else v / math.log(10) for k, v in forms.items()},
+        "schemes": [_scheme(case, name, features, forms, args, bar) for name in names],
+    }
+
+
+def _scheme(case, name, features, forms, args, bar) -> dict[str, Any]:
+    attention, options = SCHEMES[name]
+    options = {k: args.target_norm if v is None else v for k, v in options.items()}
+    points, exact, notes = [], None, set()
+    for M in features:
+        module, said = calibrated(case, attention, M, args.seed, **options)
+        notes |= said
+        point = {"M": M, **measure(module, case, args.draws)}
+        if not all(math.isfinite(x) for x in point.values() if x is not None):
+            raise UsageError(f"{case.name}: {name} with {M} features is beyond a double: scale q and k down")
+        points.append(point)
+        bar.update()
+    if attention != "optimal":
+        exact = exact_variance(module, case)
+    form = forms["optimal" if options.get("proposal") else "isotropic"]
+    # Section 3 speaks of independent features, and neither of an aligned Lambda nor of a whitened kernel.
+    if not case.closed or options.get("orthogonal", True) or set(options) - {"orthogonal", "proposal"}:
+        form = None
+    return {
+        "name": name,
+        "attention": attention,
+        "options": options,
+        "exact_log10": exact,
+        "closed_form_variance_log10": None if form is None else log_expm1(form) / math.log(10),
+        "kernel_slope": slope(points, "kernel_rms"),
+        "error_slope": slope(points, "error"),
+        "notes": sorted(notes),
+        "points": points,
+    }
+
+
+def calibrated(case: Case, attention: str, M: int, seed: int, **options: Any) -> tuple[Any, set[str]]:
+    """The attention of training, in evaluation mode, calibrated on the case; and what it warned of."""
+    _, heads, N, D = case.q_BHND.shape
+    module = build_attention(
+        attention, heads=heads, head_dim=D, max_len=N, seed=seed, num_features=M, redraw_every=1, **options
+    ).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.calibrate(case.q_BHND, case.k_BHND, case.mask_BN)
+    return module, {str(w.message) for w in caught}

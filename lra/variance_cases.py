@@ -1,0 +1,242 @@
+"""Queries and keys that `variance` measures on: synthetic Gaussians, those of a trained run, those of a file."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lra import checkpoint, schema
+from lra.consistency import Places
+from lra.data import collate, example_lengths
+from lra.evaluate import capture
+from lra.options import UsageError, unknown
+from lra.rebuild import saved_model
+from lra.record import read_record
+from lra.train import validation_split
+from models.attention._projections import generator, moments
+
+KINDS = ("matched", "skewed")
+HEADS = 2  # of synthetic data: independent samples
+EXAMPLES = 4  # of the validation split, for --run
+GAUSSIAN = {  # options of synthetic data alone, and their defaults
+    "condition": "1,10,100,1000",
+    "trace": None,
+    "largest": None,
+    "kinds": "matched,skewed",
+    "shift": 3.0,
+    "tokens": 256,
+}
+TRACE = "1.5"  # where neither --trace nor --largest is given
+
+
+@dataclass(frozen=True)
+class Case:
+    """Queries and keys to estimate attention on. `group`: cases that one curve may join.
+
+    `eigenvalues_HD`: t of section 3's closed forms, those of Lambda for scaled queries and keys; a sample's own
+    second moments where the distribution is not known. `closed`: q~ and k~ are N(0, Lambda) indeed.
+    """
+
+    name: str
+    group: str
+    q_BHND: torch.Tensor
+    k_BHND: torch.Tensor
+    v_BHND: torch.Tensor
+    mask_BN: torch.Tensor | None
+    eigenvalues_HD: torch.Tensor
+    closed: bool
+    facts: dict[str, Any]
+
+
+def cases(args: Namespace) -> list[Case]:
+    """What the options of `variance` ask for. Raises UsageError, one line, for bad input."""
+    sources = {"--synthetic": args.synthetic, "--run": args.run_of, "--tensors": args.tensors}
+    given = [option for option, value in sources.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other: give one source")
+    if not (args.run_of or args.tensors):
+        return _synthetic_grid(args)
+    for option in GAUSSIAN:
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option} is an option of synthetic data: leave it out with {given[0]}")
+    found = _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
+    if args.dim is not None and args.dim != (width := found[0].q_BHND.shape[-1]):
+        raise UsageError(f"--dim {args.dim} is not the head width of {args.run_of or args.tensors}: {width}")
+    return found
+
+
+def numbers(text: str, option: str, least: float, kind: type = float) -> list:
+    """A comma-separated list of different numbers, not below `least`; UsageError names the bad one."""
+    found = []
+    for part in text.split(","):
+        try:
+            value = kind(part)
+        except ValueError:
+            raise UsageError(f"{option} takes numbers separated by commas; got {part!r}") from None
+        if not least <= value < float("inf"):
+            raise UsageError(f"{option} must be at least {least:g} and finite; got {part}")
+        if value in found:
+            raise UsageError(f"{option} has {part} twice: leave one out")
+        found.append(value)
+    return found
+
+
+def _synthetic_grid(args: Namespace) -> list[Case]:
+    if args.trace and args.largest:
+        raise UsageError("--trace and --largest both set the scale: give one")
+    options = {
+        name: default if (v := getattr(args, name)) is None else v for name, default in GAUSSIAN.items()
+    }
+    by = "largest" if args.largest else "trace"
+    scales = numbers(options[by] or TRACE, f"--{by}", 1e-6)
+    conditions = numbers(options["condition"], "--condition", 1)
+    kinds = options["kinds"].split(",")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown("kind of synthetic data", kind, KINDS)
+    shift, tokens, dim = options["shift"], options["tokens"], 64 if args.dim is None else args.dim
+    if not 0 <= shift < float("inf"):
+        raise UsageError(f"--shift must be at least 0 and finite; got {shift}")
+    return [
+        synthetic(kind, dim, condition, **{by: scale}, shift=shift, tokens=tokens, seed=args.seed)
+        for kind in kinds
+        for scale in scales
+        for condition in conditions
+    ]
+
+
+def synthetic(
+    kind: str,
+    dim: int,
+    condition: float,
+    *,
+    trace: float | None = None,
+    largest: float | None = None,
+    shift: float = 3.0,
+    tokens: int = 256,
+    seed: int = 0,
+) -> Case:
+    """Gaussian q and k, (1, HEADS, tokens, dim), whose eigenvalues fall geometrically over `condition`.
+
+    matched: q~ and k~ are N(0, Lambda), as in section 3, with the `trace` or the `largest` eigenvalue given.
+    skewed: keys have the eigenvalues in the opposite order, and both means have length `shift` (before scaling).
+    """
+    t_D = condition ** -torch.linspace(0, 1, dim).double()
+    t_D *= trace / t_D.sum() if largest is None else largest
+    source = generator("variance", kind, dim, condition, seed)
+    q, k, v = torch.randn(3, 1, HEADS, tokens, dim, generator=source, dtype=torch.float64)
+    root_D = t_D.sqrt() * dim**0.25  # features see q~ = D^-1/4 q
+    q, k = q * root_D, k * (root_D if kind == "matched" else root_D.flip(0))
+    if kind == "skewed":
+        q[..., 0] += shift
+        k[..., 0] += shift
+    scale = f"trace {trace:g}" if largest is None else f"largest {largest:g}"
+    facts = {"data": kind, "condition": condition, "trace": float(t_D.sum())}
+    return Case(
+        f"{kind}, {scale}, condition {condition:g}",
+        f"{kind}, {scale}",
+        *(x.float() for x in (q, k, v)),
+        None,
+        t_D[None] if kind == "matched" else second_moments(q, k, None),
+        kind == "matched",
+        facts if kind == "matched" else facts | {"shift": shift},
+    )
+
+
+def second_moments(q_BHND: torch.Tensor, k_BHND: torch.Tensor, mask_BN: torch.Tensor | None) -> torch.Tensor:
+    """Eigenvalues (H, D), descending, of the mean second moment of scaled queries and keys."""
+    total = 0
+    for x_BHND in (q_BHND, k_BHND):
+        mean_HD, cov_HDD = moments(x_BHND, mask_BN)
+        total = total + cov_HDD + mean_HD[..., None] * mean_HD[:, None]
+    scale = q_BHND.shape[-1] ** -0.5
+    return torch.linalg.eigvalsh(scale * total / 2).flip(-1).clamp(min=0)
+
+
+def measured(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    seed: int,
+) -> Case:
+    """A case from tensors of a model; values are standard normal where there are none."""
+    if v is None:
+        v = torch.randn(q.shape, generator=generator("variance values", seed))
+    q, k, v = (x.detach().cpu().float() for x in (q, k, v))
+    t_HD = second_moments(q, k, mask)
+    condition = float((t_HD[:, 0] / t_HD[:, -1].clamp(min=1e-12)).max())
+    facts = {
+        "data": name,
+        "condition": condition,
+        "trace": float(t_HD.sum(-1).mean()),
+    }
+    return Case(name, "layers", q, k, v, mask, t_HD, False, facts)
+
+
+def _captured(args: Namespace) -> list[Case]:
+    """q, k and v of each layer of a trained run, on the first EXAMPLES of its validation data."""
+    places = Places(args.results, args.data, args.runs, "cpu", args.trust)
+    path = _record_of(args.run_of, places) if args.run_of.is_dir() else args.run_of
+    record = read_record(path)
+    try:
+        schema.check(record)
+        run, prepared, model = saved_model(path, record, places)
+    except (schema.Rejected, schema.Unchecked) as error:
+        raise UsageError(f"{path}: {error}") from error
+    if not model.encoder.attentions[0].reads_qk:
+        raise UsageError(f"{path}: {run.attention} reads no queries and keys")
+    split = prepared.splits[validation_split(run)]
+    longest = int(example_lengths(split, run.meta.towers)[:EXAMPLES].max())
+    batch = collate(split, run.meta.towers, np.arange(min(EXAMPLES, len(split.labels))), longest)
+    return [
+        measured(f"{run.meta.name}, {run.attention}, layer {layer}", *tensors, args.seed)
+        for layer, (_, tensors, _) in enumerate(capture(model, batch))
+    ]
+
+
+def _record_of(folder: Path, places: Places) -> Path:
+    """The record of the weights in a folder of runs/."""
+    _, state = checkpoint.load(folder / "model.safetensors")
+    wanted = f"*/*/{state['digest'][:16]}/seed{state['seed']}.json"
+    for path in (places.results / "records").glob(wanted):
+        return path
+    raise UsageError(f"no record below {places.results} has the weights of {folder}: give --results")
+
+
+def _from_file(path: Path, seed: int) -> Case:
+    """q, k (B, H, N, D) and, where they are there, v and mask (B, N), from a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys() if name in ("q", "k", "v", "mask")}
+    except FileNotFoundError:
+        raise UsageError(f"no file at {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is not a safetensors file: {error}") from None
+    if missing := [name for name in ("q", "k") if name not in found]:
+        raise UsageError(f"{path} has no tensor {' and '.join(missing)}")
+    q, mask = found["q"], found.get("mask")
+    for name in ("q", "k", "v"):
+        if (x := found.get(name)) is None:
+            continue
+        if x.dim() != 4 or x.shape != q.shape or not x.is_floating_point():
+            raise UsageError(
+                f"{path}: {name} must be float (B, H, N, D), as q; got {x.dtype} {tuple(x.shape)}"
+            )
+        if not x.isfinite().all():
+            raise UsageError(f"{path}: {name} has values that are not finite")
+    B, _, N, _ = q.shape
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, N)):
+        raise UsageError(
+            f"{path}: mask must be bool (B, N) = ({B}, {N}); got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if not q.numel() or (B * N if mask is None else int(mask.sum())) < 2:
+        raise UsageError(f"{path}: covariances need at least 2 real tokens; q is {tuple(q.shape)}")
+    return measured(path.stem, q, found["k"], found.get("v"), mask, seed)
