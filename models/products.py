@@ -60,6 +60,23 @@ class _Linear(torch.autograd.Function):
         return product(g_RC, weight.mT).view(x.shape), g_RC.mT @ x.flatten(0, -2), g_RC.sum(0)
 
 
+def half_square(x: torch.Tensor) -> torch.Tensor:
+    """|x|^2 / 2 over the last axis, without a tensor of squares in either direction."""
+    return x.square().sum(-1) / 2 if torch.compiler.is_compiling() else _HalfSquare.apply(x)
+
+
+class _HalfSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.linalg.vector_norm(x, dim=-1).square_().div_(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return ctx.saved_tensors[0] * g[..., None]
+
+
 def work_dtype(v: torch.Tensor, wide: torch.dtype) -> torch.dtype:
     """What the products that are not logits compute in: as the values, except fp16 on a CPU, which has no
     fast fp16 product."""

@@ -28,6 +28,7 @@ from models.attention._features import (
 )
 from models.attention._projections import balance, moments
 from models.attention.base import option
+from models.products import half_square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class AlignedAttention(RandomFeatureAttention):
         ak_HMD, bias_HM = aq_HMD, self.b_HM
         if self._transforms:
             aq_HMD, ak_HMD = aq_HMD @ self.Tq_HDD.to(dtype), aq_HMD @ self.Tk_HDD.to(dtype)
-        key_bias_BHN = -0.5 * scale * self.aligned(k_BHND, "k").square().sum(-1)
+        key_bias_BHN = -scale * half_square(self.aligned(k_BHND, "k"))
         if self.config.align != "none":
             mean_q_HD1, mean_k_HD1 = (x.to(dtype)[..., None] for x in (self.mean_q_HD, self.mean_k_HD))
             key_bias_BHN = key_bias_BHN + scale * (k_BHND @ mean_q_HD1)[..., 0]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.attention._features import FeatureAttention, FeatureConfig, Maps, naive_features, naive_phi
+from models.products import half_square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Attention(FeatureAttention):
 
     def maps(self, k_BHND, scale):
         a_HMD = scale**0.5 * self.w_HMD.to(k_BHND.dtype)
-        return Maps(a_HMD, a_HMD, -0.5 * scale * k_BHND.square().sum(-1))
+        return Maps(a_HMD, a_HMD, -scale * half_square(k_BHND))
 
 
 def naive_lfk(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):

@@ -238,3 +238,13 @@ def test_the_linear_layer_equals_that_of_pytorch_with_its_gradients(shape):
 def test_the_linear_layer_follows_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert products.Linear(5, 11)(torch.ones(7, 5)).dtype == torch.bfloat16
+
+
+def test_half_squares_and_their_gradients_are_right_at_zero_too():
+    x = normal(7, 5).requires_grad_()
+    with torch.no_grad():
+        x[3] = 0
+    g = normal(7, seed=1)
+    out = products.half_square(x)
+    torch.testing.assert_close(out, x.square().sum(-1) / 2)
+    torch.testing.assert_close(torch.autograd.grad((g * out).sum(), x)[0], g[:, None] * x)
