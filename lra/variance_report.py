@@ -27,10 +27,11 @@ population), sampled elsewhere. Orthogonal schemes: the exact column is that of 
 calibrated on the very tokens they are measured on, as in training: with few tokens that flatters them.
 Kernel and output: {draws} draws of the projections; "bias" is the mean of estimate/kernel - 1 over pairs, draws
 and M, with its standard error; errors are relative root mean squares. Isotropic features are heavy-tailed: with
-large t a sample of {draws} draws misses the rare large ones and its variance, error and standard error are too small.
+large t a sample of {draws} draws misses the rare large ones and its variance, error and standard error are too
+small, and its mean, too: a bias of a few such standard errors is no evidence that a scheme is biased.
 The kernel column speaks of the kernel that a scheme estimates; whitening and cooling estimate another one than
 exp(s q.k), and that difference is in the bias² of the output. Slopes: d log error / d log M; -1/2 for a mean of
-independent terms. `optimal` resamples a finite pool: unbiased only as the pool grows.
+independent terms.
 """
 
 

@@ -105,8 +105,8 @@ def optimal_resample(
     """
 
     def log_second_moment(x_HSD):
-        logs = 2 * (pool_HPD @ x_HSD.mT) - x_HSD.square().sum(-1)[:, None, :]
-        return logs.logsumexp(-1)
+        norms_H1S = x_HSD.square().sum(-1)[:, None, :]
+        return torch.baddbmm(norms_H1S, pool_HPD, x_HSD.mT, beta=-1, alpha=2).logsumexp(-1)
 
     log_weight_HP = 0.5 * (log_second_moment(q_HSD) + log_second_moment(k_HSD))
     log_share_HP = log_weight_HP.log_softmax(-1)

@@ -108,6 +108,13 @@ def test_every_scheme_is_unbiased_for_its_own_kernel(scheme):
     assert abs(found["kernel_bias"]) < 4 * found["kernel_bias_se"]
 
 
+@pytest.mark.parametrize("pool", [1, 2])
+def test_optimal_sampling_is_unbiased_whatever_its_pool(pool):
+    case = synthetic("skewed", D, 7.0, trace=0.3, shift=0.3, tokens=13)
+    found = measure(build(case, "optimal", 4, pool=pool), case, 400)
+    assert abs(found["kernel_bias"]) < 4 * found["kernel_bias_se"] < 0.05
+
+
 def test_importance_weights_of_optimal_sampling_average_to_one():
     case = matched(tokens=257)
     module = build(case, "optimal", 101)
