@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lra.config import stored_options
 from lra.evaluate import autocast
 from lra.gemma_data import Blocks, Documents, pack, split
 from lra.gemma_weights import Base
@@ -140,7 +141,7 @@ def method(spec: str, features: int, **where: Any) -> Method:
     config = attention_class(name).Config
     budget = {f.name: features for f in fields(config) if f.metadata.get("budget")}
     values = budget | values
-    return Method(name, asdict(construct(config, values, where="attention")), **where)
+    return Method(name, stored_options(construct(config, values, where="attention")), **where)
 
 
 @dataclass(frozen=True)
