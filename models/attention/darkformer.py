@@ -93,7 +93,8 @@ class Attention(AlignedAttention):
             z_HMR = self.w_HMD.clone()
             self.w_HMD.copy_(z_HMR @ self.root_HRR)
             # log N(w; 0, I) / N(w; 0, Sigma*)
-            log_det_H1 = torch.logdet(self.root_HRR)[:, None]
+            wide_HRR = self.root_HRR.to(torch.promote_types(self.root_HRR.dtype, torch.float32))
+            log_det_H1 = torch.logdet(wide_HRR)[:, None]  # which half precision does not have
             self.b_HM.copy_((z_HMR.square().sum(-1) - self.w_HMD.square().sum(-1)) / 2 + log_det_H1)
 
     def flops(self, B, H, N, D):

@@ -22,7 +22,8 @@ class Attention(AlignedAttention):
     The policy of least variance for given data (arXiv 2406.18802), by resampling: M of `pool` M Gaussian
     candidates, in proportion to the root taken over queries and keys seen, weighted back by b_j = log p/psi.
     Resampled every `redraw_every` steps on the step before; Gaussian until the first calibration. Unbiased
-    for any pool, given which the weights are exact; its variance is least for a large one. 8 B H N M D operations, O(N + M) memory.
+    for any pool, given which the weights are exact; its variance is least for a large one. 8 B H N M D
+    operations, O(N + M) memory.
     """
 
     Config = Config
