@@ -129,10 +129,13 @@ class RandomFeatureAttention(FeatureAttention):
     `calibrate` or before training step 1 on SAMPLE queries and keys of step 0.
     """
 
+    resamples = False  # at every redraw, for the data of the step before
+
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
         if config.redraw_every < 0:
             raise ValueError(f"redraw_every must be 0 (never) or more; got {config.redraw_every}")
+        self._watching = False  # whether the queries and keys of this step are wanted before the next
         self.register_buffer("redraws", torch.zeros((), dtype=torch.int64))
         self.register_buffer("w_HMD", self._gaussian())
         if self.adapts:
@@ -148,13 +151,16 @@ class RandomFeatureAttention(FeatureAttention):
     def before_step(self, step):
         if self.adapts and step == 1 and not self.calibrated:
             self.calibrate(self.seen_q_HSD[None], self.seen_k_HSD[None], scale=float(self.seen_scale))
-        redraw = step // self.config.redraw_every if self.config.redraw_every else 0
+        every = self.config.redraw_every
+        redraw = step // every if every else 0
         if redraw != int(self.redraws):
             self.redraws.fill_(redraw)
             self._redraw()
+        first = step == 0 and self.adapts and not self.calibrated
+        self._watching = first or bool(self.resamples and every and (step + 1) % every == 0)
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        if self.adapts and self.training:
+        if self._watching and self.training:
             self._watch(q_BHND.detach(), k_BHND.detach(), mask_BN, scale)
         return super().attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
 

@@ -28,6 +28,7 @@ class Attention(AlignedAttention):
 
     Config = Config
     adapts = True
+    resamples = True
 
     def __init__(self, config, **shape):
         if config.pool < 1:

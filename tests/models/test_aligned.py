@@ -293,12 +293,28 @@ def test_optimal_sampling_follows_the_data_at_each_redraw():
     assert not torch.equal(attention.w_HMD, w) and not torch.equal(attention.b_HM, b)
 
 
+def test_data_is_remembered_only_in_the_steps_before_it_is_used():
+    for name, options, wanted in (
+        ("performer", {"align": "centre"}, [0]),
+        ("optimal", {"redraw_every": 3}, [0, 2, 5]),
+    ):
+        attention, copied = build_attention(name, **SHAPE, **options), []
+        for step in range(7):
+            before = None if step == 0 else attention.seen_q_HSD.clone()
+            train(attention, step + 1, step)
+            if before is None or not torch.equal(before, attention.seen_q_HSD):
+                copied.append(step)
+        assert copied == wanted, name
+
+
 def test_padding_is_never_part_of_what_is_remembered():
     attention = build_attention("performer", **SHAPE, align="centre").train()
     q, k = (x.float() for x in skewed())
     mask = (torch.arange(N) + torch.arange(B)[:, None]) % 3 != 1
     padded = [x.masked_fill(~mask[:, None, :, None], 1e6) for x in (q, k)]
+    attention.before_step(0)
     attention(*padded, k, mask)
+    assert attention.seen_q_HSD.abs().sum() > 0
     assert attention.seen_q_HSD.abs().max() < 1e3 and attention.seen_k_HSD.abs().max() < 1e3
     attention.calibrate(*padded, mask)
     wanted = torch.stack([q[:, h][mask].mean(0) for h in range(H)])
