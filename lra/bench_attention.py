@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import shlex
 import statistics
 import sys
 import time
@@ -19,13 +19,12 @@ from tqdm import tqdm
 from lra import registry
 from lra.bench import fresh_peak, machine_line, markdown_table, write_report
 from lra.machine import PeakMemory, pick_device, set_threads, synchronize
+from lra.measured import Point, crossover
 from lra.options import UsageError
-from lra.peers import PEERS, build_peer, version
+from lra.peers import BASELINE, PEERS, PYPI, build_peer, contenders, version
 from models.attention.base import AttentionBase
 
-BASELINE = "softmax"
 UNFUSED = "softmax unfused"
-PYPI = "pypi:"
 DEFAULT = (
     "softmax", UNFUSED, "softmax bf16", "softmax causal", "performer", "performer bf16", "performer causal",
     "darkformer", "linformer", "linear", "nystrom", "local", "reformer", "s4d", *(PYPI + name for name in PEERS),
@@ -55,23 +54,15 @@ class Unfused(AttentionBase):
 def bench(args: Namespace) -> None:
     """`bench attention`: measure, print and write."""
     set_threads(args.threads)
-    names = args.attentions.split(",") if args.attentions else list(DEFAULT)
-    if BASELINE not in names:
-        raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {args.attentions}")
+    names = contenders(args.attentions, DEFAULT)
     shapes = [Shape(args.batch, args.heads, n, args.head_dim, args.features) for n in lengths(args.lengths)]
-    if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
-        print(
-            f"left out, not installed: {', '.join(missing)} (pip install -r requirements-dev.txt)",
-            file=sys.stderr,
-        )
-    names = [n for n in names if n not in missing]
     points, left_out = [], []
     with tqdm(total=len(shapes) * len(names) * (args.rounds + 2), disable=None, unit="run") as bar:
         for shape in shapes:
             fits = [n for n in names if n != UNFUSED or _unfused_bytes(shape) <= MEMORY_LIMIT]
             left_out += [f"{n} at N {shape.N:,}" for n in names if n not in fits]
             points += measure(fits, shape, args.rounds, bar.update)
-    command = f"python -m lra bench attention {' '.join(sys.argv[3:])}".strip()
+    command = shlex.join(["python", "-m", "lra", "bench", "attention", *sys.argv[3:]])
     text = markdown(points, left_out, command, args.rounds)
     paths = write_report(args.results, "attention", command, {"points": points, "left_out": left_out}, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
@@ -145,9 +136,7 @@ def contender(name: str, shape: Shape) -> Callable[[], None]:
     elif base.startswith(PYPI):
         attention = build_peer(base.removeprefix(PYPI), **sizes, size=shape.M)
     else:
-        config = registry.attention_class(base).Config
-        budget = {f.name: shape.M for f in dataclasses.fields(config) if f.metadata.get("budget")}
-        attention = registry.build_attention(base, **sizes, **budget)
+        attention = registry.build_attention(base, **sizes, **registry.budget_options(base, shape.M))
     if "causal" in how and not attention.causal:
         raise UsageError(f"{base} has no causal form")
     dtype = torch.bfloat16 if "bf16" in how else torch.float32
@@ -171,20 +160,6 @@ def _unfused_bytes(shape: Shape) -> float:
 
 def _version(name: str) -> str | None:
     return version(name.removeprefix(PYPI)) if name.startswith(PYPI) else None
-
-
-def crossover(points: list[dict[str, Any]], name: str) -> float | None:
-    """Tokens from which `name` is at least as fast as softmax at every longer length measured, interpolated between
-    two lengths in log-log; None when it is slower at the longest."""
-    curve = sorted((p["N"], p["ratio"]) for p in points if p["name"] == name)
-    slower = [i for i, (_, ratio) in enumerate(curve) if ratio < 1]
-    if not slower:
-        return float(curve[0][0])
-    if (last := slower[-1]) == len(curve) - 1:
-        return None
-    (n0, r0), (n1, r1) = curve[last], curve[last + 1]
-    share = -math.log(r0) / (math.log(r1) - math.log(r0))
-    return math.exp(math.log(n0) + share * (math.log(n1) - math.log(n0)))
 
 
 def markdown(points: list[dict[str, Any]], left_out: list[str], command: str, rounds: int) -> str:
@@ -235,7 +210,10 @@ def _memory(point: dict[str, Any] | None) -> str:
 
 
 def _cross(points: list[dict[str, Any]], name: str) -> str:
-    found = crossover(points, name)
+    def curve(of: str) -> list[Point]:
+        return [Point(p["N"], p["seconds"], p["peak_bytes"], p["ratio"]) for p in points if p["name"] == of]
+
+    found = crossover(curve(name), curve(BASELINE))
     return "–" if name == BASELINE or found is None else f"N {found:,.0f}"
 
 

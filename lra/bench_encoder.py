@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -17,18 +17,16 @@ from tqdm import tqdm
 
 from lra import registry
 from lra.bench import fresh_peak, machine_line, markdown_table, write_report
-from lra.bench_attention import PYPI
 from lra.evaluate import autocast
 from lra.machine import PeakMemory, matmul_peak, pick_device, set_threads
 from lra.optim import build_optimizer
 from lra.options import UsageError
-from lra.peers import build_peer, version
+from lra.peers import BASELINE, PYPI, build_peer, contenders
 from models.attention.base import AttentionBase
 from models.encoder import Encoder
 from models.heads import Classifier, Classify
 from tasks import base
 
-BASELINE = "softmax"
 DEFAULT = (
     "softmax", "performer", "darkformer", "linformer", "linear", "nystrom", "local", "reformer", "s4d", "constant",
     PYPI + "performer-pytorch", PYPI + "darkformer-pytorch",
@@ -49,22 +47,14 @@ class Layout(NamedTuple):
 def bench(args: Namespace) -> None:
     """`bench encoder`: measure, print and write."""
     set_threads(args.threads)
-    names = args.attentions.split(",") if args.attentions else list(DEFAULT)
-    if BASELINE not in names:
-        raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {args.attentions}")
+    names = contenders(args.attentions, DEFAULT)
     found = layouts(args.layouts)
-    if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
-        print(
-            f"left out, not installed: {', '.join(missing)} (pip install -r requirements-dev.txt)",
-            file=sys.stderr,
-        )
-    names = [n for n in names if n not in missing]
     peak = matmul_peak(args.precision)
     points: list[dict[str, Any]] = []
     with tqdm(total=len(found) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
         for layout in found:
             points += measure(names, layout, args.features, args.precision, args.rounds, peak, bar.update)
-    command = f"python -m lra bench encoder {' '.join(sys.argv[3:])}".strip()
+    command = shlex.join(["python", "-m", "lra", "bench", "encoder", *sys.argv[3:]])
     text = markdown(points, command, args, peak)
     paths = write_report(args.results, "encoder", command, {"matmul_peak": peak, "points": points}, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
@@ -141,9 +131,9 @@ class Step:
             shape = {"heads": heads, "head_dim": head_dim, "max_len": max_len}
             if name.startswith(PYPI):
                 return build_peer(name.removeprefix(PYPI), **shape, size=features)
-            config = registry.attention_class(name).Config
-            budget = {f.name: features for f in dataclasses.fields(config) if f.metadata.get("budget")}
-            return registry.build_attention(name, **shape, layer=layer, **budget)
+            return registry.build_attention(
+                name, **shape, layer=layer, **registry.budget_options(name, features)
+            )
 
         torch.manual_seed(0)
         encoder = Encoder(

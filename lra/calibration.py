@@ -29,7 +29,7 @@ from lra.bench import machine_line, markdown_table, write_report
 from lra.machine import PeakMemory, set_threads
 from lra.optim import build_optimizer
 from lra.options import UsageError
-from lra.registry import attention_class, attention_names
+from lra.registry import attention_names, budget_options
 from lra.trace import KINDS, Work, trace
 from lra.trainer import update
 from tasks.base import SPLITS, Batch
@@ -120,8 +120,7 @@ def points(count: int, seed: int) -> list[Point]:
     """`count` configurations of each attention at random sizes, small enough to be measured in no time."""
     draw, found = random.Random(seed), []
     for name in attention_names():
-        fields = dataclasses.fields(attention_class(name).Config)
-        budget = [f"attention.{f.name}" for f in fields if f.metadata.get("budget")]
+        budget = [f"attention.{option}" for option in budget_options(name, 0)]
         for _ in range(count):
             width, length = draw.choice((32, 64, 128)), draw.choice((64, 128, 192, 256, 384, 512, 768, 1024))
             batch = min(draw.choice((2, 4, 8, 16)), max(1, 1536 // length))

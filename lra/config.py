@@ -11,7 +11,7 @@ import torch
 
 from lra.options import UsageError, construct, unknown
 from lra.record import cell_digest
-from lra.registry import attention_class, build_attention, load_task
+from lra.registry import attention_class, budget_options, build_attention, load_task
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
 from tasks.base import Meta, Recipe
@@ -131,8 +131,7 @@ def load_preset(task: ModuleType, preset: str) -> Recipe:
 def default_options(attention: str, recipe: Recipe) -> dict[str, Any]:
     """An attention's options at their defaults, the approximation size taken from the recipe's budget."""
     cls = attention_class(attention).Config
-    budget = {f.name: recipe.budget for f in dataclasses.fields(cls) if f.metadata.get("budget")}
-    return asdict(cls(**budget))
+    return asdict(cls(**budget_options(attention, recipe.budget)))
 
 
 def stored_options(config: Any) -> dict[str, Any]:

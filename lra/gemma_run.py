@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from lra.gemma_weights import Base
 from lra.machine import environment
 from lra.options import UsageError, construct
 from lra.record import SCHEMA, finite, record_path, suite_facts
-from lra.registry import attention_class, build_attention
+from lra.registry import attention_class, budget_options, build_attention
 from models.attention.base import AttentionBase
 from models.gemma import bridge
 from models.gemma.loss import Head, Reference, reference, score
@@ -138,10 +138,9 @@ def method(spec: str, features: int, **where: Any) -> Method:
         if not equals:
             raise UsageError(f"--attention {spec}: options are written OPTION=VALUE; got {pair!r}")
         values[key] = value
-    config = attention_class(name).Config
-    budget = {f.name: features for f in fields(config) if f.metadata.get("budget")}
-    values = budget | values
-    return Method(name, stored_options(construct(config, values, where="attention")), **where)
+    values = budget_options(name, features) | values
+    options = construct(attention_class(name).Config, values, where="attention")
+    return Method(name, stored_options(options), **where)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -16,6 +18,9 @@ from torch import nn
 
 from lra.options import UsageError, unknown
 from models.attention.base import AttentionBase
+
+BASELINE = "softmax"  # of every ratio
+PYPI = "pypi:"  # before the name of a package where attentions are named
 
 
 class Peer(AttentionBase):
@@ -92,6 +97,20 @@ PEERS = {  # package -> builder
     "linformer": _linformer,
     "nystrom-attention": _nystrom,
 }
+
+
+def contenders(text: str | None, default: Sequence[str]) -> list[str]:
+    """The comma-separated names of a benchmark, or its default, less packages that are not installed: these are
+    named on stderr. Raises UsageError without BASELINE."""
+    names = text.split(",") if text else list(default)
+    if BASELINE not in names:
+        raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {text}")
+    if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
+        print(
+            f"left out, not installed: {', '.join(missing)} (pip install -r requirements-dev.txt)",
+            file=sys.stderr,
+        )
+    return [n for n in names if n not in missing]
 
 
 def version(package: str) -> str | None:

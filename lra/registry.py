@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from types import ModuleType
@@ -71,6 +72,14 @@ def choose(kind: str, text: str, known: list[str]) -> list[str]:
     if not names:
         raise UsageError(f"no {kind} named in {text!r}")
     return names
+
+
+def budget_options(name: str, size: int) -> dict[str, int]:
+    """The option that holds an attention's approximation size (features, landmarks, ...), set to `size`; nothing
+    where it has none."""
+    return {
+        f.name: size for f in dataclasses.fields(attention_class(name).Config) if f.metadata.get("budget")
+    }
 
 
 def load_task(name: str) -> ModuleType:

@@ -23,11 +23,10 @@ from models.attention._features import (
     Maps,
     RandomFeatureAttention,
     RandomFeatureConfig,
-    naive_features,
     naive_phi,
 )
 from models.attention._projections import balance, moments
-from models.attention.base import option
+from models.attention.base import naive_average, option
 from models.products import half_square
 
 
@@ -166,4 +165,4 @@ def naive_aligned(attention, q, k, v, mask_BN, scale, causal):
             phi_k
             * torch.exp(scale * torch.einsum("hd,bhnd->bhn", attention.mean_q_HD.to(q.dtype), k))[..., None]
         )
-    return naive_features(q, k, v, phi_q, phi_k, mask_BN, causal)
+    return naive_average(phi_q @ phi_k.transpose(-1, -2), v, mask_BN, causal)

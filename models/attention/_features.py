@@ -176,17 +176,6 @@ class RandomFeatureAttention(FeatureAttention):
         self.seen_scale.fill_(scale)
 
 
-def naive_features(q, k, v, phi_q, phi_k, mask_BN, causal):
-    """The textbook form: (phi(q) . sum phi(k) v) / (phi(q) . sum phi(k)), feature vectors (B, H, N, M) given."""
-    if mask_BN is not None:
-        phi_k = phi_k * mask_BN[:, None, :, None]
-    kernel_BHNN = phi_q @ phi_k.transpose(-1, -2)
-    if causal:
-        kernel_BHNN = kernel_BHNN.tril()
-    total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
-    return kernel_BHNN @ v / torch.where(total_BHN1 == 0, 1, total_BHN1)
-
-
 def naive_phi(w_HMD, x_BHND):
     """exp(w.x - |x|^2 / 2) / M^1/2, (B, H, N, M): positive random features of scaled vectors x."""
     dot_BHNM = torch.einsum("hmd,bhnd->bhnm", w_HMD, x_BHND)

@@ -161,6 +161,18 @@ class AttentionBase(nn.Module):
             raise ValueError(f"{name}: {q.shape[2]} tokens exceed max_len {self.max_len}")
 
 
+def naive_average(
+    kernel_BHNN: torch.Tensor, v_BHND: torch.Tensor, mask_BN: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """For references: sum_n kernel_in v_n / sum_n kernel_in over the keys n that i may see, 0 where there is none."""
+    if mask_BN is not None:
+        kernel_BHNN = kernel_BHNN * mask_BN[:, None, None, :]
+    if causal:
+        kernel_BHNN = kernel_BHNN.tril()
+    total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
+    return kernel_BHNN @ v_BHND / torch.where(total_BHN1 == 0, 1, total_BHN1)
+
+
 def real_rows(mask_BN: torch.Tensor) -> torch.Tensor:
     """(B, 1, 1, 1) bool: True where a row has at least one real token."""
     return mask_BN.any(-1)[:, None, None, None]

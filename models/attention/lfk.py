@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models.attention._features import FeatureAttention, FeatureConfig, Maps, naive_features, naive_phi
+from models.attention._features import FeatureAttention, FeatureConfig, Maps, naive_phi
+from models.attention.base import naive_average
 from models.products import half_square
 
 
@@ -36,4 +37,4 @@ def naive_lfk(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     w_HMD = attention.w_HMD.to(q.dtype)
     phi_q, phi_k = (naive_phi(w_HMD, scale**0.5 * x) for x in (q, k))
-    return naive_features(q, k, v, phi_q, phi_k, mask_BN, causal)
+    return naive_average(phi_q @ phi_k.transpose(-1, -2), v, mask_BN, causal)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention.base import AttentionBase
+from models.attention.base import AttentionBase, naive_average
 
 CHUNK = 64  # tokens between two states of the causal form
 FLOOR = -40.0  # of the exponent: two features multiply to at least e^-80, which fp32 holds
@@ -100,10 +100,4 @@ def naive_linear(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
     """Equation 4 (causal: 9) with the N x N matrix written out, phi as in equation 7."""
     stretch = 1 if scale is None else (scale * q.shape[-1] ** 0.5) ** 0.5
     phi_q, phi_k = (F.elu(stretch * x) + 1 for x in (q, k))
-    kernel_BHNN = phi_q @ phi_k.transpose(-1, -2)
-    if mask_BN is not None:
-        kernel_BHNN = kernel_BHNN * mask_BN[:, None, None, :]
-    if causal:
-        kernel_BHNN = kernel_BHNN.tril()
-    total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
-    return kernel_BHNN @ v / torch.where(total_BHN1 == 0, 1, total_BHN1)
+    return naive_average(phi_q @ phi_k.transpose(-1, -2), v, mask_BN, causal)

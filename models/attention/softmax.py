@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention.base import AttentionBase, real_rows
+from models.attention.base import AttentionBase, naive_average, real_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,4 @@ def naive_softmax(attention, q, k, v, mask_BN=None, *, scale=None, causal=False)
     logits_BHNN = scale * q @ k.transpose(-1, -2)
     if attention.slopes_H is not None:
         logits_BHNN = logits_BHNN + alibi(attention.slopes_H.to(q.dtype), q.shape[2])
-    kernel_BHNN = torch.exp(logits_BHNN)
-    if mask_BN is not None:
-        kernel_BHNN = kernel_BHNN * mask_BN[:, None, None, :]
-    if causal:
-        kernel_BHNN = kernel_BHNN.tril()
-    total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
-    return kernel_BHNN @ v / torch.where(total_BHN1 == 0, 1, total_BHN1)
+    return naive_average(torch.exp(logits_BHNN), v, mask_BN, causal)

@@ -1,14 +1,13 @@
 """`bench attention`: what is measured, against what, and how it is told."""
 
 import json
-import math
 import warnings
 
 import pytest
 import torch
 
 from lra.__main__ import main
-from lra.bench_attention import Shape, crossover, measure, peak_bytes
+from lra.bench_attention import Shape, measure, peak_bytes
 from lra.bench_encoder import Layout, Step
 from lra.peers import PEERS, build_peer, version
 from lra.registry import build_attention
@@ -32,15 +31,6 @@ def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, monkeypatch
     assert all(points["softmax", N]["ratio"] == 1 for N in (7, 13))
     text = (tmp_path / "bench" / "attention.md").read_text()
     assert text in capsys.readouterr().out and "| performer causal |" in text
-
-
-def test_the_crossover_is_where_the_ratio_passes_one_for_good():
-    def curve(*ratios):
-        return [{"name": "x", "N": 2**i, "ratio": r} for i, r in enumerate(ratios)]
-
-    assert crossover(curve(0.5, 2.0), "x") == pytest.approx(math.sqrt(2))
-    assert crossover(curve(2.0, 0.5, 2.0), "x") == pytest.approx(2 * math.sqrt(2))
-    assert crossover(curve(1.5, 2.0), "x") == 1 and crossover(curve(2.0, 0.5), "x") is None
 
 
 def test_the_matrix_in_memory_costs_more_than_the_fused_kernel():
