@@ -17,6 +17,7 @@ import torch
 
 from models.attention._engine import attend
 from models.attention._projections import gaussian
+from models.attention._redrawn import Redrawn
 from models.attention.base import AttentionBase, option
 from models.products import NEVER
 
@@ -121,41 +122,31 @@ class RandomFeatureConfig(FeatureConfig):
     redraw_every: int = option(0, "training steps between redraws of the projections; 0 = never")
 
 
-class RandomFeatureAttention(FeatureAttention):
-    """Holds random projections and redraws them during training, never in evaluation.
-
-    They are buffers, saved with the model and identical on every rank: a function of (seed, layer, number of
-    redraws) and of the data seen, where a method `adapts` to it. Such a method is calibrated once, by
-    `calibrate` or before training step 1 on SAMPLE queries and keys of step 0.
+class RandomFeatureAttention(FeatureAttention, Redrawn):
+    """Features that are drawn. A method that `adapts` is calibrated once, by `calibrate` or before training step 1
+    on SAMPLE queries and keys of step 0; its draws then depend on the data too.
     """
 
     resamples = False  # at every redraw, for the data of the step before
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        if config.redraw_every < 0:
-            raise ValueError(f"redraw_every must be 0 (never) or more; got {config.redraw_every}")
         self._watching = False  # whether the queries and keys of this step are wanted before the next
-        self.register_buffer("redraws", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("w_HMD", self._gaussian())
+        self.register_buffer("w_HMD", self._draw())
         if self.adapts:
             for name in ("seen_q_HSD", "seen_k_HSD"):
                 self.register_buffer(name, torch.zeros(self.heads, SAMPLE, self.head_dim))
             self.register_buffer("seen_scale", torch.zeros((), dtype=torch.float64))
             self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
 
-    def _redraw(self) -> None:
-        """Sets the projections from the number of redraws and, where the method adapts, from the data seen."""
-        self.w_HMD.copy_(self._gaussian())
+    def _draw(self):
+        return self._gaussian()
 
     def before_step(self, step):
         if self.adapts and step == 1 and not self.calibrated:
             self.calibrate(self.seen_q_HSD[None], self.seen_k_HSD[None], scale=float(self.seen_scale))
+        super().before_step(step)
         every = self.config.redraw_every
-        redraw = step // every if every else 0
-        if redraw != int(self.redraws):
-            self.redraws.fill_(redraw)
-            self._redraw()
         first = step == 0 and self.adapts and not self.calibrated
         self._watching = first or bool(self.resamples and every and (step + 1) % every == 0)
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention._features import gaussian
-from models.attention.base import AttentionBase, option
+from models.attention._projections import gaussian
+from models.attention._redrawn import Redrawn
+from models.attention.base import option
 from models.attention.softmax import alibi
 
 MOST_BUCKETS = 128  # by default: hashing costs memory for a number per token and bucket
@@ -23,7 +24,7 @@ class Config:
     redraw_every: int = option(1, "training steps between redraws of the hashes; 0 = never")
 
 
-class Attention(AttentionBase):
+class Attention(Redrawn):
     """out_i = sum_{j in P_i} softmax_j(scale s_i.s_j / |s_j|) v_j,  s = (q + k) / 2  (arXiv 2001.04451, eq. 2).
 
     Kitaev et al. Round r hashes s to argmax [s w; -s w]. P_i (eq. 4-6) holds the tokens that share i's bucket
@@ -51,9 +52,8 @@ class Attention(AttentionBase):
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        for name, least in (("rounds", 1), ("redraw_every", 0)):
-            if getattr(config, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
+        if config.rounds < 1:
+            raise ValueError(f"rounds must be at least 1; got {config.rounds}")
         if config.num_keys < 2 * config.rounds:
             raise ValueError(f"num_keys must be at least 2 x {config.rounds} rounds; got {config.num_keys}")
         if config.buckets < 0 or (config.buckets != 1 and config.buckets % 2):
@@ -61,19 +61,13 @@ class Attention(AttentionBase):
         self.chunk = config.num_keys // (2 * config.rounds)
         self.buckets = config.buckets or min(MOST_BUCKETS, 2 * max(1, self.max_len // (2 * self.chunk)))
         self.register_buffer("slopes_H", None, persistent=False)  # of ALiBi
-        self.register_buffer("redraws", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("w_HMD", self._draw(0))
+        self.register_buffer("w_HMD", self._draw())
 
-    def _draw(self, redraw: int) -> torch.Tensor:
+    def _draw(self) -> torch.Tensor:
         """The directions of all rounds, one for two buckets."""
         sizes = self.heads, self.config.rounds * ((self.buckets + 1) // 2), self.head_dim
+        redraw = int(self.redraws)
         return gaussian(*sizes, orthogonal=False, seed=self.seed, layer=self.layer, redraw=redraw)
-
-    def before_step(self, step):
-        redraw = step // self.config.redraw_every if self.config.redraw_every else 0
-        if redraw != int(self.redraws):
-            self.redraws.fill_(redraw)
-            self.w_HMD.copy_(self._draw(redraw))
 
     def add_alibi(self, slopes_H):
         self.slopes_H = slopes_H
