@@ -214,7 +214,10 @@ def _cross(points: list[dict[str, Any]], name: str) -> str:
         return [Point(p["N"], p["seconds"], p["peak_bytes"], p["ratio"]) for p in points if p["name"] == of]
 
     found = crossover(curve(name), curve(BASELINE))
-    return "–" if name == BASELINE or found is None else f"N {found:,.0f}"
+    if name == BASELINE or found is None:
+        return "–"
+    shortest = min(p["N"] for p in points)
+    return f"N {shortest:,} or less" if found <= shortest else f"N {found:,.0f}"
 
 
 if __name__ == "__main__":

@@ -126,18 +126,24 @@ def set_threads(threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def matmul_peak(precision: str = "fp32", *, size: int = 1024, rounds: int = 20) -> float:
-    """Operations per second of a square matrix product on the CPU, the best of `rounds`, by the faster of MKL and
-    oneDNN."""
+def matmul_rates(precision: str = "fp32", *, size: int = 1024, rounds: int = 20) -> dict[str, float]:
+    """Operations per second of a square matrix product on the CPU, the best of `rounds`: as PyTorch multiplies
+    (in fp32 MKL, where it is built with it), and as models/products.py does (oneDNN)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, w = torch.randn(2, size, size).to(dtype)
-    best = math.inf
+    ways = {"torch.matmul": torch.matmul, "models.products": product}
+    best = dict.fromkeys(ways, math.inf)
     for _ in range(rounds):
-        for multiply in (torch.matmul, product):
+        for name, multiply in ways.items():
             start = time.perf_counter()
             multiply(x, w)
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * size**3 / seconds for name, seconds in best.items()}
+
+
+def matmul_peak(precision: str = "fp32", *, rounds: int = 20) -> float:
+    """The faster of `matmul_rates`."""
+    return max(matmul_rates(precision, rounds=rounds).values())
 
 
 class StopSignals:
