@@ -57,9 +57,7 @@ def bench(args: Namespace) -> None:
             points += measure(names, layout, args.features, args.precision, args.rounds, peak, bar.update)
     command = shlex.join(["python", "-m", "lra", "bench", "encoder", *sys.argv[3:]])
     text = markdown(points, command, args, rates)
-    paths = write_report(
-        args.results, "encoder", command, {"matmul_peak": peak, "matmul_rates": rates, "points": points}, text
-    )
+    paths = write_report(args.results, "encoder", command, {"matmul_rates": rates, "points": points}, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
 
 

@@ -141,11 +141,6 @@ def matmul_rates(precision: str = "fp32", *, size: int = 1024, rounds: int = 20)
     return {name: 2 * size**3 / seconds for name, seconds in best.items()}
 
 
-def matmul_peak(precision: str = "fp32", *, rounds: int = 20) -> float:
-    """The faster of `matmul_rates`."""
-    return max(matmul_rates(precision, rounds=rounds).values())
-
-
 class StopSignals:
     """While entered, SIGINT and SIGTERM only set `requested`; a second SIGINT interrupts at once."""
 

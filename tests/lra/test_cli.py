@@ -132,9 +132,9 @@ def quick_doctor(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lra.doctor, "reachable", lambda host, port: False)
     monkeypatch.setattr(lra.doctor, "BLOCKS", 2)
-    original = lra.doctor.matmul_peak
+    original = lra.doctor.matmul_rates
     monkeypatch.setattr(
-        lra.doctor, "matmul_peak", lambda *args, **more: original(*args, **more | {"size": 37})
+        lra.doctor, "matmul_rates", lambda *args, **more: original(*args, **more | {"size": 37})
     )
     return lra.doctor
 
@@ -170,7 +170,7 @@ def test_doctor_measures_the_committed_points_again(capsys, quick_doctor):
     folder = Path("results") / "bench"
     folder.mkdir(parents=True)
     (folder / "attention.json").write_text(json.dumps(env | {"points": points}))
-    (folder / "encoder.json").write_text(json.dumps(env | {"matmul_peak": 5e9}))
+    (folder / "encoder.json").write_text(json.dumps(env | {"matmul_rates": {"one": 4e9, "other": 5e9}}))
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "  committed   5 GFLOP/s: Some CPU, 3 threads, 2026-01-02" in lines
