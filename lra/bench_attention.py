@@ -54,8 +54,8 @@ class Unfused(AttentionBase):
 def bench(args: Namespace) -> None:
     """`bench attention`: measure, print and write."""
     set_threads(args.threads)
-    names = contenders(args.attentions, DEFAULT)
     shapes = [Shape(args.batch, args.heads, n, args.head_dim, args.features) for n in lengths(args.lengths)]
+    names = contenders(args.attentions, DEFAULT)
     points, left_out = [], []
     with tqdm(total=len(shapes) * len(names) * (args.rounds + 2), disable=None, unit="run") as bar:
         for shape in shapes:

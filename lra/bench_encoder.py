@@ -47,8 +47,8 @@ class Layout(NamedTuple):
 def bench(args: Namespace) -> None:
     """`bench encoder`: measure, print and write."""
     set_threads(args.threads)
-    names = contenders(args.attentions, DEFAULT)
     found = layouts(args.layouts)
+    names = contenders(args.attentions, DEFAULT)
     rates = matmul_rates(args.precision)
     peak = max(rates.values())
     points: list[dict[str, Any]] = []
