@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from lra import measured
 from lra.entries import TASKS, Column, Entry, read_entry
 from lra.options import unknown
 from lra.record import PRESETS, iterate_records, report_skipped
@@ -50,6 +51,7 @@ class Table:
 
     preset: str
     entries: tuple[Entry, ...]
+    speeds: dict[str, float]  # relative to softmax, by digest of the runs: what `bench tasks` measured
 
     @cached_property
     def columns(self) -> list[Column]:
@@ -78,11 +80,11 @@ class Table:
         return next((self.cells.get((r, column)) for r in self.rows if r[1:] == (attention, ())), None)
 
     def efficiency(self, cell: Cell) -> tuple[float | None, float | None]:
-        """Speed and peak memory relative to softmax, medians over seeds; None where nothing was measured."""
-        speeds = [e.step_time_ratio for e in cell.ok if e.step_time_ratio is not None]
+        """Speed, by `bench tasks`, and peak memory, median over seeds, relative to softmax; None where nothing was
+        measured."""
         peaks = [(e.peak_bytes, self._softmax_peaks.get(e.setting)) for e in cell.ok]
         memory = [mine / softmax for mine, softmax in peaks if mine is not None and softmax]
-        return statistics.median(speeds) if speeds else None, statistics.median(memory) if memory else None
+        return self.speeds.get(cell.runs[0].digest), statistics.median(memory) if memory else None
 
     @cached_property
     def _softmax_peaks(self) -> dict[tuple, float]:
@@ -130,7 +132,8 @@ def build(
             raise unknown("preset of the records", preset, known)
     order = [p for p in PRESETS if p in known] + sorted(known - set(PRESETS))
     chosen = [p for p in order if not presets or p in presets]
-    return [Table(p, tuple(_tell_apart([e for e in entries if e.preset == p]))) for p in chosen]
+    told = {p: tuple(_tell_apart([e for e in entries if e.preset == p])) for p in chosen}
+    return [Table(p, found, measured.speeds(results, p)) for p, found in told.items()]
 
 
 def _tell_apart(entries: list[Entry]) -> list[Entry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra import gemma_options, variance_options
+from lra import bench_options, gemma_options, variance_options
 from lra.options import at_least, size
 
 PRESETS_HELP = (
@@ -119,63 +119,6 @@ def place_options(add) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
-def bench_options(add) -> None:
-    """Of every `bench`."""
-    add("--results", type=Path, default=Path("results"), help="folder whose bench/ the report is written to")
-
-
-def bench_attention_options(add) -> None:
-    """Of `bench attention`."""
-    add(
-        "--attentions",
-        help="comma-separated: NAME or pypi:PACKAGE, and after a space causal or bf16 (default: all)",
-    )
-    add("--lengths", default="512,1024,2048,4096,8192,16384", help="tokens N, comma-separated")
-    add("--batch", type=at_least(1), default=2, help="sequences B")
-    add("--heads", type=at_least(1), default=4, help="heads H")
-    add("--head-dim", type=at_least(1), default=64, help="head width D")
-    add(
-        "--features",
-        type=at_least(1),
-        default=256,
-        help="features, landmarks, projected positions or window M",
-    )
-    add("--rounds", type=at_least(1), default=5, help="interleaved rounds, after one that is not counted")
-    add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
-
-
-def bench_encoder_options(add) -> None:
-    """Of `bench encoder`."""
-    add(
-        "--attentions",
-        help="comma-separated: NAME or pypi:PACKAGE (default: all with a linear cost, and peers)",
-    )
-    layouts = "32x128,32x1024,32x2048,32x3072,32x4096,4x4096"
-    add("--layouts", default=layouts, help="batch x tokens, comma-separated")
-    add(
-        "--features",
-        type=at_least(1),
-        default=256,
-        help="features, landmarks, projected positions or window M",
-    )
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    add("--rounds", type=at_least(1), default=3, help="interleaved rounds, after one that is not counted")
-    add("--threads", type=at_least(0), default=0, help="CPU threads; 0 = PyTorch's choice")
-
-
-def bench_data_options(add) -> None:
-    """Of `bench data`."""
-    add("--tasks", default="all", help="comma-separated names of tasks to load batches of")
-    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
-    add("--threads", type=at_least(0), default=0, help="CPU threads of the model; 0 = PyTorch's choice")
-
-
-def fidelity_options(add) -> None:
-    """Of `bench fidelity`."""
-    kept = "folder with listops_reference_1000.tsv.gz and pathfinder32_reference.npz"
-    add("--reference", type=Path, required=True, help=f"samples of the published programs: a {kept}")
-
-
 def record_options(add) -> None:
     """One record."""
     add("record", type=Path, help="its JSON file")
@@ -276,14 +219,7 @@ COMMANDS = (  # name, function, help, groups of options
     ("leaderboard verify", "lra.leaderboard:verify_all", "check records, and keep how far each was verified",
      verify_options, trust_options, place_options),
     ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
-    ("bench data", "lra.bench_data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
-     preset_options, bench_data_options, bench_options),
-    ("bench attention", "lra.bench_attention:bench", "time and memory of attentions against length, beside packages",
-     bench_attention_options, bench_options),
-    ("bench encoder", "lra.bench_encoder:bench", "training step of the encoder with each attention, beside packages",
-     bench_encoder_options, bench_options),
-    ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
-     fidelity_options, bench_options),
+    *bench_options.commands(preset_options),
     ("variance", "lra.variance:variance", "bias and variance of random features, measured beside closed forms",
      variance_options.source_options, variance_options.measure_options, trust_options),
     ("plot", "lra.plots:plot", "draw the figures of the records and benchmarks, as SVG and PNG", results_options),

@@ -60,7 +60,6 @@ class Entry:
     n_correct: int | None  # None: failed
     n_test: int
     params_ratio: float
-    step_time_ratio: float | None
     peak_bytes: int | None
     machine: str
     dirty: bool
@@ -71,6 +70,11 @@ class Entry:
     curve: tuple[tuple[int, float], ...]  # (step, validation accuracy)
     predictions_sha256: str | None
     labels_sha256: str | None  # of the test split
+
+    @property
+    def digest(self) -> str:
+        """The first 16 digits of that of its configuration, which name its folder."""
+        return self.path.parent.name
 
     @property
     def results(self) -> Path:
@@ -100,7 +104,6 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
     n_correct = int(result["n_correct"]) if record["status"] == "ok" else None
     wilson(n_correct or 0, n_test)  # raises ValueError unless the counts are a proportion
     ratio = float(model["n_params_ratio_to_softmax"])
-    pairs = cost.get("softmax_same_machine")
     return Entry(
         path=path,
         preset=str(task["preset"]),
@@ -128,7 +131,6 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
         n_correct=n_correct,
         n_test=n_test,
         params_ratio=ratio,
-        step_time_ratio=float(pairs["step_time_ratio"]) if pairs else None,
         peak_bytes=None if cost.get("peak_bytes") is None else int(cost["peak_bytes"]),
         machine=_machine(cost, record["env"], training),
         dirty=bool(record["suite"]["git_dirty"]),

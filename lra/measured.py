@@ -1,8 +1,10 @@
-"""What `bench` and `variance` measured, read from results/bench/: the source of every time per length. No torch.
+"""What `bench` and `variance` measured, read from results/bench/: the source of every time in a table. No torch.
 
 attention.json: {"points": [{"name", "N", "seconds", "peak_bytes", "ratio"}]}: forward and backward of one attention;
 ratio, if given, is softmax's time by its own, the median over interleaved rounds.
 variance.json: {"points": [{"name", "M", "error"}]}: relative error of the attention output at M features.
+tasks-PRESET.json: {"points": [{"digest", "ratio"}]}: softmax's time of a training step by that of the runs whose
+configuration has the digest, in interleaved rounds.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,20 +54,40 @@ def variance(results: Path) -> Curves:
     return _read(Path(results) / "bench" / "variance.json", "M", "error")
 
 
+def speeds(results: Path, preset: str) -> dict[str, float]:
+    """How many times as fast as softmax's a training step is, by the digest of the runs it stands for (the folder of
+    their records); empty when nothing was measured. Raises UsageError for a broken file."""
+    points = _points(Path(results) / "bench" / f"{tasks_report(preset)}.json", ("digest",), ("ratio",))
+    return {digest: ratio for (digest,), (ratio,), _ in points}
+
+
+def tasks_report(preset: str) -> str:
+    """The name that `bench tasks` writes under."""
+    return f"tasks-{preset}"
+
+
 def _read(path: Path, x: str, y: str) -> Curves:
-    if not path.exists():
-        return {}
     curves: Curves = defaultdict(list)
+    for (name,), numbers, more in _points(path, ("name",), (x, y), ("peak_bytes", "ratio")):
+        curves[name].append(Point(*numbers, *more))
+    return {name: sorted(curves[name]) for name in sorted(curves)}
+
+
+def _points(
+    path: Path, names: tuple, numbers: tuple, optional: tuple = ()
+) -> Iterator[tuple[list, list, list]]:
+    """(names, positive numbers, positive numbers or None) of each point of a file; none where there is no file."""
+    if not path.exists():
+        return
     try:
         for point in json.loads(path.read_text())["points"]:
-            more = [None if (v := point.get(key)) is None else float(v) for key in ("peak_bytes", "ratio")]
-            numbers = [float(point[x]), float(point[y]), *more]
-            if not all(v is None or (math.isfinite(v) and v > 0) for v in numbers):
-                raise ValueError(f"{x} {point[x]}, {y} {point[y]}, {more}")
-            curves[str(point["name"])].append(Point(*numbers))
+            required = [float(point[key]) for key in numbers]
+            more = [None if point.get(key) is None else float(point[key]) for key in optional]
+            if not all(v is None or (math.isfinite(v) and v > 0) for v in (*required, *more)):
+                raise ValueError(f"{point}")
+            yield [str(point[key]) for key in names], required, more
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None
-    return {name: sorted(curves[name]) for name in sorted(curves)}
 
 
 def crossover(curve: Sequence[Point], baseline: Sequence[Point]) -> float | None:

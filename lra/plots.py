@@ -173,7 +173,7 @@ def bubble(table: Table) -> Figure | None:
     axes.margins(0.2)
     plain_ticks(axes)
     columns = len(table.averaged or table.columns)
-    axes.set_xlabel("speed relative to softmax (interleaved pairs of steps; geometric mean over tasks)")
+    axes.set_xlabel("speed relative to softmax (bench tasks; geometric mean over tasks)")
     axes.set_ylabel(f"test accuracy, %, mean of {columns} task{'s' * (columns > 1)}, 95% interval")
     axes.set_title(f"{table.preset}: area = peak memory relative to softmax{_more(table)}", fontsize=9)
     return figure

@@ -34,14 +34,13 @@ LEGEND = (
 )
 COSTS = (
     "Relative to softmax: parameters / speed / peak memory. Speed is softmax's step time divided by the "
-    "method's (above 1 = faster), from steps of both timed in interleaved pairs after training, never from the "
-    "clock of a run, because other jobs may share the machine; median over seeds; softmax's own row is the "
-    "noise of that timing. Memory is compared only with softmax at the same settings, hardware, threads and "
-    "precision."
+    "method's (above 1 = faster), from interleaved steps of bench tasks (results/bench/tasks-{preset}.md), never "
+    "from the clock of a run, because other jobs may share the machine. Memory is compared only with softmax at the "
+    "same settings, hardware, threads and precision."
 )
 CSV_HEADER = (
     "task,dataset,substitute,preset,attention,overrides,seed,n_correct,n_test,accuracy,wilson_low,"
-    "wilson_high,n_params_ratio,step_time_ratio,peak_bytes,status,command"
+    "wilson_high,n_params_ratio,speed_ratio,peak_bytes,status,command"
 ).split(",")
 DOCUMENTS = {"md": markup.markdown, "tex": markup.latex, "html": markup.html_document}
 
@@ -95,7 +94,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                 scores = tuple(f"{x:.6f}" for x in (e.n_correct / e.n_test, *interval))
             c = e.column
             line = (c.task, c.dataset, str(c.substitute).lower(), e.preset, e.attention, e.overrides, e.seed)
-            line += (e.n_correct, e.n_test, *scores, e.params_ratio, e.step_time_ratio, e.peak_bytes)
+            line += (e.n_correct, e.n_test, *scores, e.params_ratio, table.speeds.get(e.digest), e.peak_bytes)
             writer.writerow([_inert(x) for x in (*line, e.status, e.command)])
     return file.getvalue()
 
@@ -137,9 +136,9 @@ def _preset(table: Table) -> list[Block]:
         Heading(HEADINGS.get(table.preset) or table.preset),
         Grid((*header, *averages), tuple(rows)),
         *([Bullets(remarks)] if remarks else []),
-        Text(COSTS),
+        Text(COSTS.format(preset=flat(table.preset))),
         Grid(header, costs),
-        Text(f"Measured on: {machines}."),
+        Text(f"Runs were made on: {machines}."),
     ]
 
 
