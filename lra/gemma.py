@@ -24,9 +24,23 @@ from lra.train import Interrupted
 from models.gemma import bridge
 from models.gemma.loss import Head
 
-SIZES = {  # what options default to: length, calibration, eval_blocks, tokens, batch
-    "tiny": {"length": 128, "calibration": 8, "eval_blocks": 64, "tokens": 16_384, "batch": 8},
-    "others": {"length": 512, "calibration": 4, "eval_blocks": 16, "tokens": 46_080, "batch": 2},
+SIZES = {  # what options default to
+    "tiny": {
+        "length": 128,
+        "calibration": 8,
+        "validation": 16,
+        "eval_blocks": 64,
+        "tokens": 16_384,
+        "batch": 8,
+    },
+    "others": {
+        "length": 512,
+        "calibration": 4,
+        "validation": 4,
+        "eval_blocks": 16,
+        "tokens": 40_960,
+        "batch": 2,
+    },
 }
 
 
@@ -162,8 +176,8 @@ class Setting:
 
     def blocks(self, name: str):
         """The blocks of a split that are not trained on."""
-        count = self.args.calibration if name == "calibration" else self.args.eval_blocks
-        return self.text.blocks(name, count)
+        option = {"calibration": "calibration", "val": "validation", "test": "eval_blocks"}[name]
+        return self.text.blocks(name, getattr(self.args, option))
 
     def splits(self):
         """All four splits of a training run."""

@@ -52,13 +52,14 @@ def train_options(add) -> None:
     """How finetuning goes."""
     add("--train", choices=("kernel", "kernel+qk", "kernel+qkvo", "all"), default="kernel+qkvo",
         help="what is trained; qk, qkvo: projections of replaced layers; all: all but the embedding")  # fmt: skip
-    add("--tokens", type=at_least(1), help="training tokens (default: tiny 16384, others 46080)")
+    add("--tokens", type=at_least(1), help="training tokens (default: tiny 16384, others 40960)")
     add("--batch", type=at_least(1), help="sequences per step (default: tiny 8, others 2)")
     add("--lr", type=float, default=1e-4, help="peak learning rate of pretrained weights")
     add("--lr-kernel", type=float, default=1e-3, help="peak learning rate of what the kernel itself learns")
     add("--warmstart", choices=("none", "transfer"), default="none",
         help="transfer: first, each replaced layer learns alone to reproduce the exact layer's output")  # fmt: skip
     add("--transfer-tokens", type=at_least(1), help="tokens of the transfer (default: half of --tokens)")
+    add("--validation", type=at_least(2), help="sequences of a validation (default: tiny 16, others 4)")
     add(
         "--evaluations",
         type=at_least(1),
