@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lra.gemma_stats import Record, accuracy, gap, spikes
-from lra.gemma_table import baseline, by_kind, grouped, order, row_of, setting_of, titled
+from lra.gemma_table import baseline, by_kind, features, grouped, order, row_of, setting_of, titled, without
 from lra.style import color, drawing, marker, save, subplots
 
 if TYPE_CHECKING:
@@ -42,21 +43,36 @@ def _panels(settings: Sequence[str], height: float = 3.2) -> tuple[Figure, list[
     return figure, axes
 
 
+def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
+    """How rows are drawn, in order: variants of one method share its colour and marker, and differ in their dashes."""
+    dashes, seen = ("-", "--", ":", "-."), Counter()
+    styles = {}
+    for label in sorted(labels, key=order):
+        line = dashes[seen[label[0]] % len(dashes)]
+        seen[label[0]] += 1
+        styles[label] = {
+            "color": color(label[0]),
+            "marker": marker(label[0]),
+            "linestyle": line,
+            "label": titled(label),
+        }
+    return styles
+
+
 def finetune(records: Sequence[Record]) -> Figure:
     """Validation accuracy against training tokens, mean over seeds; a vertical bar spans the seeds."""
     settings = grouped([r for r in records if r["result"]], setting_of)
     figure, axes = _panels(list(settings))
     for one, runs in zip(axes, settings.values(), strict=True):
         rows = grouped(runs, lambda r, runs=runs: row_of(r, runs))
-        for label in sorted(rows, key=order):
+        for label, style in _styles(list(rows)).items():
             per_step = rows[label][0]["training"]["recipe"]["batch"] * rows[label][0]["task"]["seq_len"]
             curves = [{c[0]: 100 * c[3] / c[4] for c in r["result"]["curve"]} for r in rows[label]]
             steps = sorted(set.intersection(*map(set, curves)))
             middle = [statistics.fmean(c[s] for c in curves) for s in steps]
             low, high = ([abs(m - f(c[s] for c in curves)) for m, s in zip(middle, steps, strict=True)]
                          for f in (min, max))  # fmt: skip
-            one.errorbar([s * per_step for s in steps], middle, [low, high], label=titled(label),
-                         color=color(label[0]), marker=marker(label[0]))  # fmt: skip
+            one.errorbar([s * per_step for s in steps], middle, [low, high], **style)
         one.set(xlabel="training tokens", ylabel="validation accuracy, %")
         one.legend(fontsize=7)
     return figure
@@ -72,18 +88,15 @@ def swap(records: Sequence[Record]) -> Figure:
         lines: dict[tuple[str, str], list] = {}
         for label, found in rows.items():
             if exact and found is not exact:
-                m = found[0]["model"]["attention_config"].get("num_features")
-                rest = ", ".join(p for p in label[1].split(", ") if not p.startswith("M="))
-                lines.setdefault((label[0], rest), []).append((m, gap(exact, found)))
-        for label in sorted(lines, key=order):
-            style = {"color": color(label[0]), "label": titled(label)}
+                lines.setdefault(without(label, "M="), []).append((features(found[0]), gap(exact, found)))
+        for label, style in _styles(list(lines)).items():
             if lines[label][0][0] is None:
-                one.axhline(100 * lines[label][0][1].value, linestyle="--", **style)
+                one.axhline(100 * lines[label][0][1].value, **style | {"marker": ""})
                 continue
             at, gaps = zip(*sorted(lines[label], key=lambda x: x[0]), strict=True)
             values = [100 * g.value for g in gaps]
             spans = [[100 * (g.value - g.low) for g in gaps], [100 * (g.high - g.value) for g in gaps]]
-            one.errorbar(at, values, spans, marker=marker(label[0]), capsize=2, **style)
+            one.errorbar(at, values, spans, capsize=2, **style)
         one.set_xscale("log", base=2)
         one.xaxis.set_major_formatter("{x:g}")
         one.set(xlabel="random features M", ylabel="gap to exact, points")
@@ -96,17 +109,19 @@ def stability(records: Sequence[Record]) -> Figure:
     settings = grouped(records, setting_of)
     figure, axes = _panels(list(settings))
     for one, runs in zip(axes, settings.values(), strict=True):
-        for attention, found in grouped(runs, lambda r: r["model"]["attention"]).items():
+        rows = grouped(runs, lambda r, runs=runs: without(row_of(r, runs), "lr"))
+        for label, style in _styles(list(rows)).items():
+            found = rows[label]
             rates = grouped(found, lambda r: r["training"]["recipe"]["lr"])
             at = [x for x in rates if all(r["result"] for r in rates[x])]
             values = [100 * statistics.fmean(map(accuracy, rates[x])) for x in at]
-            one.plot(at, values, label=attention, color=color(attention), marker=marker(attention))
+            one.plot(at, values, **style)
             for x, value in zip(at, values, strict=True):
                 losses = [r["training"]["losses"] for r in rates[x]]
                 if count := 100 * sum(map(spikes, losses)) / max(1, sum(map(len, losses))):
                     one.annotate(f"{count:.1f}", (x, value), (0, 4), textcoords="offset points", fontsize=6)
             for x in set(rates) - set(at):
-                one.plot([x], [0], color=color(attention), marker="x", linestyle="none")
+                one.plot([x], [0], color=style["color"], marker="x", linestyle="none")
         one.set_xscale("log")
         one.xaxis.set_major_formatter("{x:g}")
         one.set(

@@ -80,6 +80,11 @@ def table_options(add) -> None:
     add("--results", type=Path, default=Path("results"), help="folder whose gemma/ holds the records")
 
 
+def summary_options(add) -> None:
+    """Of `gemma table`."""
+    add("--write", type=Path, help="a Markdown file; only what stands between its gemma markers changes")
+
+
 def adapter_options(add) -> None:
     """Of `gemma evaluate`."""
     add("--adapter", type=Path, required=True, help="adapter.safetensors of a finetuned run")
@@ -104,6 +109,7 @@ COMMANDS = (  # name, function, help, groups of options
     ("gemma evaluate", RUN + "evaluate_adapter", "score a saved adapter on its base model",
      base_options, adapter_options, score_options),
     ("gemma weights", RUN + "weights", "fetch or make a model, and say what it is", weights_options),
-    ("gemma table", "lra.gemma_table:show", "make results/gemma/*.md from the records alone", table_options),
+    ("gemma table", "lra.gemma_table:show", "make results/gemma/*.md from the records alone",
+     table_options, summary_options),
     ("gemma plot", "lra.gemma_figures:show", "draw results/gemma/figures from the records alone", table_options),
 )  # fmt: skip

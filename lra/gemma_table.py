@@ -13,6 +13,7 @@ from lra.markup import Block, Grid, Heading, Text, markdown
 from lra.options import UsageError
 from lra.record import iterate_records
 from lra.stats import Estimate
+from lra.table import refresh_block
 from tasks._sources import atomic_path
 
 MISSING = "–"
@@ -20,12 +21,20 @@ LEGEND = (
     "Next-token accuracy in percent on the test blocks [95% interval, clustered by document, with the noise of "
     "training where there are several seeds] (number of seeds). gap: exact minus the method, on the same tokens. "
     "recovered: (method − constant) / (exact − constant), the share of what attention is worth here; it means nothing "
-    "where constant ties exact, and is left out there. KL: from the exact model's predictions, nats per token."
+    "where constant ties exact, and is left out there. KL: from the exact model's predictions, nats per token. "
+    "tokens/s: of training steps by the clock of the run, which may have shared the machine; in brackets the bound, "
+    "its matrix products alone at the machine's measured peak. MB: peak memory of training."
 )
 
 
 def show(args: Namespace) -> None:
-    """`gemma table`: write DIR/gemma/<kind>.md for every kind that has records, and name the files."""
+    """`gemma table`: write DIR/gemma/<kind>.md for every kind that has records, and name the files; with --write, the
+    summary instead, between the gemma markers of a Markdown file."""
+    if args.write:
+        text = refresh_block(args.write.read_text(), "gemma", summary(args.results))
+        with atomic_path(args.write) as temporary:
+            temporary.write_text(text)
+        return print(args.write)
     for name, text in render(args.results).items():
         path = args.results / "gemma" / f"{name}.md"
         with atomic_path(path) as temporary:
@@ -54,19 +63,38 @@ def by_kind(results: Path) -> dict[str, list[Record]]:
     return {kind: kinds[kind] for kind in MAKERS if kinds[kind]}
 
 
+def summary(results: Path) -> str:
+    """What a first reader wants: finetuning, and exchange without training at the most features."""
+    kinds = by_kind(results)
+    trained, swapped = kinds.get("finetune", []), kinds.get("swap", [])
+    sizes = {features(r) for r in swapped} - {None}
+    most = [r for r in swapped if features(r) in (None, max(sizes, default=None))]
+    return markdown([Text(LEGEND), *grids(trained, with_curves=False), *grids(most)])
+
+
 # Swap and finetune
 
 
 def scores(records: Sequence[Record]) -> list[Block]:
     """One table per setting, and for finetuning one of accuracy against tokens."""
-    blocks: list[Block] = [Text(LEGEND)]
+    return [Text(LEGEND), *grids(records)]
+
+
+def features(r: Record) -> int | None:
+    """M, where the method has it."""
+    return r["model"]["attention_config"].get("num_features")
+
+
+def grids(records: Sequence[Record], with_curves: bool = True) -> list[Block]:
+    """The tables alone."""
+    blocks: list[Block] = []
     for setting, runs in grouped(records, setting_of).items():
         rows = grouped(runs, lambda r: row_of(r, runs))
         trained = runs[0]["task"]["name"] == "gemma-finetune"
-        last = ("validation before", "tokens/s") if trained else ("KL",)
+        last = ("validation before", "tokens/s (bound)", "MB") if trained else ("KL",)
         cells = tuple(line(label, rows[label], rows) for label in sorted(rows, key=order))
         header = ("attention", "accuracy", "gap to exact", "recovered", "loss", *last)
-        blocks += [Heading(setting), Grid(header, cells), *(curves(rows) if trained else [])]
+        blocks += [Heading(setting), Grid(header, cells), *(curves(rows) if trained and with_curves else [])]
     return blocks
 
 
@@ -105,6 +133,11 @@ def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
     return r["model"]["attention"], ", ".join(f"{names.get(k, k)}={own[k]}" for k in differ)
 
 
+def without(label: tuple[str, str], option: str) -> tuple[str, str]:
+    """A row's name less the options that begin so."""
+    return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith(option))
+
+
 def order(label: tuple[str, str]) -> tuple:
     """Exact, constant, then by name."""
     return {"softmax": 0, "constant": 1}.get(label[0], 2), label
@@ -115,7 +148,7 @@ def line(label, runs, rows) -> list[str]:
     name = titled(label)
     done = [r for r in runs if r["result"]]
     if not done:
-        return [name, runs[0]["status"], *[MISSING] * (5 if runs[0]["training"]["recipe"] else 4)]
+        return [name, runs[0]["status"], *[MISSING] * (6 if runs[0]["training"]["recipe"] else 4)]
     failed = f", {len(runs) - len(done)} failed" if len(done) < len(runs) else ""
     own = widened(ratio(list(clusters(done).values())), done)
     exact, constant = (baseline(rows, kind, runs[0]) for kind in ("softmax", "constant"))
@@ -129,7 +162,11 @@ def line(label, runs, rows) -> list[str]:
         return [*cells, f"{statistics.fmean(kl):.3f}" if kl else MISSING]
     first = [r["result"]["curve"][0] for r in done]
     cells.append(f"{100 * statistics.fmean(c[3] / c[4] for c in first):.1f}")
-    return [*cells, f"{statistics.median(r['cost']['tokens_per_s'] for r in done):.0f}"]
+    rate, floor, peak = (
+        statistics.median(r["cost"][key] or 0 for r in done)
+        for key in ("tokens_per_s", "floor_tokens_per_s", "peak_bytes")
+    )
+    return [*cells, f"{rate:,.0f} ({floor:,.0f})", f"{peak / 1e6:,.0f}"]
 
 
 def baseline(rows, attention: str, like: Record) -> list[Record]:
@@ -177,12 +214,7 @@ def stability(records: Sequence[Record]) -> list[Block]:
     blocks: list[Block] = [Text(legend)]
     for setting, runs in grouped(records, setting_of).items():
         rates = sorted({r["training"]["recipe"]["lr"] for r in runs})
-
-        def unrated(r, runs=runs):
-            label = row_of(r, runs)
-            return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith("lr"))
-
-        rows = grouped(runs, unrated)
+        rows = grouped(runs, lambda r, runs=runs: without(row_of(r, runs), "lr"))
         table = []
         for label in sorted(rows, key=order):
             by_rate = grouped(rows[label], lambda r: r["training"]["recipe"]["lr"])

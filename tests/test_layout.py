@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lra import table
+from lra import gemma_table, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lra", "models", "tasks")
@@ -247,4 +247,11 @@ def test_readme_results_are_what_the_records_say():
     made = table.render(ROOT / "results", "md", ["small"], pytest.fail)
     assert table.refresh_block(text, "results", made) == text, (
         "run: python -m lra table --preset small --write README.md"
+    )
+
+
+def test_readme_gemma_results_are_what_the_records_say():
+    text, made = readme(), gemma_table.summary(ROOT / "results")
+    assert table.refresh_block(text, "gemma", made) == text, (
+        "run: python -m lra gemma table --write README.md"
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,13 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tm
     assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == gemma_table.render(
         results
     )
+    (tmp_path / "page.md").write_text("before <!-- gemma:begin --><!-- gemma:end --> after")
+    run("table", f"--results={results}", f"--write={tmp_path / 'page.md'}")
+    before, block, after = re.split(
+        "<!-- gemma:begin -->|<!-- gemma:end -->", (tmp_path / "page.md").read_text()
+    )
+    assert (before, after, block.strip()) == ("before ", " after", gemma_table.summary(results).strip())
+    assert block.count("| constant | ") == 2 and "validation accuracy after" not in block
     run("plot", f"--results={results}")
     drawn = {p.name for p in (results / "gemma" / "figures").iterdir()}
     assert drawn == {f"{kind}.{form}" for kind in made for form in ("svg", "png")}
