@@ -83,7 +83,9 @@ def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray,
     rows = sorted({row for path in metadata for row in _rows(path) if (folder.name, *row[:2]) not in EMPTY})
     asked = data.test + data.val + max(data.train, 1)
     if asked > len(rows):
-        raise SourceError(f"{folder}: {len(rows)} images, {asked} asked for; lower data.train (0: the rest)")
+        raise SourceError(
+            f"{folder}: {len(rows)} images, but the preset takes {asked}; give all of them, or use a smaller preset"
+        )
     names = [f"{imgs}/{file}".encode() for imgs, file, _ in rows]
     order = seeded_order(names, np.array([label for _, _, label in rows]), data.seed)
     rows = [rows[i] for i in order[: asked if data.train else None]]

@@ -293,7 +293,7 @@ def test_release_without_the_contour_length_or_with_too_few_images_is_refused(re
     data_dir, _, _ = release
     with pytest.raises(SourceError, match="curv_contour_length_14"):
         build(local(contour_length=14), data_dir)
-    with pytest.raises(SourceError, match="39 images, 48 asked for"):
+    with pytest.raises(SourceError, match="39 images, but the preset takes 48"):
         build(local(train=40), data_dir)
 
 
