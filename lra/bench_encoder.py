@@ -22,6 +22,7 @@ from lra.machine import PeakMemory, matmul_rates, pick_device, set_threads
 from lra.optim import build_optimizer
 from lra.options import UsageError
 from lra.peers import BASELINE, PYPI, build_peer, contenders
+from lra.step_profile import profiled
 from models.attention.base import AttentionBase
 from models.encoder import Encoder
 from models.heads import Classifier, Classify
@@ -55,9 +56,16 @@ def bench(args: Namespace) -> None:
     with tqdm(total=len(found) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
         for layout in found:
             points += measure(names, layout, args.features, args.precision, args.rounds, peak, bar.update)
+    shares = {name: profiled(Step(name, found[-1], args.features, args.precision).run) for name in names}
     command = shlex.join(["python", "-m", "lra", "bench", "encoder", *sys.argv[3:]])
-    text = markdown(points, command, args, rates)
-    paths = write_report(args.results, "encoder", command, {"matmul_rates": rates, "points": points}, text)
+    text = markdown(points, command, args, rates) + profile_markdown(shares, found[-1])
+    text += f"\n{machine_line(torch.get_num_threads())}\n"
+    measured = {
+        "matmul_rates": rates,
+        "points": points,
+        "profile": {"layout": str(found[-1]), "shares": shares},
+    }
+    paths = write_report(args.results, "encoder", command, measured, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
 
 
@@ -198,7 +206,19 @@ def markdown(points: list[dict[str, Any]], command: str, args: Namespace, rates:
     ]
     share = rows(lambda p: "–" if p["matmul_share"] is None else f"{100 * p['matmul_share']:.0f}%")
     lines += markdown_table(header, share)
-    return "\n".join([*lines, "", machine_line(torch.get_num_threads()), ""])
+    return "\n".join([*lines, ""])
+
+
+def profile_markdown(shares: dict[str, dict[str, float]], layout: Layout) -> str:
+    """A table of where the time of a step goes, for each attention at one layout."""
+    kinds = list(next(iter(shares.values())))
+    rows = [[n.removeprefix(PYPI), *(f"{100 * s[k]:.0f}" for k in kinds)] for n, s in shares.items()]
+    lines = [
+        "",
+        f"Where the time of a step goes at {layout}, % of the CPU time that PyTorch's profiler sees in one step.",
+        "",
+    ]
+    return "\n".join([*lines, *markdown_table(["attention", *kinds], rows), ""])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lra.bench_attention import Shape, measure, peak_bytes
 from lra.bench_encoder import Layout, Step
 from lra.peers import PEERS, build_peer, version
 from lra.registry import build_attention
+from lra.step_profile import profiled
 from models.attention.softmax import naive_softmax
 
 
@@ -120,6 +121,22 @@ def test_bench_encoder_writes_points_and_a_table(tmp_path, capsys, monkeypatch):
     assert points["softmax", 2, 7]["ratio"] == 1 and min(report["matmul_rates"].values()) > 1e9
     text = (tmp_path / "bench" / "encoder.md").read_text()
     assert text in capsys.readouterr().out and "| 2 x 7 | 1 x 13 |" in text
+    shares = report["profile"]["shares"]
+    assert report["profile"]["layout"] == "1 x 13" and set(shares) == {"softmax", "performer", "constant"}
+    assert all(sum(s.values()) == pytest.approx(1) for s in shares.values())
+
+
+def test_a_profile_finds_the_operations_that_were_run():
+    x = torch.randn(521, 523, requires_grad=True)
+
+    def step():
+        for _ in range(3):
+            (x @ x.T).sum().backward()
+
+    shares = profiled(step)
+    assert max(shares, key=shares.get) == "matrix products" and sum(shares.values()) == pytest.approx(1)
+    softmax = profiled(lambda: x.softmax(-1).exp().softmax(-1))
+    assert softmax["matrix products"] == 0 < softmax["exponentials and sums"]
 
 
 def test_a_step_of_the_encoder_learns():
