@@ -1,5 +1,7 @@
 """The bridge into Gemma 1, 2 and 3, on tiny random configs: exact where it must be, causal everywhere."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -183,3 +185,32 @@ def test_a_kernel_asked_to_keep_a_window_shorter_than_the_text_says_so():
     model(ids[:, :WINDOW])
     with pytest.raises(ValueError, match=f"window of {WINDOW} over 17 tokens"):
         model(ids)
+
+
+# Real weights, where they have been fetched
+
+REAL = Path(__file__).parents[2] / "data" / "gemma" / "gemma-3-270m"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no weights here: python -m lra gemma weights fetches them")
+@torch.no_grad()
+def test_softmax_bridge_is_eager_gemma_on_real_weights_beyond_the_window_with_padding_and_cache():
+    model = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+    text = "The film begins in a small town by the sea, where nobody has seen a stranger for forty years. "
+    ids = transformers.AutoTokenizer.from_pretrained(REAL)(text * 40)["input_ids"]
+    length, padding = model.config.sliding_window + 41, 29
+    ids = torch.tensor([model.config.bos_token_id, *ids])[:length]
+    ids = torch.stack([ids, torch.cat([torch.zeros(padding, dtype=ids.dtype), ids[:-padding]])])
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    options = dict(attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    logits, tokens = [], []
+    for plugged in (False, True):
+        if plugged:
+            plug(model)
+        else:
+            model.set_attn_implementation("eager")
+        logits.append(model(ids, attention_mask=mask, logits_to_keep=64).logits)
+        tokens.append(model.generate(ids, **options))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+    assert torch.equal(tokens[1], tokens[0])
