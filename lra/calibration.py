@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from lra import config
-from lra.bench import machine_line, markdown_table, write_report
+from lra.bench.base import machine_line, markdown_table, write_report
 from lra.machine import PeakMemory, set_threads
 from lra.optim import build_optimizer
 from lra.options import UsageError

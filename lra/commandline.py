@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra import bench_options, gemma_options, variance_options
+import lra.bench.options
+import lra.gemma.options
+import lra.variance.options
 from lra.options import at_least, size
 
 PRESETS_HELP = (
@@ -219,9 +221,9 @@ COMMANDS = (  # name, function, help, groups of options
     ("leaderboard verify", "lra.leaderboard:verify_all", "check records, and keep how far each was verified",
      verify_options, trust_options, place_options),
     ("table", "lra.show:show_table", "make the results tables from the records alone", table_options),
-    *bench_options.commands(preset_options),
-    ("variance", "lra.variance:variance", "bias and variance of random features, measured beside closed forms",
-     variance_options.source_options, variance_options.measure_options, trust_options),
+    *lra.bench.options.commands(preset_options),
+    ("variance", "lra.variance.commands:variance", "bias and variance of random features, measured beside closed forms",
+     lra.variance.options.source_options, lra.variance.options.measure_options, trust_options),
     ("plot", "lra.plots:plot", "draw the figures of the records and benchmarks, as SVG and PNG", results_options),
     ("leaderboard build", "lra.page:build", "make the page RESULTS/index.html, with its figures", results_options),
     ("leaderboard serve", "lra.page:serve", "show the results folder to a browser on this machine alone",
@@ -229,5 +231,5 @@ COMMANDS = (  # name, function, help, groups of options
     ("tensorboard", "lra.tensorboard:tensorboard", "average the seeds of each cell, and show all learning curves",
      tensorboard_options),
     ("doctor", "lra.commands:doctor", "versions, device, compiler, reachable sources and disk space"),
-    *gemma_options.COMMANDS,
+    *lra.gemma.options.COMMANDS,
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lra import calibration, config, registry
-from lra.bench import PAIRS, markdown_table
+from lra.bench.base import PAIRS, markdown_table
 from lra.calibration import Machine, planned_manifest
 from lra.data import Batches
 from lra.facts import PROBE_BATCH, PROBE_STEPS

@@ -133,7 +133,7 @@ def products(report: dict[str, Any] | None) -> list[str]:
 
 def attentions(report: dict[str, Any] | None) -> list[str]:
     """A few points of the committed `bench attention` once more, with as many threads, as far as there are."""
-    from lra.bench_attention import Shape, contender
+    from lra.bench.attention import Shape, contender
 
     if not report:
         return ["attention     nothing committed to compare with: python -m lra bench attention"]

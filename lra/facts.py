@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lra.bench import PAIRS, step_time_ratio
+from lra.bench.base import PAIRS, step_time_ratio
 from lra.config import Run
 from lra.data import collate
 from lra.evaluate import Counts, to_device

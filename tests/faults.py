@@ -33,7 +33,7 @@ import lra.sweep
 import lra.train
 from lra import checkpoint
 from lra.__main__ import main
-from lra.bench import machine_line, markdown_table, write_report
+from lra.bench.base import machine_line, markdown_table, write_report
 from lra.options import BUSY, STOPPED
 from lra.record import read_predictions, read_record
 from lra.registry import attention_class

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from lra.__main__ import main
-from lra.bench_attention import Shape, measure, peak_bytes
-from lra.bench_encoder import Layout, Step
-from lra.peers import PEERS, build_peer, version
+from lra.bench.attention import Shape, measure, peak_bytes
+from lra.bench.encoder import Layout, Step
+from lra.bench.peers import PEERS, build_peer, version
+from lra.bench.profile import profiled
 from lra.registry import build_attention
-from lra.step_profile import profiled
 from models.attention.softmax import naive_softmax
 
 
 def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lra.bench_attention.peak_bytes", lambda name, shape: 1_000_000)
+    monkeypatch.setattr("lra.bench.attention.peak_bytes", lambda name, shape: 1_000_000)
     words = (
         "bench attention --attentions softmax,performer,performer causal --lengths 13,7 --rounds 2 --batch 1"
     )
@@ -44,8 +44,8 @@ def test_the_matrix_in_memory_costs_more_than_the_fused_kernel():
 
 
 def test_too_large_matrices_are_left_out_and_said_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lra.bench_attention.peak_bytes", lambda name, shape: None)
-    monkeypatch.setattr("lra.bench_attention.MEMORY_LIMIT", 1e3)
+    monkeypatch.setattr("lra.bench.attention.peak_bytes", lambda name, shape: None)
+    monkeypatch.setattr("lra.bench.attention.MEMORY_LIMIT", 1e3)
     words = [
         "bench",
         "attention",
@@ -104,14 +104,14 @@ def _plain():
 
 def test_rounds_are_interleaved(monkeypatch):
     order = []
-    monkeypatch.setattr("lra.bench_attention.contender", lambda name, shape: lambda: order.append(name))
-    monkeypatch.setattr("lra.bench_attention.peak_bytes", lambda name, shape: None)
+    monkeypatch.setattr("lra.bench.attention.contender", lambda name, shape: lambda: order.append(name))
+    monkeypatch.setattr("lra.bench.attention.peak_bytes", lambda name, shape: None)
     measure(["softmax", "performer"], Shape(1, 1, 7, 5, 11), 2, lambda: None)
     assert order == ["softmax", "performer"] * 3
 
 
 def test_bench_encoder_writes_points_and_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lra.bench_encoder.peak_bytes", lambda *_: 1_000_000)
+    monkeypatch.setattr("lra.bench.encoder.peak_bytes", lambda *_: 1_000_000)
     words = "bench encoder --attentions softmax,performer,constant --layouts 2x7,1x13 --rounds 2 --features 5"
     assert main([*words.split(), "--results", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench" / "encoder.json").read_text())

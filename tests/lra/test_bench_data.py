@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lra import bench_data, published
+from lra import published
 from lra.__main__ import main
+from lra.bench import data as bench_data
 from tasks.prepared import load
 
 

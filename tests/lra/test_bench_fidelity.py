@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lra import bench_fidelity as fidelity
-from lra import pathfinder_probe
+from lra.bench import fidelity, pathfinder_probe
 from tasks import listops, pathfinder
 from tasks._expressions import SYMBOLS
 from tests.conftest import ROOT

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lra import checkpoint, gemma_data, gemma_stats, gemma_table, gemma_tiny
+from lra import checkpoint
 from lra.__main__ import main
-from lra.gemma_data import pack, split
+from lra.gemma import stats, table, tiny
+from lra.gemma.data import documents, pack, split
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the a red old film actor plot was is not very good bad and but so we they saw liked hated it".split()
@@ -34,8 +35,8 @@ def text(tmp_path_factory):
 @pytest.fixture
 def recipe(monkeypatch):
     """A tiny model smaller than tiny."""
-    small = dataclasses.replace(gemma_tiny.RECIPE, **SMALL)
-    monkeypatch.setattr(gemma_tiny, "RECIPE", small)
+    small = dataclasses.replace(tiny.RECIPE, **SMALL)
+    monkeypatch.setattr(tiny, "RECIPE", small)
     return small
 
 
@@ -45,7 +46,7 @@ def data(tmp_path_factory):
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("gemma-data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemma_tiny, "RECIPE", dataclasses.replace(gemma_tiny.RECIPE, **SMALL))
+        patch.setattr(tiny, "RECIPE", dataclasses.replace(tiny.RECIPE, **SMALL))
         assert main(["gemma", "weights", "--model=tiny", f"--data={folder}"]) == 0
     return folder
 
@@ -77,7 +78,7 @@ def run(*words):
 
 
 def test_documents_are_split_by_content_and_no_document_is_in_two_splits(text):
-    texts = gemma_data.documents(text).texts
+    texts = documents(text).texts
     first, second = split(texts), split(texts[::-1])
     assert first == second and len(texts) == 400
     assert sum(map(len, first.values())) == len(set().union(*map(set, first.values()))) == 400
@@ -85,7 +86,7 @@ def test_documents_are_split_by_content_and_no_document_is_in_two_splits(text):
 
 def test_blocks_start_with_bos_and_blocks_of_two_numbers_share_no_document():
     long, short = "x" * 25, "abc"
-    encode = gemma_tiny.encode
+    encode = tiny.encode
     blocks = pack([short, long, "y" * 30, short, "z" * 30], encode, bos=2, length=10, blocks=5, what="test")
     assert (blocks.tokens[:, 0] == 2).all() and blocks.tokens.shape == (5, 10)
     owners = {}
@@ -184,15 +185,13 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tm
     results = tmp_path / "results"
     run("table", f"--results={results}")
     made = {p.stem: p.read_text() for p in (results / "gemma").glob("*.md")}
-    assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == gemma_table.render(
-        results
-    )
+    assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == table.render(results)
     (tmp_path / "page.md").write_text("before <!-- gemma:begin --><!-- gemma:end --> after")
     run("table", f"--results={results}", f"--write={tmp_path / 'page.md'}")
     before, block, after = re.split(
         "<!-- gemma:begin -->|<!-- gemma:end -->", (tmp_path / "page.md").read_text()
     )
-    assert (before, after, block.strip()) == ("before ", " after", gemma_table.summary(results).strip())
+    assert (before, after, block.strip()) == ("before ", " after", table.summary(results).strip())
     assert block.count("| constant | ") == 2 and "validation accuracy after" not in block
     run("plot", f"--results={results}")
     drawn = {p.name for p in (results / "gemma" / "figures").iterdir()}
@@ -215,9 +214,9 @@ def block_records(*rows):
 
 def test_intervals_count_documents_not_tokens():
     few = block_records([[d, 100, 100 * (d % 2)] for d in range(10)])
-    own = gemma_stats.ratio(list(gemma_stats.clusters(few).values()))
+    own = stats.ratio(list(stats.clusters(few).values()))
     assert own.value == 0.5 and own.high - own.low > 0.6
-    same = gemma_stats.gap(few, few)
+    same = stats.gap(few, few)
     assert same == (0, 0, 0)
 
 
@@ -226,9 +225,9 @@ def test_share_recovered_is_zero_for_constant_one_for_exact_and_none_without_a_d
     exact, constant = (
         block_records([[d, 100, int(rng.integers(low, low + 9))] for d in range(12)]) for low in (50, 20)
     )
-    assert gemma_stats.recovered(exact, constant, constant).value == 0
-    assert gemma_stats.recovered(exact, constant, exact).value == 1
-    assert gemma_stats.recovered(exact, exact, constant) is None
+    assert stats.recovered(exact, constant, constant).value == 0
+    assert stats.recovered(exact, constant, exact).value == 1
+    assert stats.recovered(exact, exact, constant) is None
 
 
 def test_interval_of_a_proportion_holds_the_truth_about_as_often_as_it_says():
@@ -237,7 +236,7 @@ def test_interval_of_a_proportion_holds_the_truth_about_as_often_as_it_says():
     for _ in range(400):
         p = rng.normal(0.4, 0.1, 16).clip(0, 1)
         parts = [(rng.binomial(50, x), 50) for x in p]
-        e = gemma_stats.ratio(parts)
+        e = stats.ratio(parts)
         held += e.low <= 0.4 <= e.high
     assert 0.92 < held / 400 < 0.98
 
@@ -245,9 +244,9 @@ def test_interval_of_a_proportion_holds_the_truth_about_as_often_as_it_says():
 def test_spikes_are_losses_far_above_those_before():
     rng = np.random.default_rng(2)
     calm = list(2 - 0.001 * np.arange(100) + 0.01 * rng.uniform(-1, 1, 100))
-    assert gemma_stats.spikes(calm) == 0
-    assert gemma_stats.spikes([*calm[:50], 3.0, *calm[50:]]) == 1
-    assert gemma_stats.spikes([*calm[:50], None, *calm[50:]]) == 0
+    assert stats.spikes(calm) == 0
+    assert stats.spikes([*calm[:50], 3.0, *calm[50:]]) == 1
+    assert stats.spikes([*calm[:50], None, *calm[50:]]) == 0
 
 
 # Adapters
@@ -263,7 +262,7 @@ def test_adapter_gives_back_the_finetuned_model_and_belongs_to_one_base(
     run("evaluate", *places, f"--adapter={adapter}")
     percent = f"{100 * result['n_correct'] / result['n_test']:.2f}%, loss {result['loss']:.4f}"
     assert percent in capsys.readouterr().out
-    monkeypatch.setattr(gemma_tiny, "RECIPE", dataclasses.replace(gemma_tiny.RECIPE, seed=1))
+    monkeypatch.setattr(tiny, "RECIPE", dataclasses.replace(tiny.RECIPE, seed=1))
     assert "was trained on tiny" in error_line("gemma", "evaluate", *places, f"--adapter={adapter}")
 
 
@@ -273,8 +272,8 @@ def test_adapter_gives_back_the_finetuned_model_and_belongs_to_one_base(
 def child(places, patch="", *words):
     """The same command in a process of its own, which the plain command line could not make so small."""
     code = (
-        "import sys, dataclasses; from lra import gemma_tiny\n"
-        f"gemma_tiny.RECIPE = dataclasses.replace(gemma_tiny.RECIPE, **{SMALL!r})\n"
+        "import sys, dataclasses; from lra.gemma import tiny\n"
+        f"tiny.RECIPE = dataclasses.replace(tiny.RECIPE, **{SMALL!r})\n"
         f"{patch}\nfrom lra.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "gemma", "finetune", *places, *TRAIN, *words]
@@ -285,13 +284,13 @@ def child(places, patch="", *words):
 
 KILL = """
 import os, signal
-from lra import gemma_finetune
-step = gemma_finetune.Finetuner.step
+from lra.gemma import finetune
+step = finetune.Finetuner.step
 def stopping(self, n):
     if n == 7:
         os.kill(os.getpid(), signal.NUMBER)
     return step(self, n)
-gemma_finetune.Finetuner.step = stopping
+finetune.Finetuner.step = stopping
 """
 
 

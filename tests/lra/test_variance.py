@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from lra import measured
 from lra.__main__ import main
-from lra.variance import SCHEMES, calibrated
-from lra.variance_cases import synthetic
-from lra.variance_measure import (
+from lra.variance.cases import synthetic
+from lra.variance.commands import SCHEMES, calibrated
+from lra.variance.measure import (
     closed_forms,
     exact_variance,
     log_ratio,

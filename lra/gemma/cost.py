@@ -11,7 +11,7 @@ from lra.machine import synchronize
 from models.gemma import bridge
 
 if TYPE_CHECKING:
-    from lra.gemma_trainer import Finetuner
+    from lra.gemma.trainer import Finetuner
 
 
 def cost(tuner: Finetuner, seconds: float, transfer_seconds: float) -> dict[str, Any]:

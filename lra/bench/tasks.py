@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from lra import config, registry
-from lra.bench import machine_line, markdown_table, write_report
+from lra.bench.base import machine_line, markdown_table, write_report
+from lra.bench.peers import BASELINE, contenders
 from lra.machine import pick_device, set_threads, synchronize
 from lra.measured import tasks_report
-from lra.peers import BASELINE, contenders
 from lra.trainer import Trainer, Where
 from tasks.prepared import Prepared, load
 

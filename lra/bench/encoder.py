@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench import fresh_peak, machine_line, markdown_table, write_report
+from lra.bench.base import fresh_peak, machine_line, markdown_table, write_report
+from lra.bench.peers import BASELINE, PYPI, build_peer, contenders
+from lra.bench.profile import profiled
 from lra.evaluate import autocast
 from lra.machine import PeakMemory, matmul_rates, pick_device, set_threads
 from lra.optim import build_optimizer
 from lra.options import UsageError
-from lra.peers import BASELINE, PYPI, build_peer, contenders
-from lra.step_profile import profiled
 from models.attention.base import AttentionBase
 from models.encoder import Encoder
 from models.heads import Classifier, Classify
@@ -116,7 +116,7 @@ def measure(
 def peak_bytes(name: str, layout: Layout, features: int, precision: str) -> int | None:
     """Peak memory of a step above a process that holds model and batch and has taken a short step before."""
     facts = {"name": name, "B": layout.B, "N": layout.N, "features": features, "precision": precision}
-    return fresh_peak("lra.bench_encoder", facts)
+    return fresh_peak("lra.bench.encoder", facts)
 
 
 def _peak_here(name: str, B: int, N: int, features: int, precision: str, threads: int) -> int | None:

@@ -74,14 +74,14 @@ def fidelity_options(add) -> None:
 def commands(preset_options) -> tuple:
     """Name, function, help, groups of options."""
     return (
-        ("bench data", "lra.bench_data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
+        ("bench data", "lra.bench.data:bench", "samples/s of the generators, tokens/s of batches, waiting for data",
          preset_options, data_options, report_options),
-        ("bench attention", "lra.bench_attention:bench", "time and memory against length, beside packages",
+        ("bench attention", "lra.bench.attention:bench", "time and memory against length, beside packages",
          attention_options, size_options, timing_options(5), report_options),
-        ("bench encoder", "lra.bench_encoder:bench", "training step with each attention, beside packages",
+        ("bench encoder", "lra.bench.encoder:bench", "training step with each attention, beside packages",
          encoder_options, size_options, timing_options(3), report_options),
-        ("bench tasks", "lra.bench_tasks:bench", "training step of each attention on prepared data, for the tables",
+        ("bench tasks", "lra.bench.tasks:bench", "training step of each attention on prepared data, for the tables",
          preset_options, tasks_options, timing_options(20), report_options),
-        ("bench fidelity", "lra.bench_fidelity:bench", "are generated data distributed as the published programs'?",
+        ("bench fidelity", "lra.bench.fidelity:bench", "are generated data distributed as the published programs'?",
          fidelity_options, report_options),
     )  # fmt: skip

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lra.variance_cases import Case
+from lra.variance.cases import Case
 from models.attention._projections import generator
 
 PAIRINGS = 16  # keys that each query meets where the variance is exact; sampled estimates use the first

@@ -11,13 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lra import variance_report
-from lra.bench import write_report
+from lra.bench.base import write_report
 from lra.machine import set_threads
 from lra.options import UsageError, unknown
 from lra.registry import build_attention
-from lra.variance_cases import Case, cases, numbers
-from lra.variance_measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
+from lra.variance import report as reporting
+from lra.variance.cases import Case, cases, numbers
+from lra.variance.measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
 
 IID = {"orthogonal": False}
 OPTIMAL = {"proposal": "variance_optimal"}
@@ -56,7 +56,7 @@ def variance(args: Namespace) -> None:
     bar = tqdm(total=len(found) * len(names) * len(features), unit="point", disable=None, leave=False)
     with bar:
         measured = [_case(case, names, sorted(features), args, bar) for case in found]
-    shown = variance_report.shown(measured)[0]
+    shown = reporting.shown(measured)[0]
     report = {
         "draws": args.draws,
         "target_norm": args.target_norm,
@@ -70,9 +70,9 @@ def variance(args: Namespace) -> None:
         "cases": measured,
     }
     command = _command(args)
-    text = variance_report.markdown(report, command)
+    text = reporting.markdown(report, command)
     print(text)
-    figures = variance_report.draw(report, args.results / "figures", args.name)
+    figures = reporting.draw(report, args.results / "figures", args.name)
     for path in (*write_report(args.results, args.name, command, report, text), *figures):
         print(path)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lra import checkpoint
-from lra.gemma_run import VERSION, Cell, Method, plug_in
-from lra.gemma_weights import Base
+from lra.gemma.run import VERSION, Cell, Method, plug_in
+from lra.gemma.weights import Base
 from lra.options import UsageError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lra.gemma_data import documents, pack, split
-from lra.gemma_weights import Base, sha256_files
+from lra.gemma.data import documents, pack, split
+from lra.gemma.weights import Base, sha256_files
 from lra.optim import learning_rate
 from tasks.base import Optim
 

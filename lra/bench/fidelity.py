@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lra.bench import machine_line, markdown_table, write_report
+from lra.bench.base import machine_line, markdown_table, write_report
+from lra.bench.pathfinder_probe import learn, shortcuts
 from lra.machine import set_threads
-from lra.pathfinder_probe import learn, shortcuts
 from tasks import listops, pathfinder
 from tasks._discs import locate_discs
 from tasks._expressions import CLOSE, MIN, SYMBOLS, read_tsv

@@ -15,8 +15,8 @@ import torch
 
 from lra.config import stored_options
 from lra.evaluate import autocast
-from lra.gemma_data import Blocks, Documents, pack, split
-from lra.gemma_weights import Base
+from lra.gemma.data import Blocks, Documents, pack, split
+from lra.gemma.weights import Base
 from lra.machine import environment
 from lra.options import UsageError, construct
 from lra.record import SCHEMA, finite, record_path, suite_facts

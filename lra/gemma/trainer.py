@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lra.evaluate import autocast
-from lra.gemma_run import Cell
+from lra.gemma.run import Cell
 from lra.machine import PeakMemory
 from lra.optim import learning_rate
 from lra.options import UsageError

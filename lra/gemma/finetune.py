@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from lra import checkpoint
 from lra.evaluate import autocast
-from lra.gemma_adapter import describe
-from lra.gemma_cost import cost
-from lra.gemma_run import Cell, build_record, evaluate
-from lra.gemma_trainer import Finetuner, Progress
+from lra.gemma.adapter import describe
+from lra.gemma.cost import cost
+from lra.gemma.run import Cell, build_record, evaluate
+from lra.gemma.trainer import Finetuner, Progress
 from lra.log import RunLog
 from lra.machine import StopSignals
 from lra.optim import learning_rate
@@ -181,7 +181,7 @@ def resume(tuner: Finetuner, folder: Path) -> None:
 
 
 def save_adapter(tuner: Finetuner, folder: Path) -> None:
-    """What was trained, with everything needed to put it back on its base model (gemma_adapter.py)."""
+    """What was trained, with everything needed to put it back on its base model (adapter.py)."""
     checkpoint.save(folder / "adapter.safetensors", tuner.tensors(), describe(tuner.cell))
 
 

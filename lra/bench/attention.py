@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench import fresh_peak, machine_line, markdown_table, write_report
+from lra.bench.base import fresh_peak, machine_line, markdown_table, write_report
+from lra.bench.peers import BASELINE, PEERS, PYPI, build_peer, contenders, version
 from lra.machine import PeakMemory, pick_device, set_threads, synchronize
 from lra.measured import Point, crossover
 from lra.options import UsageError
-from lra.peers import BASELINE, PEERS, PYPI, build_peer, contenders, version
 from models.attention.base import AttentionBase
 
 UNFUSED = "softmax unfused"
@@ -109,7 +109,7 @@ def measure(names: list[str], shape: Shape, rounds: int, done: Callable[[], Any]
 def peak_bytes(name: str, shape: Shape) -> int | None:
     """Peak memory of one forward and backward above an idle process that holds the inputs, in a process of its
     own that has run a short sequence before (so that libraries are loaded). None where the system cannot tell."""
-    return fresh_peak("lra.bench_attention", {"name": name, **dataclasses.asdict(shape)})
+    return fresh_peak("lra.bench.attention", {"name": name, **dataclasses.asdict(shape)})
 
 
 def _peak_here(name: str, threads: int, **shape: int) -> int | None:

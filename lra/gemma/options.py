@@ -96,7 +96,7 @@ def weights_options(add) -> None:
     add("--data", type=Path, default=Path("data"), help="folder that holds gemma/")
 
 
-RUN = "lra.gemma:"
+RUN = "lra.gemma.commands:"
 COMMANDS = (  # name, function, help, groups of options
     ("gemma swap", RUN + "swap", "exchange the attention without training, and measure what is lost",
      base_options, method_options, score_options),
@@ -109,7 +109,7 @@ COMMANDS = (  # name, function, help, groups of options
     ("gemma evaluate", RUN + "evaluate_adapter", "score a saved adapter on its base model",
      base_options, adapter_options, score_options),
     ("gemma weights", RUN + "weights", "fetch or make a model, and say what it is", weights_options),
-    ("gemma table", "lra.gemma_table:show", "make results/gemma/*.md from the records alone",
+    ("gemma table", "lra.gemma.table:show", "make results/gemma/*.md from the records alone",
      table_options, summary_options),
-    ("gemma plot", "lra.gemma_figures:show", "draw results/gemma/figures from the records alone", table_options),
+    ("gemma plot", "lra.gemma.figures:show", "draw results/gemma/figures from the records alone", table_options),
 )  # fmt: skip

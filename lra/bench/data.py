@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lra import config, published, registry
-from lra.bench import machine_line, markdown_table, write_report
+from lra.bench.base import machine_line, markdown_table, write_report
 from lra.data import Batches
 from lra.machine import set_threads
 from lra.trainer import Trainer, Where

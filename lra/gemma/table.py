@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lra.gemma_stats import SPIKE, WINDOW, Record, accuracy, clusters, gap, ratio, recovered, spikes, widened
+from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, clusters, gap, ratio, recovered, spikes, widened
 from lra.markup import Block, Grid, Heading, Text, markdown
 from lra.options import UsageError
 from lra.record import iterate_records

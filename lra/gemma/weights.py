@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lra.gemma_data import Encode
+from lra.gemma.data import Encode
 from tasks._sources import one_line, sha256_file
 from tasks.base import SourceError
 
@@ -48,9 +48,9 @@ def load(name: str, data: Path) -> Base:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if name == "tiny":
-        from lra import gemma_tiny
+        from lra.gemma import tiny
 
-        return gemma_tiny.load(data)
+        return tiny.load(data)
     if name == "gemma-3-270m":
         return from_folder(fetch_270m(data), name, SOURCE_270M)
     if (folder := Path(name)).is_dir():

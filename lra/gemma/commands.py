@@ -1,4 +1,4 @@
-"""What `python -m lra gemma ...` does, with the parsed arguments of gemma_options.py."""
+"""What `python -m lra gemma ...` does, with the parsed arguments of options.py."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from datetime import datetime, timezone
 import torch
 from tqdm import tqdm
 
-from lra import gemma_adapter, gemma_weights
-from lra.gemma_data import documents
-from lra.gemma_finetune import finetune as finetune_cell
-from lra.gemma_run import Cell, Method, Text, build_record, evaluate, method, references
-from lra.gemma_spectra import spectra
+from lra.gemma import adapter
+from lra.gemma.data import documents
+from lra.gemma.finetune import finetune as finetune_cell
+from lra.gemma.run import Cell, Method, Text, build_record, evaluate, method, references
+from lra.gemma.spectra import spectra
+from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import STOPPED, UsageError
 from lra.record import read_record, write_record
@@ -125,7 +126,7 @@ def anisotropy(args: Namespace) -> None:
 def evaluate_adapter(args: Namespace) -> None:
     """`gemma evaluate`: the test blocks with an adapter on its base model."""
     setting = Setting(args)
-    model = gemma_adapter.load(args.adapter, setting.base)
+    model = adapter.load(args.adapter, setting.base)
     head = Head.of(model.requires_grad_(False), args.precision)
     scores = evaluate(model, head, setting.blocks("test"), args.precision, setting.device).facts()
     print(
@@ -135,7 +136,7 @@ def evaluate_adapter(args: Namespace) -> None:
 
 def weights(args: Namespace) -> None:
     """`gemma weights`: make sure a model is there, and describe it."""
-    base = gemma_weights.load(args.model, args.data)
+    base = load_base(args.model, args.data)
     n = sum(p.numel() for p in base.model.parameters())
     print(
         f"{base.name}: {n / 1e6:.1f}M parameters, {len(bridge.text_layers(base.model))} layers; {base.source}"
@@ -156,7 +157,7 @@ class Setting:
         for spec in getattr(args, "attention", ()):
             method(spec, 1, layers=())  # a misspelt name costs no loading
         self.documents = documents(args.text)
-        self.base = gemma_weights.load(args.model, args.data)
+        self.base = load_base(args.model, args.data)
         self.base.model.to(self.device)
         longest = self.base.model.config.max_position_embeddings
         if args.length > longest:

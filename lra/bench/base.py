@@ -55,7 +55,7 @@ def fresh_peak(module: str, facts: dict[str, Any]) -> int | None:
     where the system cannot tell."""
     facts = facts | {"threads": torch.get_num_threads()}
     command = [sys.executable, "-m", module, json.dumps(facts)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if done.returncode:
         raise RuntimeError(
             f"{' '.join(map(str, facts.values()))}: {(done.stderr.strip() or 'killed').splitlines()[-1]}"

@@ -1,0 +1,1 @@
+"""Measurements of this machine, each a command and two files under results/bench/."""

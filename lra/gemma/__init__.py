@@ -1,0 +1,1 @@
+"""The Gemma track: a pretrained model with its attention exchanged."""

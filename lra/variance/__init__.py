@@ -1,0 +1,1 @@
+"""What random features cost: their bias and variance beside closed forms."""
