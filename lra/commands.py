@@ -105,6 +105,8 @@ def execution(args: Namespace) -> Where:
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
+    if args.debug and distributed.processes() > 1:  # the first that stops would leave the others waiting
+        raise UsageError("--debug looks into one process: leave it out, or torchrun")
     return Where(device, precision, args.compile, args.debug)
 
 

@@ -95,14 +95,18 @@ def not_yet(model: nn.Module, last: bool) -> AbstractContextManager:
     return model.no_sync() if together else nullcontext()
 
 
+def processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def join(device: torch.device, batch: int, accumulate: int) -> Iterator[tuple[World, torch.device]]:
     """The world that torchrun started this process in, and its device; alone, without torchrun.
 
     Raises UsageError when a batch does not split into equal parts.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if (size := processes()) == 1:
         yield ALONE, device
         return
     if batch % (size * accumulate):
