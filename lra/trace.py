@@ -35,7 +35,7 @@ NAMES = {
     "product": "mm addmm bmm baddbmm _linear_pointwise",
     "attention": f"{FUSED} {FUSED}_backward",
     "exponential": "exp exp_ _softmax _log_softmax gelu gelu_backward log logsumexp cos sin pow sigmoid tanh",
-    "random": "bernoulli_ native_dropout rand randn randint randperm uniform_ normal_",
+    "random": "bernoulli_ native_dropout random_ rand randn randint randperm uniform_ normal_",
     "indexed": "index gather scatter scatter_add scatter_add_ index_put index_put_ index_select embedding "
     "embedding_dense_backward sort argsort cumsum searchsorted topk unfold_backward",
 }

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.dropout import Dropout
 from models.products import Linear
 
 
@@ -42,7 +43,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mixer = SelfAttention(width, heads, attention)
         self.up, self.down = Linear(width, ffn), Linear(ffn, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BNE, mask_BN, rotation=None):
         x_BNE = x_BNE + self.dropout(self.mixer(self.norm1(x_BNE), mask_BN, rotation))
@@ -99,7 +100,7 @@ class Encoder(nn.Module):
                 attention.add_alibi(2.0 ** (-8 / heads * torch.arange(1, heads + 1)))
         self.blocks = nn.ModuleList(Block(width, heads, ffn, dropout, a) for a in attentions)
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @property
     def attentions(self) -> list[nn.Module]:
