@@ -7,7 +7,6 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.base import fresh_peak, machine_line, markdown_table, write_report
+from lra.bench.apart import serve, take_turns
+from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.peers import BASELINE, PEERS, PYPI, build_peer, contenders, version
-from lra.machine import PeakMemory, pick_device, set_threads, synchronize
+from lra.machine import PeakMemory, pick_device, set_threads
 from lra.measured import Point, crossover
 from lra.options import UsageError
 from models.attention.base import AttentionBase
@@ -56,8 +56,12 @@ def bench(args: Namespace) -> None:
     set_threads(args.threads)
     shapes = [Shape(args.batch, args.heads, n, args.head_dim, args.features) for n in lengths(args.lengths)]
     names = contenders(args.attentions, DEFAULT)
+    for name in names:
+        contender(
+            name, short(shapes[0])
+        )  # a name that cannot be built is an error before anything is measured
     points, left_out = [], []
-    with tqdm(total=len(shapes) * len(names) * (args.rounds + 2), disable=None, unit="run") as bar:
+    with tqdm(total=len(shapes) * len(names) * (args.rounds + 1), disable=None, unit="run") as bar:
         for shape in shapes:
             fits = [n for n in names if n != UNFUSED or _unfused_bytes(shape) <= MEMORY_LIMIT]
             left_out += [f"{n} at N {shape.N:,}" for n in names if n not in fits]
@@ -80,46 +84,37 @@ def lengths(text: str) -> list[int]:
 
 
 def measure(names: list[str], shape: Shape, rounds: int, done: Callable[[], Any]) -> list[dict[str, Any]]:
-    """One point for each contender: all run once in each round, so that a slow moment hits them all, after one
-    round that is not counted. `ratio` is the median over rounds of softmax's time by the contender's (above 1 =
-    faster than softmax)."""
-    runs = {name: contender(name, shape) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    device = pick_device("cpu")
-    for _ in range(1 + rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-            done()
-    del runs
+    """One point for each contender, taking turns. `ratio` is the median over rounds of softmax's time by the
+    contender's (above 1 = faster than softmax); `peak_bytes` is that of one forward and backward above a process
+    that holds the inputs, None where the system cannot tell."""
+    facts = {name: {"name": name, **dataclasses.asdict(shape)} for name in names}
+    found = take_turns("lra.bench.attention", facts, rounds, done)
     points = []
-    for name in names:
-        ratios = [s / t for s, t in zip(times[BASELINE][1:], times[name][1:], strict=True)]
+    for name, turns in found.items():
+        ratios = [s / t for s, t in zip(found[BASELINE].seconds, turns.seconds, strict=True)]
         points.append(
-            {"name": name, **dataclasses.asdict(shape), "seconds": round(statistics.median(times[name][1:]), 6),
-             "ratio": round(statistics.median(ratios), 3), "ratio_range": [round(f(ratios), 3) for f in (min, max)],
-             "peak_bytes": peak_bytes(name, shape), "version": _version(name)}
+            facts[name] |
+            {"seconds": round(statistics.median(turns.seconds), 6), "ratio": round(statistics.median(ratios), 3),
+             "ratio_range": [round(f(ratios), 3) for f in (min, max)], "peak_bytes": turns.peak_bytes,
+             "version": _version(name)}
         )  # fmt: skip
-        done()
     return points
 
 
-def peak_bytes(name: str, shape: Shape) -> int | None:
-    """Peak memory of one forward and backward above an idle process that holds the inputs, in a process of its
-    own that has run a short sequence before (so that libraries are loaded). None where the system cannot tell."""
-    return fresh_peak("lra.bench.attention", {"name": name, **dataclasses.asdict(shape)})
-
-
-def _peak_here(name: str, threads: int, **shape: int) -> int | None:
+def alone(name: str, threads: int, **shape: int) -> None:
+    """One contender, in this process: a short sequence, so that libraries are loaded, its peak, then `serve`."""
     set_threads(threads)
     whole = Shape(**shape)
-    contender(name, dataclasses.replace(whole, N=whole.M, B=1, H=1))()
+    contender(name, short(whole))()
     run = contender(name, whole)
     meter = PeakMemory(pick_device("cpu"))
     run()
-    return meter.read()
+    serve(meter.read(), run)
+
+
+def short(shape: Shape) -> Shape:
+    """One head of the shortest sequence that every method takes."""
+    return dataclasses.replace(shape, N=shape.M, B=1, H=1)
 
 
 def contender(name: str, shape: Shape) -> Callable[[], None]:
@@ -173,7 +168,8 @@ def markdown(points: list[dict[str, Any]], left_out: list[str], command: str, ro
         "# Time and memory of one attention",
         "",
         f"`{command}`: forward and backward, B {p['B']}, H {p['H']}, D {p['D']}, and M {p['M']} features, landmarks, "
-        f"projected positions or window tokens; fp32 unless named; no padding. Median of {rounds} interleaved rounds.",
+        f"projected positions or window tokens; fp32 unless named; no padding. "
+        f"Each in a process of its own, taking turns; median of {rounds} rounds.",
         "",
         "Milliseconds, and in brackets how many times as fast as fused softmax in the same round (median).",
         "",
@@ -221,4 +217,4 @@ def _cross(points: list[dict[str, Any]], name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peak_here(**json.loads(sys.argv[1]))))
+    alone(**json.loads(sys.argv[1]))

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,19 +46,6 @@ def step_time_ratio(model: nn.Module, reference: nn.Module, batch: Batch, *, whe
 
     seconds(reference), seconds(model)
     return statistics.median(seconds(reference) / seconds(model) for _ in range(PAIRS))
-
-
-def fresh_peak(module: str, facts: dict[str, Any]) -> int | None:
-    """Peak bytes that `python -m module FACTS` prints, in a process of its own with as many threads as here. None
-    where the system cannot tell."""
-    facts = facts | {"threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", module, json.dumps(facts)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(map(str, facts.values()))}: {(done.stderr.strip() or 'killed').splitlines()[-1]}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_report(results: Path, what: str, command: str, measured: dict[str, Any], text: str) -> list[Path]:

@@ -6,7 +6,6 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.base import fresh_peak, machine_line, markdown_table, write_report
+from lra.bench.apart import serve, take_turns
+from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.peers import BASELINE, PYPI, build_peer, contenders
 from lra.bench.profile import profiled
 from lra.evaluate import autocast
@@ -89,43 +89,36 @@ def measure(
     peak: float,
     done: Callable[[], Any],
 ) -> list[dict[str, Any]]:
-    """One point for each attention: all take one step in each round, after one that is not counted. `ratio` is the
-    median over rounds of softmax's time by the attention's; `matmul_share` the operations of the step's matrix
-    products per second, as a share of `peak`."""
-    steps = {name: Step(name, layout, features, precision) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(1 + rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step.run()
-            times[name].append(time.perf_counter() - start)
-            done()
+    """One point for each attention, taking turns. `ratio` is the median over rounds of softmax's time by the
+    attention's; `peak_bytes` that of a step above a process that holds model and batch; `matmul_share` the operations
+    of the step's matrix products per second, as a share of `peak`."""
+    facts = {
+        name: {"name": name, "B": layout.B, "N": layout.N, "features": features, "precision": precision}
+        for name in names
+    }
+    found = take_turns("lra.bench.encoder", facts, rounds, done)
     points = []
-    for name, step in steps.items():
-        ratios = [s / t for s, t in zip(times[BASELINE][1:], times[name][1:], strict=True)]
-        seconds = statistics.median(times[name][1:])
-        share = None if step.flops is None else round(step.flops / seconds / peak, 4)
+    for name, turns in found.items():
+        ratios = [s / t for s, t in zip(found[BASELINE].seconds, turns.seconds, strict=True)]
+        seconds, flops = statistics.median(turns.seconds), Step(name, layout, features, precision).flops
+        share = None if flops is None else round(flops / seconds / peak, 4)
         points.append(
             {"name": name, "B": layout.B, "N": layout.N, "M": features, "seconds": round(seconds, 6),
              "ratio": round(statistics.median(ratios), 3), "tokens_per_second": round(layout.B * layout.N / seconds),
-             "peak_bytes": peak_bytes(name, layout, features, precision), "flops": step.flops, "matmul_share": share}
+             "peak_bytes": turns.peak_bytes, "flops": flops, "matmul_share": share}
         )  # fmt: skip
     return points
 
 
-def peak_bytes(name: str, layout: Layout, features: int, precision: str) -> int | None:
-    """Peak memory of a step above a process that holds model and batch and has taken a short step before."""
-    facts = {"name": name, "B": layout.B, "N": layout.N, "features": features, "precision": precision}
-    return fresh_peak("lra.bench.encoder", facts)
-
-
-def _peak_here(name: str, B: int, N: int, features: int, precision: str, threads: int) -> int | None:
+def alone(name: str, B: int, N: int, features: int, precision: str, threads: int) -> None:
+    """One attention, in this process: a short step, so that libraries are loaded, the peak of a whole one, then
+    `serve`."""
     set_threads(threads)
     Step(name, Layout(1, features), features, precision).run()
     step = Step(name, Layout(B, N), features, precision)
     meter = PeakMemory(pick_device("cpu"))
     step.run()
-    return meter.read()
+    serve(meter.read(), step.run)
 
 
 class Step:
@@ -183,7 +176,7 @@ def markdown(points: list[dict[str, Any]], command: str, args: Namespace, rates:
         "",
         f"`{command}`: {size.layers} layers, width {size.width}, {size.heads} heads, FFN {size.ffn}, "
         f"dropout {size.dropout}, {args.features} features; {args.precision}, no padding. "
-        f"Median of {args.rounds} interleaved rounds.",
+        f"Each in a process of its own, taking turns; median of {args.rounds} rounds.",
         "",
         "Milliseconds, and in brackets how many times as fast as with fused softmax in the same round (median).",
         "",
@@ -222,4 +215,4 @@ def profile_markdown(shares: dict[str, dict[str, float]], layout: Layout) -> str
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peak_here(**json.loads(sys.argv[1]))))
+    alone(**json.loads(sys.argv[1]))

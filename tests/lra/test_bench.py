@@ -1,13 +1,15 @@
 """`bench attention`: what is measured, against what, and how it is told."""
 
 import json
+import time
 import warnings
 
 import pytest
 import torch
 
 from lra.__main__ import main
-from lra.bench.attention import Shape, measure, peak_bytes
+from lra.bench.apart import take_turns
+from lra.bench.attention import Shape, contender, measure
 from lra.bench.encoder import Layout, Step
 from lra.bench.peers import PEERS, build_peer, version
 from lra.bench.profile import profiled
@@ -15,8 +17,44 @@ from lra.registry import build_attention
 from models.attention.softmax import naive_softmax
 
 
-def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lra.bench.attention.peak_bytes", lambda name, shape: 1_000_000)
+class Here:
+    """What Apart is, in this process and without its start."""
+
+    order = []
+
+    def __init__(self, module, facts):
+        build = {"lra.bench.attention": self.attention, "lra.bench.encoder": self.encoder}[module]
+        self.name, self.run = facts["name"], build(**facts)
+
+    def attention(self, name, **shape):
+        return contender(name, Shape(**shape))
+
+    def encoder(self, name, B, N, features, precision):
+        return Step(name, Layout(B, N), features, precision).run
+
+    def __enter__(self):
+        self.peak_bytes = 1_000_000
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def seconds(self):
+        self.order.append(self.name)
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """No processes, where what they print is not the point; returns who ran, in order."""
+    monkeypatch.setattr("lra.bench.apart.Apart", Here)
+    monkeypatch.setattr(Here, "order", [])
+    return Here.order
+
+
+def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, here):
     words = (
         "bench attention --attentions softmax,performer,performer causal --lengths 13,7 --rounds 2 --batch 1"
     )
@@ -37,14 +75,16 @@ def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, monkeypatch
 def test_the_matrix_in_memory_costs_more_than_the_fused_kernel():
     """N x N numbers, seen by a process of its own."""
     shape = Shape(B=1, H=1, N=1009, D=5, M=7)
-    fused, unfused = (peak_bytes(name, shape) for name in ("softmax", "softmax unfused"))
-    if fused is None:
+    fused, unfused = measure(["softmax", "softmax unfused"], shape, 2, lambda: None)
+    assert (
+        unfused["seconds"] > 0 and unfused["ratio_range"][0] <= unfused["ratio"] <= unfused["ratio_range"][1]
+    )
+    if fused["peak_bytes"] is None:
         pytest.skip("this system does not tell a process its peak memory")
-    assert unfused > fused + 4 * 1009**2
+    assert unfused["peak_bytes"] > fused["peak_bytes"] + 4 * 1009**2
 
 
-def test_too_large_matrices_are_left_out_and_said_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lra.bench.attention.peak_bytes", lambda name, shape: None)
+def test_too_large_matrices_are_left_out_and_said_so(tmp_path, capsys, monkeypatch, here):
     monkeypatch.setattr("lra.bench.attention.MEMORY_LIMIT", 1e3)
     words = [
         "bench",
@@ -102,16 +142,18 @@ def _plain():
     return build_attention("softmax", **SIZES)
 
 
-def test_rounds_are_interleaved(monkeypatch):
-    order = []
-    monkeypatch.setattr("lra.bench.attention.contender", lambda name, shape: lambda: order.append(name))
-    monkeypatch.setattr("lra.bench.attention.peak_bytes", lambda name, shape: None)
-    measure(["softmax", "performer"], Shape(1, 1, 7, 5, 11), 2, lambda: None)
-    assert order == ["softmax", "performer"] * 3
+def test_contenders_take_turns(here):
+    measure(["softmax", "performer"], Shape(1, 1, 7, 5, 11), 3, lambda: None)
+    assert here == ["softmax", "performer"] * 3
 
 
-def test_bench_encoder_writes_points_and_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lra.bench.encoder.peak_bytes", lambda *_: 1_000_000)
+def test_a_process_that_fails_is_told_with_its_last_words():
+    facts = {"name": "softmax", **dict.fromkeys("BHNDM", 0)}
+    with pytest.raises(RuntimeError, match="softmax 0 0 0 0 0 1: .*Error"):
+        take_turns("lra.bench.attention", {"softmax": facts}, 1, lambda: None)
+
+
+def test_bench_encoder_writes_points_and_a_table(tmp_path, capsys, here):
     words = "bench encoder --attentions softmax,performer,constant --layouts 2x7,1x13 --rounds 2 --features 5"
     assert main([*words.split(), "--results", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench" / "encoder.json").read_text())
