@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 KINDS = {  # kind to what the names of its operations contain; the first kind that fits counts
     "fused softmax attention": ("scaled_dot_product",),
@@ -23,7 +23,7 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
     """Kind to its share of a step's time on the CPU (summing to 1), after one that is not counted; every operation's
     own time counts once."""
     step()
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+    with profile(use_kineto=False) as found:  # kineto prints lines of its own
         step()
     spent: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
