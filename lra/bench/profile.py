@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from torch.autograd.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 KINDS = {  # kind to what the names of its operations contain; the first kind that fits counts
     "fused softmax attention": ("scaled_dot_product",),
@@ -23,13 +26,27 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
     """Kind to its share of a step's time on the CPU (summing to 1), after one that is not counted; every operation's
     own time counts once."""
     step()
-    with profile(use_kineto=False) as found:  # kineto prints lines of its own
+    with _silence(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
         step()
     spent: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
         spent[kind(event.key)] += event.self_cpu_time_total
     whole = sum(spent.values())
     return {name: spent[name] / whole for name in (*KINDS, REST, CALLS)}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing reaches stderr: the profiler writes lines for its developers there, whatever its log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def kind(operation: str) -> str:
