@@ -36,11 +36,16 @@ def draw(results: Path) -> list[Path]:
 
 
 def _panels(settings: Sequence[str], height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    figure, grid = subplots(len(settings), 1, width=7.0, height=height * len(settings), squeeze=False)
+    figure, grid = subplots(len(settings), 1, width=9.0, height=height * len(settings), squeeze=False)
     axes = [row[0] for row in grid]
     for one, setting in zip(axes, settings, strict=True):
         one.set_title(setting, fontsize=7)
     return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the panel, where it hides nothing."""
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
@@ -74,7 +79,7 @@ def finetune(records: Sequence[Record]) -> Figure:
                          for f in (min, max))  # fmt: skip
             one.errorbar([s * per_step for s in steps], middle, [low, high], **style)
         one.set(xlabel="training tokens", ylabel="validation accuracy, %")
-        one.legend(fontsize=7)
+        _legend(one)
     return figure
 
 
@@ -100,7 +105,7 @@ def swap(records: Sequence[Record]) -> Figure:
         one.set_xscale("log", base=2)
         one.xaxis.set_major_formatter("{x:g}")
         one.set(xlabel="random features M", ylabel="gap to exact, points")
-        one.legend(fontsize=7)
+        _legend(one)
     return figure
 
 
@@ -127,7 +132,7 @@ def stability(records: Sequence[Record]) -> Figure:
         one.set(
             xlabel="peak learning rate (number: spikes per 100 steps; x: diverged)", ylabel="test accuracy, %"
         )
-        one.legend(fontsize=7)
+        _legend(one)
     return figure
 
 
@@ -155,5 +160,5 @@ def anisotropy(records: Sequence[Record]) -> Figure:
         one.set_yscale("log")
         one.yaxis.set_major_formatter("{x:g}")
         one.set(xlabel="eigenvalue", ylabel="second moment of q~ and k~, first head")
-        one.legend(fontsize=7)
+        _legend(one)
     return figure

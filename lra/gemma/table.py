@@ -101,7 +101,9 @@ def grids(records: Sequence[Record], with_curves: bool = True) -> list[Block]:
 def setting_of(r: Record) -> str:
     """What runs must share to stand in one table: model, text, length, layers and, trained, tokens and parameters."""
     e, recipe = r["model"]["encoder"], r["training"]["recipe"]
-    layers = ",".join(map(str, e["layers"]))
+    first, last = e["layers"][0], e["layers"][-1]
+    whole = e["layers"] == list(range(first, last + 1))
+    layers = f"{first} to {last}" if whole and last > first + 1 else ",".join(map(str, e["layers"]))
     text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]})"
     parts = [
         e["base"],
