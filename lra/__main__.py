@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Bad input is one line on stderr and 2."""
     args = parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # in a log, too, an error comes after what was printed before it
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # in a log, too, an error comes after what was printed before it
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; training itself saves first
     module, _, function = args.run.partition(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from argparse import Namespace
 from collections import defaultdict
@@ -141,8 +142,9 @@ def without(label: tuple[str, str], option: str) -> tuple[str, str]:
 
 
 def order(label: tuple[str, str]) -> tuple:
-    """Exact, constant, then by name."""
-    return {"softmax": 0, "constant": 1}.get(label[0], 2), label
+    """Exact, constant, then by name; M = 64 before 256."""
+    numbers = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", label[1])]
+    return {"softmax": 0, "constant": 1}.get(label[0], 2), label[0], numbers
 
 
 def line(label, runs, rows) -> list[str]:
