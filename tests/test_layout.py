@@ -21,7 +21,7 @@ SOURCES = {
 TORCH_FREE = (
     "record", "cells", "table", "stats", "published", "options", "show", "registry", "compare", "schema",
     "consistency", "verify", "leaderboard", "style", "entries", "markup", "measured",
-    "bench/options", "gemma/options", "gemma/stats", "gemma/table", "gemma/figures", "variance/options",
+    "bench/options", "gemma/options", "gemma/stats", "gemma/rows", "gemma/table", "gemma/figures", "variance/options",
     "variance/report",
 )  # fmt: skip
 TOP_LEVEL = {

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
 from lra.gemma.stats import Record, accuracy, gap, spikes
-from lra.gemma.table import baseline, by_kind, features, grouped, order, row_of, setting_of, titled, without
+from lra.gemma.table import by_kind
 from lra.style import color, drawing, marker, save, subplots
 
 if TYPE_CHECKING:

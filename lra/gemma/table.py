@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
 from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, clusters, gap, ratio, recovered, spikes, widened
 from lra.markup import Block, Grid, Heading, Text, markdown
 from lra.options import UsageError
@@ -81,11 +81,6 @@ def scores(records: Sequence[Record]) -> list[Block]:
     return [Text(LEGEND), *grids(records)]
 
 
-def features(r: Record) -> int | None:
-    """M, where the method has it."""
-    return r["model"]["attention_config"].get("num_features")
-
-
 def grids(records: Sequence[Record], with_curves: bool = True) -> list[Block]:
     """The tables alone."""
     blocks: list[Block] = []
@@ -97,54 +92,6 @@ def grids(records: Sequence[Record], with_curves: bool = True) -> list[Block]:
         header = ("attention", "accuracy", "gap to exact", "recovered", "loss", *last)
         blocks += [Heading(setting), Grid(header, cells), *(curves(rows) if trained and with_curves else [])]
     return blocks
-
-
-def setting_of(r: Record) -> str:
-    """What runs must share to stand in one table: model, text, length, layers and, trained, tokens and parameters."""
-    e, recipe = r["model"]["encoder"], r["training"]["recipe"]
-    first, last = e["layers"][0], e["layers"][-1]
-    whole = e["layers"] == list(range(first, last + 1))
-    layers = f"{first} to {last}" if whole and last > first + 1 else ",".join(map(str, e["layers"]))
-    text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]})"
-    parts = [
-        e["base"],
-        text,
-        f"{r['task']['seq_len']} tokens",
-        f"layers {layers}",
-        r["training"]["precision"],
-    ]
-    if recipe:
-        parts += [f"{recipe['tokens']:,} training tokens", f"train {recipe['train']}"]
-    return ", ".join(parts)
-
-
-def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
-    """(attention, the options in which it differs from others of its name in the setting; M always)."""
-
-    def flat(run):
-        e = run["model"]["encoder"]
-        shown = ("lr", "lr_kernel", "warmstart", "transfer_tokens", "batch")
-        recipe = {k: v for k, v in run["training"]["recipe"].items() if k in shown}
-        return (
-            run["model"]["attention_config"] | recipe | {"window": "kept" if e["keeps_window"] else "ignored"}
-        )
-
-    own = flat(r)
-    same = [flat(x) for x in among if x["model"]["attention"] == r["model"]["attention"]]
-    differ = [k for k in own if k == "num_features" or any(x.get(k) != own[k] for x in same)]
-    names = {"num_features": "M"}
-    return r["model"]["attention"], ", ".join(f"{names.get(k, k)}={own[k]}" for k in differ)
-
-
-def without(label: tuple[str, str], option: str) -> tuple[str, str]:
-    """A row's name less the options that begin so."""
-    return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith(option))
-
-
-def order(label: tuple[str, str]) -> tuple:
-    """Exact, constant, then by name; M = 64 before 256."""
-    numbers = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", label[1])]
-    return {"softmax": 0, "constant": 1}.get(label[0], 2), label[0], numbers
 
 
 def line(label, runs, rows) -> list[str]:
@@ -171,23 +118,6 @@ def line(label, runs, rows) -> list[str]:
         for key in ("tokens_per_s", "floor_tokens_per_s", "peak_bytes")
     )
     return [*cells, f"{rate:,.0f} ({floor:,.0f})", f"{peak / 1e6:,.0f}"]
-
-
-def baseline(rows, attention: str, like: Record) -> list[Record]:
-    """Ended runs of softmax or constant with the warm start and rates of a record, else of the only row there is."""
-    found = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] == attention]
-    mine = like["training"]["recipe"]
-    same = [x for x in found if x and _alike(x[0]["training"]["recipe"], mine)]
-    kept = [
-        x
-        for x in same or found
-        if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])
-    ]
-    return kept[0] if len(kept) == 1 or (same and kept) else []
-
-
-def _alike(a: dict, b: dict) -> bool:
-    return all(a.get(key) == b.get(key) for key in ("warmstart", "lr"))
 
 
 def curves(rows) -> list[Block]:
@@ -282,22 +212,9 @@ def spectrum(x: dict) -> tuple[str, ...]:
 # Text
 
 
-def grouped(records: Sequence[Record], key: Callable) -> dict:
-    """In the order of the keys."""
-    found = defaultdict(list)
-    for r in records:
-        found[key(r)].append(r)
-    return {k: found[k] for k in sorted(found)}
-
-
 def percent(e: Estimate, digits: int = 1) -> str:
     """Value and interval."""
     return f"{100 * e.value:.{digits}f} [{100 * e.low:.{digits}f}, {100 * e.high:.{digits}f}]"
-
-
-def titled(label: tuple[str, str]) -> str:
-    """The name of a row."""
-    return label[0] + (f" ({label[1]})" if label[1] else "")
 
 
 MAKERS = {"swap": scores, "finetune": scores, "stability": stability, "anisotropy": anisotropy}

@@ -1,0 +1,92 @@
+"""Which records of the Gemma track share a table and a row, and how both are named. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from lra.gemma.stats import Record
+
+
+def setting_of(r: Record) -> str:
+    """What runs must share to stand in one table: model, text, length, layers and, trained, tokens and parameters."""
+    e, recipe = r["model"]["encoder"], r["training"]["recipe"]
+    first, last = e["layers"][0], e["layers"][-1]
+    whole = e["layers"] == list(range(first, last + 1))
+    layers = f"{first} to {last}" if whole and last > first + 1 else ",".join(map(str, e["layers"]))
+    text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]})"
+    parts = [
+        e["base"],
+        text,
+        f"{r['task']['seq_len']} tokens",
+        f"layers {layers}",
+        r["training"]["precision"],
+    ]
+    if recipe:
+        parts += [f"{recipe['tokens']:,} training tokens", f"train {recipe['train']}"]
+    return ", ".join(parts)
+
+
+def grouped(records: Sequence[Record], key: Callable) -> dict:
+    """In the order of the keys."""
+    found = defaultdict(list)
+    for r in records:
+        found[key(r)].append(r)
+    return {k: found[k] for k in sorted(found)}
+
+
+def features(r: Record) -> int | None:
+    """M, where the method has it."""
+    return r["model"]["attention_config"].get("num_features")
+
+
+def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
+    """(attention, the options in which it differs from others of its name in the setting; M always)."""
+
+    def flat(run):
+        e = run["model"]["encoder"]
+        shown = ("lr", "lr_kernel", "warmstart", "transfer_tokens", "batch")
+        recipe = {k: v for k, v in run["training"]["recipe"].items() if k in shown}
+        return (
+            run["model"]["attention_config"] | recipe | {"window": "kept" if e["keeps_window"] else "ignored"}
+        )
+
+    own = flat(r)
+    same = [flat(x) for x in among if x["model"]["attention"] == r["model"]["attention"]]
+    differ = [k for k in own if k == "num_features" or any(x.get(k) != own[k] for x in same)]
+    names = {"num_features": "M"}
+    return r["model"]["attention"], ", ".join(f"{names.get(k, k)}={own[k]}" for k in differ)
+
+
+def without(label: tuple[str, str], option: str) -> tuple[str, str]:
+    """A row's name less the options that begin so."""
+    return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith(option))
+
+
+def titled(label: tuple[str, str]) -> str:
+    """The name of a row."""
+    return label[0] + (f" ({label[1]})" if label[1] else "")
+
+
+def order(label: tuple[str, str]) -> tuple:
+    """Exact, constant, then by name; M = 64 before 256."""
+    numbers = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", label[1])]
+    return {"softmax": 0, "constant": 1}.get(label[0], 2), label[0], numbers
+
+
+def baseline(rows, attention: str, like: Record) -> list[Record]:
+    """Ended runs of softmax or constant with the warm start and rates of a record, else of the only row there is."""
+    found = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] == attention]
+    mine = like["training"]["recipe"]
+    same = [x for x in found if x and _alike(x[0]["training"]["recipe"], mine)]
+    kept = [
+        x
+        for x in same or found
+        if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])
+    ]
+    return kept[0] if len(kept) == 1 or (same and kept) else []
+
+
+def _alike(a: dict, b: dict) -> bool:
+    return all(a.get(key) == b.get(key) for key in ("warmstart", "lr"))
