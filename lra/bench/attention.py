@@ -56,10 +56,8 @@ def bench(args: Namespace) -> None:
     set_threads(args.threads)
     shapes = [Shape(args.batch, args.heads, n, args.head_dim, args.features) for n in lengths(args.lengths)]
     names = contenders(args.attentions, DEFAULT)
-    for name in names:
-        contender(
-            name, short(shapes[0])
-        )  # a name that cannot be built is an error before anything is measured
+    for name in names:  # one that cannot be built is an error before anything is measured
+        contender(name, short(shapes[0]))
     points, left_out = [], []
     with tqdm(total=len(shapes) * len(names) * (args.rounds + 1), disable=None, unit="run") as bar:
         for shape in shapes:

@@ -31,9 +31,8 @@ def bench(args: Namespace) -> None:
     set_threads(args.threads)
     tasks = registry.choose("task", args.tasks, registry.task_names())
     names = contenders(args.attentions, registry.attention_names())
-    prepared = {
-        task: load(args.data / task / args.preset) for task in tasks
-    }  # all there, before anything is timed
+    # All there, before anything is timed.
+    prepared = {task: load(args.data / task / args.preset) for task in tasks}
     where = Where(pick_device(args.device), args.precision)
     points: list[dict[str, Any]] = []
     with tqdm(total=len(tasks) * len(names) * (1 + args.rounds), disable=None, unit="step") as bar:

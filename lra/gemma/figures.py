@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,12 +36,17 @@ def draw(results: Path) -> list[Path]:
     return written
 
 
-def _panels(settings: Sequence[str], height: float = 3.2) -> tuple[Figure, list[Axes]]:
+def _panels(
+    records: Sequence[Record], name: Callable = row_of, height: float = 3.2
+) -> tuple[Figure, list[tuple[Axes, dict]]]:
+    """A panel for each setting, with its records by row; `name(record, those of the setting)` is a row's."""
+    settings = grouped(records, setting_of)
     figure, grid = subplots(len(settings), 1, width=9.0, height=height * len(settings), squeeze=False)
-    axes = [row[0] for row in grid]
-    for one, setting in zip(axes, settings, strict=True):
-        one.set_title(setting, fontsize=7)
-    return figure, axes
+    panels = []
+    for (axes,), (setting, runs) in zip(grid, settings.items(), strict=True):
+        axes.set_title(setting, fontsize=7)
+        panels.append((axes, grouped(runs, lambda r, runs=runs: name(r, runs))))
+    return figure, panels
 
 
 def _legend(axes: Axes) -> None:
@@ -67,10 +72,8 @@ def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str
 
 def finetune(records: Sequence[Record]) -> Figure:
     """Validation accuracy against training tokens, mean over seeds; a vertical bar spans the seeds."""
-    settings = grouped([r for r in records if r["result"]], setting_of)
-    figure, axes = _panels(list(settings))
-    for one, runs in zip(axes, settings.values(), strict=True):
-        rows = grouped(runs, lambda r, runs=runs: row_of(r, runs))
+    figure, panels = _panels([r for r in records if r["result"]])
+    for one, rows in panels:
         for label, style in _styles(list(rows)).items():
             per_step = rows[label][0]["training"]["recipe"]["batch"] * rows[label][0]["task"]["seq_len"]
             curves = [{c[0]: 100 * c[3] / c[4] for c in r["result"]["curve"]} for r in rows[label]]
@@ -86,11 +89,9 @@ def finetune(records: Sequence[Record]) -> Figure:
 
 def swap(records: Sequence[Record]) -> Figure:
     """Gap to exact against M, with intervals; methods without features are horizontal lines."""
-    settings = grouped(records, setting_of)
-    figure, axes = _panels(list(settings))
-    for one, runs in zip(axes, settings.values(), strict=True):
-        rows = grouped(runs, lambda r, runs=runs: row_of(r, runs))
-        exact = baseline(rows, "softmax", runs[0])
+    figure, panels = _panels(records)
+    for one, rows in panels:
+        exact = baseline(rows, "softmax", next(iter(rows.values()))[0])
         lines: dict[tuple[str, str], list] = {}
         for label, found in rows.items():
             if exact and found is not exact:
@@ -112,10 +113,8 @@ def swap(records: Sequence[Record]) -> Figure:
 
 def stability(records: Sequence[Record]) -> Figure:
     """Accuracy (lines) and loss spikes per 100 steps (bars' heights written out) at each learning rate."""
-    settings = grouped(records, setting_of)
-    figure, axes = _panels(list(settings))
-    for one, runs in zip(axes, settings.values(), strict=True):
-        rows = grouped(runs, lambda r, runs=runs: without(row_of(r, runs), "lr"))
+    figure, panels = _panels(records, lambda r, among: without(row_of(r, among), "lr"))
+    for one, rows in panels:
         for label, style in _styles(list(rows)).items():
             found = rows[label]
             rates = grouped(found, lambda r: r["training"]["recipe"]["lr"])
@@ -139,8 +138,9 @@ def stability(records: Sequence[Record]) -> Figure:
 
 def anisotropy(records: Sequence[Record]) -> Figure:
     """Eigenvalues of each layer's first head, as they are and aligned, with the two limits of the theory."""
-    figure, axes = _panels([setting_of(r) for r in records], 4.0)
-    for one, record in zip(axes, records, strict=True):
+    figure, panels = _panels(records, height=4.0)
+    for one, rows in panels:
+        ((record,),) = rows.values()
         layers = record["result"]["layers"]
         for i, layer in enumerate(layers):
             shade = 0.3 + 0.7 * i / max(1, len(layers) - 1)
