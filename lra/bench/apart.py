@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).parents[2]
-COLD = 1.0  # seconds of a run beyond which the state of the caches at its start hardly matters
+COLD = 5.0  # seconds of a run beyond which the state of the machine at its start hardly matters
 
 
 class Turns(NamedTuple):
@@ -73,7 +73,8 @@ class Apart:
 def serve(peak_bytes: int | None, run: Callable[[], Any]) -> None:
     """The process's side: say the peak, then run, and say the seconds, for every line that comes in.
 
-    What takes less than COLD seconds is run once more, and that counts: others had the caches in between.
+    What takes less than COLD seconds is run once more, and that counts: others had the caches in between, and a
+    virtual machine may have given the memory back to its host, which makes first touches three times as slow.
     """
 
     def seconds() -> float:
