@@ -84,12 +84,11 @@ def predict(run: config.Run, machine: Machine | Gpu, prepared: Prepared | None =
     padded = splits["train"]["mean_length"] < splits["train"]["max_length"]
     micro = optim.batch // optim.accumulate
     step = probe = forward = 0.0
-    for width, share in quadrature(widths):
+    for width, share in quadrature(widths):  # the longest comes last
         constant, slope = _affine(run, machine, micro, width, padded)
         step += share * optim.accumulate * (constant + slope * micro)[0]
         forward += share * (constant + slope * micro)[1] / micro
         probe += share * (constant + slope * PROBE_BATCH)[0]
-    constant, slope = _affine(run, machine, micro, int(widths.max()), padded)
     evaluations = -(-optim.steps // optim.eval_every)
     seconds = machine.start_seconds + optim.steps * step + PROBE_STEPS * probe
     seconds += 2 * (PAIRS + 1) * step / optim.accumulate  # step_ratio, softmax taken to be as slow
@@ -114,19 +113,17 @@ def _affine(run, machine, batch: int, width: int, padded: bool) -> tuple[np.ndar
 
 
 def quadrature(values: np.ndarray) -> list[tuple[int, float]]:
-    """Two values and their shares that give the mean of any cubic of `values` (Gauss), rounded to integers.
+    """Two lengths and their shares, of which the second is the largest, that give the mean over `values` of any
+    quadratic (Gauss and Radau); the first is rounded to an integer.
 
-    Costs are polynomials of the length, so two lengths stand for all.
+    Costs grow at most with the square of the length, and memory is that of the longest, so two lengths stand for all.
     """
-    mean, deviation = values.mean(), values.std()
-    if deviation < 1:
-        return [(round(mean), 1.0)]
-    half_skew = ((values - mean) ** 3).mean() / deviation**3 / 2
-    root = np.sqrt(1 + half_skew**2)
-    return [
-        (round(mean + deviation * (half_skew + sign * root)), float((1 - sign * half_skew / root) / 2))
-        for sign in (-1, 1)
-    ]
+    largest, room = int(values.max()), values.max() - values
+    if room.mean() < 0.5:
+        return [(largest, 1.0)]
+    other = round((values * room).mean() / room.mean())
+    share = (largest - values.mean()) / (largest - other)
+    return [(other, float(share)), (largest, float(1 - share))]
 
 
 def smaller(run: config.Run, factor: float) -> int:
@@ -141,19 +138,13 @@ def machine(results: Path, device: torch.device) -> Machine | None:
     return Machine.read(results) if device.type == "cpu" else None
 
 
-def predict_all(
-    runs: list[tuple[config.Run, Prepared | None]], machine: Machine | Gpu
-) -> list[Prediction | None]:
-    """One for each run; seeds of a cell cost the same. None, with a line on stderr, where a step cannot be counted."""
-    known: dict[str, Prediction | None] = {}
-    for run, prepared in tqdm(runs, desc="predicting", disable=None, leave=False, delay=2):
-        if run.digest not in known:
-            try:
-                known[run.digest] = predict(run, machine, prepared)
-            except Uncountable as error:
-                known[run.digest] = None
-                print(f"no prediction for {run.meta.name} {run.attention}: {error}", file=sys.stderr)
-    return [known[run.digest] for run, _ in runs]
+def foresee(run: config.Run, machine: Machine | Gpu, prepared: Prepared | None) -> Prediction | None:
+    """`predict`, or None with a line on stderr where a step cannot be counted."""
+    try:
+        return predict(run, machine, prepared)
+    except Uncountable as error:
+        print(f"no prediction for {run.meta.name} {run.attention}: {error}", file=sys.stderr)
+        return None
 
 
 def cost(args: Namespace) -> None:
@@ -166,7 +157,12 @@ def cost(args: Namespace) -> None:
         raise unknown("GPU", wrong[0], GPUS)
     machines = {name: GPUS[name] for name in names} or {"CPU thread": Machine.read(args.results)}
     runs = planned(args)
-    found = {name: predict_all(runs, machine) for name, machine in machines.items()}
+    found = {name: [] for name in machines}
+    with tqdm(total=len(machines) * len(runs), desc="predicting", disable=None, leave=False, delay=2) as bar:
+        for name, machine in machines.items():
+            for run, prepared in runs:
+                found[name].append(foresee(run, machine, prepared))
+                bar.update()
     text = report(runs, found, args)
     print(text)
     if args.write:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from lra.calibration import Machine
 from lra.config import Run
-from lra.cost import smaller
+from lra.cost import duration, foresee, smaller
 from lra.machine import StopSignals, peak_resident
 from lra.options import BUSY, STOPPED, UsageError
 from lra.record import read_record
@@ -118,11 +119,17 @@ class Job:
 
 
 class Grid:
-    """Cells waiting, running and done, within `jobs` processes and `memory` bytes (None: no limit)."""
+    """Cells waiting, running and done, within `jobs` processes and `memory` bytes (None: no limit).
 
-    def __init__(self, cells: list[Cell], jobs: int, memory: int | None, costs: Costs):
-        self.waiting, self.running = list(cells), []
-        self.total, self.jobs, self.memory, self.costs = len(cells), jobs, memory, costs
+    Where there is a `machine` to predict with, a cell waits for its prediction, and cells that have theirs run.
+    """
+
+    def __init__(
+        self, cells: list[Cell], jobs: int, memory: int | None, costs: Costs, machine: Machine | None = None
+    ):
+        self.cells, self.waiting, self.running = cells, list(cells), []
+        self.machine, self.unforeseen = machine, {c.kind: c for c in reversed(cells)} if machine else {}
+        self.jobs, self.memory, self.costs = jobs, memory, costs
         self.outcome, self.begun = Outcome(), time.monotonic()
         self.status = Status()
 
@@ -131,11 +138,14 @@ class Grid:
         with StopSignals() as stop:
             try:
                 while (self.waiting or self.running) and not self.outcome.stopped:
+                    if self.unforeseen:
+                        self.foresee()
+                    else:
+                        time.sleep(POLL)
                     while not stop.requested and (cell := self.next()):
                         self.running.append(Job(cell, start(cell), time.monotonic()))
                     if not self.running and not self.waiting:
                         break
-                    time.sleep(POLL)
                     for job in list(self.running):
                         if (code := job.look()) is not None:
                             self.settle(job, code)
@@ -149,14 +159,31 @@ class Grid:
                     job.process.wait()
         return self.outcome
 
+    def foresee(self) -> None:
+        """Predict the next kind of cell; after the last, say what all will take."""
+        kind, cell = self.unforeseen.popitem()
+        if found := foresee(cell.run, self.machine, cell.prepared):
+            self.costs.expect(kind, found.seconds, self.machine.start_bytes + found.bytes)
+        if self.costs.expected and not self.unforeseen:
+            self.status.say(self.forecast())
+
+    def forecast(self) -> str:
+        """`predicted: 1.5 min with 2 at a time (3.0 min one by one), up to 0.4 GB each`."""
+        known = [self.costs.expected[c.kind] for c in self.cells if c.kind in self.costs.expected]
+        total, largest = sum(seconds for seconds, _ in known), max(peak for _, peak in known)
+        together = f"{duration(total / self.jobs)} with {self.jobs} at a time ({duration(total)} one by one)"
+        return f"predicted: {together}, up to {largest / 1e9:.1f} GB each"
+
     def next(self) -> Cell | None:
         """Take the first waiting cell that fits beside the running ones; one that cannot fit at all fails."""
         if len(self.running) == self.jobs:
             return None
-        if self.memory is None:
-            return self.waiting.pop(0) if self.waiting else None
+        ready = [cell for cell in self.waiting if cell.kind not in self.unforeseen]
+        if self.memory is None and ready:
+            self.waiting.remove(ready[0])
+            return ready[0]
         used = sum(max(job.peak, self.need(job.cell)) for job in self.running)
-        for cell in list(self.waiting):
+        for cell in ready:
             need = self.need(cell)
             if need > self.memory:
                 self.waiting.remove(cell)
@@ -188,11 +215,11 @@ class Grid:
 
     def progress(self) -> str:
         """`[3/8] 1:20 spent, about 2:10 left`."""
-        done = self.total - len(self.waiting) - len(self.running)
+        done = len(self.cells) - len(self.waiting) - len(self.running)
         left = sum(self.costs.duration(cell) for cell in self.waiting)
         left += sum(max(0.0, self.costs.duration(job.cell) - job.seconds) for job in self.running)
-        about = f", about {clock(left / min(self.jobs, self.total))} left" if left else ""
-        return f"[{done}/{self.total}] {clock(time.monotonic() - self.begun)} spent{about}"
+        about = f", about {clock(left / min(self.jobs, len(self.cells)))} left" if left else ""
+        return f"[{done}/{len(self.cells)}] {clock(time.monotonic() - self.begun)} spent{about}"
 
 
 class Status:

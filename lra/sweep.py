@@ -34,9 +34,9 @@ def sweep(args: Namespace) -> int:
         threads = args.threads or max(1, cores() // jobs)
         memory = args.memory or available_memory()
         if args.executor == "here":
-            costs = Costs(cells)
-            foresee(missing, costs, args, jobs)
-            outcome = Grid(missing, jobs, memory, costs).run(lambda cell: start(cell, args, threads))
+            machine = cost.machine(args.results, pick_device(args.device))
+            running = Grid(missing, jobs, memory, Costs(cells), machine)
+            outcome = running.run(lambda cell: start(cell, args, threads))
         else:
             commands = [command(cell.run, args, threads) for cell in missing]
             outcome = cluster.run(missing, commands, args, jobs, threads)
@@ -94,22 +94,6 @@ def data(name: str, args: Namespace) -> Prepared:
     )
     print(f"{name}: data {'reused' if reused else 'prepared'}\n{describe(prepared)}", flush=True)
     return prepared
-
-
-def foresee(cells: list[Cell], costs: Costs, args: Namespace, jobs: int) -> None:
-    """Add what is predicted to what was measured, and print the sum; nothing where the device has no prediction."""
-    machine = cost.machine(args.results, pick_device(args.device))
-    found = cost.predict_all([(cell.run, cell.prepared) for cell in cells], machine) if machine else []
-    known = [(cell, p) for cell, p in zip(cells, found, strict=False) if p is not None]
-    for cell, prediction in known:
-        costs.expect(cell.kind, prediction.seconds, machine.start_bytes + prediction.bytes)
-    if known:
-        total, largest = sum(p.seconds for _, p in known), max(p.bytes for _, p in known)
-        print(
-            f"predicted: {cost.duration(total / jobs)} with {jobs} at a time ({cost.duration(total)} one by one), "
-            f"up to {(machine.start_bytes + largest) / 1e9:.1f} GB each",
-            flush=True,
-        )
 
 
 def command(run: config.Run, args: Namespace, threads: int) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import lra.jobs
 import lra.sweep
 from lra.__main__ import main
+from lra.cost import Prediction
 from tasks.base import Optim
 from tests.conftest import ROOT
 
@@ -263,9 +264,9 @@ def test_processes_do_not_outlive_a_sweep_that_fails(sweep, processes, monkeypat
 class Memory:
     """Cells of made-up sizes on a made-up machine: which run side by side."""
 
-    def __init__(self, lab, sizes, memory, jobs=3):
+    def __init__(self, lab, sizes, memory, jobs=3, machine=None):
         self.sizes, self.memory, self.jobs, self.side = sizes, memory, jobs, []
-        self.lab = lab
+        self.lab, self.machine = lab, machine
 
     def run(self, known=()):
         """The outcome; `side` holds the names that ran together, one entry for each cell started."""
@@ -300,7 +301,7 @@ class Memory:
             self.side.append(tuple(running))
             return process
 
-        return Grid(cells, self.jobs, self.memory, costs).run(start)
+        return Grid(cells, self.jobs, self.memory, costs, self.machine).run(start)
 
 
 @pytest.fixture
@@ -336,6 +337,30 @@ def test_without_a_limit_every_job_runs(lab, patient):
     grid = Memory(lab, {"a": 50, "b": 70, "c": 40}, memory=None)
     grid.run(known=("a", "b", "c"))
     assert grid.side[2] == ("a", "b", "c")
+
+
+def test_cells_with_a_prediction_run_while_others_are_predicted(lab, patient, monkeypatch, capsys):
+    sizes = {"a": 40 * 10**8, "b": 70 * 10**8, "c": 90 * 10**8, "d": 0}
+    grid = Memory(lab, sizes, memory=10**10, machine=SimpleNamespace(start_bytes=10**8))
+    running_then = {}
+
+    def foresee(run, machine, prepared):
+        running_then[run.attention] = grid.side[-1:]
+        return Prediction(60.0, sizes[run.attention], 0.1) if sizes[run.attention] else None
+
+    monkeypatch.setattr(lra.jobs, "foresee", foresee)
+    assert not grid.run().failed
+    assert running_then == {
+        "a": [],
+        "b": [("a",)],
+        "c": [("a",)],
+        "d": [("a",)],
+    }  # b and c do not fit beside a
+    assert (
+        grid.side[1] == ("a", "d") and [names for names in grid.side if "b" in names and "c" in names] == []
+    )
+    out = capsys.readouterr().out
+    assert "predicted: 1.0 min with 3 at a time (3.0 min one by one), up to 9.1 GB each\n" in out
 
 
 def test_size_and_time_of_a_cell_are_those_of_its_other_seeds(lab):
