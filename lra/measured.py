@@ -1,8 +1,7 @@
-"""What `bench` and `variance` measured, read from results/bench/: the source of every time in a table. No torch.
+"""What `bench` measured, read from results/bench/: the source of every time in a table. No torch.
 
 attention.json: {"points": [{"name", "N", "seconds", "peak_bytes", "ratio"}]}: forward and backward of one attention;
 ratio, if given, is softmax's time by its own, the median over interleaved rounds.
-variance.json: {"points": [{"name", "M", "error"}]}: relative error of the attention output at M features.
 tasks-PRESET.json: {"points": [{"digest", "ratio"}]}: softmax's time of a training step by that of the runs whose
 configuration has the digest, in interleaved rounds.
 """
@@ -46,12 +45,11 @@ Curves = dict[str, list[Point]]  # name -> points by x
 
 def attention(results: Path) -> Curves:
     """Seconds of each attention over N; empty when nothing was measured. Raises UsageError for a broken file."""
-    return _read(Path(results) / "bench" / "attention.json", "N", "seconds")
-
-
-def variance(results: Path) -> Curves:
-    """Error of each scheme over its number of features M; as `attention`."""
-    return _read(Path(results) / "bench" / "variance.json", "M", "error")
+    curves: Curves = defaultdict(list)
+    path = Path(results) / "bench" / "attention.json"
+    for (name,), numbers, more in _points(path, ("name",), ("N", "seconds"), ("peak_bytes", "ratio")):
+        curves[name].append(Point(*numbers, *more))
+    return {name: sorted(curves[name]) for name in sorted(curves)}
 
 
 def speeds(results: Path, preset: str) -> dict[str, float]:
@@ -64,13 +62,6 @@ def speeds(results: Path, preset: str) -> dict[str, float]:
 def tasks_report(preset: str) -> str:
     """The name that `bench tasks` writes under."""
     return f"tasks-{preset}"
-
-
-def _read(path: Path, x: str, y: str) -> Curves:
-    curves: Curves = defaultdict(list)
-    for (name,), numbers, more in _points(path, ("name",), (x, y), ("peak_bytes", "ratio")):
-        curves[name].append(Point(*numbers, *more))
-    return {name: sorted(curves[name]) for name in sorted(curves)}
 
 
 def _points(

@@ -5,6 +5,7 @@ Each function draws one figure of results/figures/ and returns it, or None when 
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import textwrap
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING
 from lra import measured
 from lra.cells import Cell, Column, Table, build
 from lra.measured import BASELINE, Curves
+from lra.options import UsageError
 from lra.record import PRESETS, report_skipped
 from lra.stats import Estimate, average, mean_sd
-from lra.style import GREY, INK, color, dashes, drawing, marker, plain_ticks, save, subplots
+from lra.style import GREY, color, dashes, drawing, marker, plain_ticks, save, subplots
 from lra.table import row_name
+from lra.variance.report import features_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +62,7 @@ def _figures(results: Path, tables: Sequence[Table]) -> Iterator[tuple[str, Call
         yield f"{table.preset}-accuracy", lambda table=table: accuracy(table)
         yield f"{table.preset}-curves", lambda table=table: curves(table)
     yield "lengths", lambda: scaling(lengths)
-    yield "features", lambda: errors(measured.variance(results))
+    yield "variance-features", lambda: errors(Path(results) / "bench" / "variance.json")
 
 
 def default_rows(table: Table) -> list[tuple]:
@@ -235,27 +238,12 @@ def _ring(axes: Axes, x: float, baseline: Sequence[measured.Point], shade: str) 
     )
 
 
-def errors(schemes: Curves) -> Figure | None:
-    """Approximation error against the number of features, log-log, with the slope -1/2 of independent draws."""
-    if not schemes:
+def errors(path: Path) -> Figure | None:
+    """Approximation error against the number of features, from the report of `variance`. Raises UsageError for a
+    broken file."""
+    if not path.exists():
         return None
-    figure, axes = subplots(width=6.4, height=4)
-    for name, curve in schemes.items():
-        axes.plot(
-            [p.x for p in curve],
-            [p.y for p in curve],
-            color=color(name),
-            marker=marker(name),
-            label=_short(name),
-        )
-    first = max((curve[0] for curve in schemes.values()), key=lambda p: p.y)
-    last = max(curve[-1].x for curve in schemes.values())
-    slope = [first.y, first.y * math.sqrt(first.x / last)]
-    axes.plot([first.x, last], slope, color=INK, linestyle=":", linewidth=1, label="slope −1/2")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("features M")
-    axes.set_ylabel("relative error of the attention output")
-    plain_ticks(axes)
-    figure.legend(loc="outside right upper", fontsize=8)
-    return figure
+    try:
+        return features_figure(json.loads(path.read_text()))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None

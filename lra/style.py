@@ -51,6 +51,7 @@ STYLE = {
     "grid.linewidth": 0.5,
     "grid.alpha": 0.35,
     "legend.frameon": False,
+    "legend.handlelength": 3.5,  # room for a pattern of dashes
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "savefig.dpi": 144,
@@ -80,9 +81,12 @@ def marker(method: str) -> str:
     return own.get(method) or MARKERS[_hash(method) // len(PALETTE) % len(MARKERS)]
 
 
-def dashes(method: str) -> str:
-    """The line style of a method: dashed for a variant, dotted for another package's ("pypi:NAME")."""
-    return "--" if " " in method else ":" if ":" in method else "-"
+def dashes(method: str) -> str | tuple:
+    """The line style of a method: broken for a variant, dotted for another package's ("pypi:NAME")."""
+    own = {"bf16": "--", "causal": "-."}
+    if variant := method.partition(" ")[2]:
+        return own.get(variant, (0, (5, 1, 1, 1, 1, 1)))
+    return ":" if ":" in method else "-"
 
 
 def _hash(method: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str
             "color": color(label[0]),
             "marker": marker(label[0]),
             "linestyle": line,
-            "label": titled(label),
+            "label": textwrap.fill(titled(label), 48, subsequent_indent="  "),
         }
     return styles
 
@@ -152,12 +153,11 @@ def anisotropy(records: Sequence[Record]) -> Figure:
                     else None
                 )
                 one.plot(range(1, len(values) + 1), values, color=color(method), alpha=shade, label=named)
-        for limit, name in (
-            (1 / 2, "1/2: beyond, no optimal proposal"),
-            (1 / 6, "1/6: beyond, infinite variance"),
+        for limit, dash, name in (
+            (1 / 2, "--", "1/2: beyond, no optimal proposal"),
+            (1 / 6, ":", "1/6: beyond, infinite variance"),
         ):
-            one.axhline(limit, linestyle=":", color=color("constant"))
-            one.annotate(name, (len(values), limit), ha="right", va="bottom", fontsize=7)
+            one.axhline(limit, linestyle=dash, color=color("constant"), label=name)
         one.set_yscale("log")
         one.yaxis.set_major_formatter("{x:g}")
         one.set(xlabel="eigenvalue", ylabel="second moment of q~ and k~, first head")

@@ -56,17 +56,10 @@ def variance(args: Namespace) -> None:
     bar = tqdm(total=len(found) * len(names) * len(features), unit="point", disable=None, leave=False)
     with bar:
         measured = [_case(case, names, sorted(features), args, bar) for case in found]
-    shown = reporting.shown(measured)[0]
     report = {
         "draws": args.draws,
         "target_norm": args.target_norm,
         "pairings": PAIRINGS,
-        "points_of": shown["name"],
-        "points": [
-            {"name": s["name"], "M": p["M"], "error": p["error"]}
-            for s in shown["schemes"]
-            for p in s["points"]
-        ],
         "cases": measured,
     }
     command = _command(args)

@@ -1,5 +1,6 @@
 """Figures: what is drawn from which records, that nothing is drawn from nothing, and names as text."""
 
+import json
 import re
 import xml.etree.ElementTree as ET
 
@@ -43,10 +44,14 @@ def fill(results, attentions=("softmax", "performer", "linformer"), seeds=2):
 def test_every_figure_is_drawn_with_the_methods_and_tasks_it_compares(tmp_path, capsys):
     fill(tmp_path)
     bench(tmp_path, [*LINEAR, *QUADRATIC])
-    bench(tmp_path, [{"name": "performer", "M": m, "error": m**-0.5} for m in (16, 64, 256)], "variance")
+    points = [{"M": m, "kernel_rms": m**-0.5, "error": m**-0.5} for m in (16, 64, 256)]
+    scheme = {"name": "performer-balanced", "attention": "performer", "points": points}
+    case = {"name": "skewed", "group": "skewed", "schemes": [scheme | {"closed_form_variance_log10": 1.0}]}
+    (tmp_path / "bench" / "variance.json").write_text(json.dumps({"cases": [case]}))
     found, others = drawn(tmp_path, capsys)
     assert (
-        set(found) == {"small-bubble", "small-accuracy", "small-curves", "lengths", "features"} and not others
+        set(found) == {"small-bubble", "small-accuracy", "small-curves", "lengths", "variance-features"}
+        and not others
     )
     for name in ("small-accuracy", "small-curves"):
         assert set(FIVE) | {"softmax", "performer", "linformer"} <= set(texts(found[name])), name
@@ -55,7 +60,8 @@ def test_every_figure_is_drawn_with_the_methods_and_tasks_it_compares(tmp_path, 
     assert "performer, from 1,536" in texts(
         found["lengths"]
     )  # the crossover: 3 n = n^2 in units of 512 tokens
-    assert "slope −1/2" in texts(found["features"])
+    assert "performer-balanced" in texts(found["variance-features"])
+    assert style.color("performer") in found["variance-features"].read_text()
 
 
 def test_one_method_has_one_colour_in_every_figure(tmp_path, capsys):
@@ -107,7 +113,9 @@ def test_curves_are_means_over_seeds_with_the_band_of_their_sd(tmp_path):
 
 def test_nothing_is_drawn_from_nothing_with_a_line_for_each(tmp_path, capsys):
     found, others = drawn(tmp_path, capsys)
-    assert not found and others == [f"no {name}: nothing to draw it from" for name in ("lengths", "features")]
+    assert not found and others == [
+        f"no {name}: nothing to draw it from" for name in ("lengths", "variance-features")
+    ]
     put(tmp_path, failed="loss is not finite")
     found, others = drawn(tmp_path, capsys)
     assert "small-bubble" not in found and "no small-curves: nothing to draw it from" in others
