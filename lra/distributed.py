@@ -36,8 +36,11 @@ class World:
         return call(*args, **options) if self.rank == 0 else _Silent()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over ranks. Buffers are not exchanged: see `agree`."""
-        return model if self.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        """The model with gradients averaged over ranks. All ranks make the same weights and projections and nothing
+        is exchanged but what `agree` does, so that `check_equal` has something to find."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
 
     def differ(self, seed: int) -> None:
         """Other dropout on each rank, after models were initialised alike; rank 0 goes on as it would alone."""

@@ -26,6 +26,7 @@ def torchrun(lab, tmp_path):
         script.write_text(lab.driver(extra)[2])
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        env["PYTHONWARNINGS"] = "error::FutureWarning"
         words = [*command, str(script), *lab.words(*options, **cell)]
         process = subprocess.Popen(
             words, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
