@@ -41,7 +41,7 @@ RECIPES = {
     "small": Recipe(
         data=Data(seq_len=256, train=0, val=200, test=500, options={"downsample": 2}),
         encoder=Encoder(dropout=0.0),
-        train=Optim(steps=280, batch=32, lr=2e-3, warmup=30, eval_every=70),
+        train=Optim(steps=700, batch=32, lr=2e-3, warmup=30, eval_every=70),
         budget=32,
     ),
     "paper": Recipe(
