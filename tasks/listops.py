@@ -34,7 +34,7 @@ RECIPES = {
     "small": Recipe(
         data=Data(seq_len=100, train=40_000, val=2000, test=4000,
                   options=dict(max_depth=10, max_args=10, min_length=10, max_length=101)),
-        train=Optim(steps=1200, lr=2e-3, weight_decay=0.0, eval_every=300), encoder=Encoder(dropout=0.0)),
+        train=Optim(steps=4000, lr=2e-3, weight_decay=0.0, eval_every=1000), encoder=Encoder(dropout=0.0)),
     "paper": Recipe(
         data=Data(seq_len=2000, train=96_000, val=2000, test=2000, options=_PUBLISHED),
         train=Optim(steps=5000, lr=1e-4, warmup=1000, weight_decay=0.0, eval_every=500),
