@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 
 from lra.gemma.stats import Record
 
+DEFAULTS = {("orthogonal", True), ("redraw_every", 0), ("pool", 8)}  # which records name all the same
+NAMES = {"num_features": "M"}
+RECIPE = ("lr", "lr_kernel", "batch", "warmstart", "transfer_tokens")  # of finetuning
+
 
 def setting_of(r: Record) -> str:
     """What runs must share to stand in one table: model, text, length, layers and, trained, tokens and parameters."""
@@ -42,21 +46,18 @@ def features(r: Record) -> int | None:
 
 
 def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
-    """(attention, the options in which it differs from others of its name in the setting; M always)."""
+    """(attention, its options other than defaults, and of the recipe what differs from others of its name in the
+    setting)."""
 
-    def flat(run):
-        e = run["model"]["encoder"]
-        shown = ("lr", "lr_kernel", "warmstart", "transfer_tokens", "batch")
-        recipe = {k: v for k, v in run["training"]["recipe"].items() if k in shown}
-        return (
-            run["model"]["attention_config"] | recipe | {"window": "kept" if e["keeps_window"] else "ignored"}
-        )
+    def recipe(run):
+        shown = {k: run["training"]["recipe"].get(k) for k in RECIPE}
+        return shown | {"window": "kept" if run["model"]["encoder"]["keeps_window"] else "ignored"}
 
-    own = flat(r)
-    same = [flat(x) for x in among if x["model"]["attention"] == r["model"]["attention"]]
-    differ = [k for k in own if k == "num_features" or any(x.get(k) != own[k] for x in same)]
-    names = {"num_features": "M"}
-    return r["model"]["attention"], ", ".join(f"{names.get(k, k)}={own[k]}" for k in differ)
+    own, name = recipe(r), r["model"]["attention"]
+    others = [recipe(x) for x in among if x["model"]["attention"] == name]
+    differ = {k: v for k, v in own.items() if any(x[k] != v for x in others) and v not in (None, "none")}
+    options = {k: v for k, v in r["model"]["attention_config"].items() if (k, v) not in DEFAULTS} | differ
+    return name, ", ".join(f"{NAMES.get(k, k)}={v}" for k, v in options.items())
 
 
 def without(label: tuple[str, str], option: str) -> tuple[str, str]:

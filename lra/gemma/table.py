@@ -213,8 +213,8 @@ def spectrum(x: dict) -> tuple[str, ...]:
 
 
 def percent(e: Estimate, digits: int = 1) -> str:
-    """Value and interval."""
-    return f"{100 * e.value:.{digits}f} [{100 * e.low:.{digits}f}, {100 * e.high:.{digits}f}]"
+    """Value and interval; zero has no sign."""
+    return f"{100 * e.value:z.{digits}f} [{100 * e.low:z.{digits}f}, {100 * e.high:z.{digits}f}]"
 
 
 MAKERS = {"swap": scores, "finetune": scores, "stability": stability, "anisotropy": anisotropy}

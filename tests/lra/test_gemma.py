@@ -14,7 +14,7 @@ import pytest
 
 from lra import checkpoint
 from lra.__main__ import main
-from lra.gemma import stats, table, tiny
+from lra.gemma import rows, stats, table, tiny
 from lra.gemma.data import documents, pack, split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +175,24 @@ def test_anisotropy_describes_every_layer(places, tmp_path, capsys):
 
 
 # Tables
+
+
+def test_a_row_is_named_by_its_options_even_where_no_other_row_has_its_method():
+    def record(attention, recipe=(), **config):
+        model = {"attention": attention, "encoder": {"keeps_window": False}, "attention_config": config}
+        return {"model": model, "training": {"recipe": {"lr": 1e-4, "warmstart": "none", **dict(recipe)}}}
+
+    aligned = record("darkformer", num_features=256, orthogonal=True, redraw_every=0, init="aligned")
+    plain, constant = record("performer", num_features=64, redraw_every=0), record("constant")
+    moved = record("constant", {"warmstart": "transfer", "transfer_tokens": 7})
+    faster = record("performer", {"lr": 1e-3}, num_features=64, redraw_every=0)
+    among = [aligned, plain, constant, moved]
+    assert rows.row_of(aligned, among) == ("darkformer", "M=256, init=aligned")
+    assert rows.row_of(plain, among) == ("performer", "M=64")
+    assert rows.row_of(constant, among) == ("constant", "")
+    assert rows.row_of(moved, among) == ("constant", "warmstart=transfer, transfer_tokens=7")
+    assert rows.row_of(plain, [plain, faster]) == ("performer", "M=64, lr=0.0001")
+    assert rows.row_of(faster, [plain, faster]) == ("performer", "M=64, lr=0.001")
 
 
 def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tmp_path, capsys):
