@@ -130,7 +130,8 @@ def build(
     for preset in presets or ():
         if known and preset not in known:
             raise unknown("preset of the records", preset, known)
-    order = [p for p in PRESETS if p in known] + sorted(known - set(PRESETS))
+    # What says most comes first, smoke runs last but for presets that nobody knows.
+    order = [p for p in reversed(PRESETS) if p in known] + sorted(known - set(PRESETS))
     chosen = [p for p in order if not presets or p in presets]
     told = {p: tuple(_tell_apart([e for e in entries if e.preset == p])) for p in chosen}
     return [Table(p, found, measured.speeds(results, p)) for p, found in told.items()]
