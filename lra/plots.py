@@ -20,7 +20,7 @@ from lra.measured import BASELINE, Curves
 from lra.options import UsageError
 from lra.record import PRESETS, report_skipped
 from lra.stats import Estimate, average, mean_sd
-from lra.style import GREY, color, dashes, drawing, marker, plain_ticks, save, subplots
+from lra.style import GREY, HANDLE, color, dashes, drawing, marker, plain_ticks, save, subplots
 from lra.table import row_name
 from lra.variance.report import features_figure
 
@@ -223,7 +223,7 @@ def scaling(lengths: Curves) -> Figure | None:
         axes.set_xlabel("tokens N (ring, from: not slower than softmax)" if axes is times else "tokens N")
         plain_ticks(axes)
     handles, names = times.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", fontsize=8)
+    figure.legend(handles, names, loc="outside right upper", fontsize=8, handlelength=HANDLE)
     return figure
 
 

@@ -32,6 +32,7 @@ NAMED = (
     "performer", "darkformer", "linformer", "lfk", "linear", "optimal", "reformer", "nystrom", "local",
     "random", "s4d",
 )  # fmt: skip
+HANDLE = 3.5  # length of a line in a legend that has to show a pattern of dashes, in letters
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -51,7 +52,6 @@ STYLE = {
     "grid.linewidth": 0.5,
     "grid.alpha": 0.35,
     "legend.frameon": False,
-    "legend.handlelength": 3.5,  # room for a pattern of dashes
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "savefig.dpi": 144,

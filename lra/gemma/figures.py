@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
 from lra.gemma.stats import Record, accuracy, gap, spikes
 from lra.gemma.table import by_kind
-from lra.style import color, drawing, marker, save, subplots
+from lra.style import HANDLE, color, drawing, marker, save, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def _panels(
 
 def _legend(axes: Axes) -> None:
     """Beside the panel, where it hides nothing."""
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(fontsize=7, handlelength=HANDLE, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
