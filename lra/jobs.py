@@ -175,10 +175,12 @@ class Grid:
         return f"predicted: {together}, up to {largest / 1e9:.1f} GB each"
 
     def next(self) -> Cell | None:
-        """Take the first waiting cell that fits beside the running ones; one that cannot fit at all fails."""
+        """Take a waiting cell that fits beside the running ones, of the first seeds the longest, lest a long one
+        is left to run alone at the end; one that cannot fit at all fails."""
         if len(self.running) == self.jobs:
             return None
         ready = [cell for cell in self.waiting if cell.kind not in self.unforeseen]
+        ready.sort(key=lambda cell: (cell.run.seed, -self.costs.duration(cell)))
         if self.memory is None and ready:
             self.waiting.remove(ready[0])
             return ready[0]

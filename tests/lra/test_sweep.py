@@ -268,7 +268,7 @@ class Memory:
         self.sizes, self.memory, self.jobs, self.side = sizes, memory, jobs, []
         self.lab, self.machine = lab, machine
 
-    def run(self, known=()):
+    def run(self, known=(), seconds=None):
         """The outcome; `side` holds the names that ran together, one entry for each cell started."""
         from lra.jobs import Cell, Costs, Grid
 
@@ -284,7 +284,7 @@ class Memory:
         costs = Costs(cells)
         for c in cells:
             if c.run.attention in known:
-                costs.add(c.kind, 1.0, self.sizes[c.run.attention])
+                costs.add(c.kind, (seconds or {}).get(c.run.attention, 1.0), self.sizes[c.run.attention])
         running = []
 
         class Counted(Process):
@@ -331,6 +331,13 @@ def test_cell_of_unknown_size_is_given_its_share(lab, patient):
     grid = Memory(lab, {"a": 0, "b": 90, "c": 0}, memory=90)
     grid.run(known=("b",))
     assert grid.side[0] == ("a",) and grid.side[1] == ("a", "c") and ("b",) in grid.side
+
+
+@pytest.mark.parametrize("memory", [None, 10**9])
+def test_longest_cells_start_first(lab, patient, memory):
+    grid = Memory(lab, {"a": 20, "b": 20, "c": 20}, memory=memory, jobs=1)
+    grid.run(known=("a", "b", "c"), seconds={"a": 2.0, "b": 3.0, "c": 5.0})
+    assert grid.side == [("c",), ("b",), ("a",)]
 
 
 def test_without_a_limit_every_job_runs(lab, patient):
