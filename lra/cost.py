@@ -29,7 +29,7 @@ from tasks.base import SPLITS
 from tasks.prepared import Prepared, load
 
 UNKNOWN_SIZE = 20_000  # examples of a split whose size only its source knows
-COUNTED = 16  # examples of the largest batch that is counted operation by operation on a CPU
+COUNTED = 32  # examples of the largest batch that is counted as it is on a CPU, and not from smaller ones
 LAUNCH = 8e-6  # seconds in which eager PyTorch starts one operation on a GPU: an assumption
 
 
@@ -103,13 +103,14 @@ def _affine(run, machine, batch: int, width: int, padded: bool) -> tuple[np.ndar
     too, a large batch follows from two smaller ones.
     """
     values = []
-    for size in (COUNTED // 2, COUNTED) if machine.linear and batch > COUNTED else (batch,):
+    sizes = COUNTED // 4, COUNTED // 2
+    for size in sizes if machine.linear and batch > COUNTED else (batch,):
         work = trace(run, batch=size, width=width, padded=padded, gpu=machine.gpu)
         values.append(np.array([machine.seconds(work), machine.seconds(work, forward=True), work.peak]))
     if len(values) == 1:
         return np.zeros(3), values[0] / batch
-    slope = 2 * (values[1] - values[0]) / COUNTED
-    return values[1] - slope * COUNTED, slope
+    slope = (values[1] - values[0]) / (sizes[1] - sizes[0])
+    return values[1] - slope * sizes[1], slope
 
 
 def quadrature(values: np.ndarray) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 
@@ -11,7 +12,18 @@ from torch import nn
 from tasks.base import Batch, Optim
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """PyTorch's own, without the wrappers that hide it from torch.compile: nothing here compiles an optimizer, and
+    they import that compiler, a second of every start."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def build_optimizer(model: nn.Module, optim: Optim) -> AdamW:
     """AdamW; only the matrices of linear layers decay. Biases, norms, embeddings, positions and whatever an
     attention learns (DARKFormer's G, Linformer's projections) do not."""
     decay = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
@@ -19,7 +31,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     rest = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-6, fused=fused)
+    return AdamW(groups, lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-6, fused=fused)
 
 
 def learning_rate(step: int, optim: Optim) -> float:
