@@ -83,6 +83,10 @@ def executor_options(add) -> None:
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help=keys)
     minutes = "time limit of a job; one that reaches it saves its state and is queued again"
     add("--job-minutes", type=at_least(1), default=240, help=minutes)
+    limit = (
+        "minutes after which runs save their state and the sweep ends with 85 (default: none; executor here)"
+    )
+    add("--time-limit", type=at_least(1), help=limit)
 
 
 def cost_options(add) -> None:

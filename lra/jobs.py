@@ -119,22 +119,29 @@ class Job:
 
 
 class Grid:
-    """Cells waiting, running and done, within `jobs` processes and `memory` bytes (None: no limit).
+    """Cells waiting, running and done, within `jobs` processes, `memory` bytes and `limit` seconds (None: no limit).
 
     Where there is a `machine` to predict with, a cell waits for its prediction, and cells that have theirs run.
     """
 
     def __init__(
-        self, cells: list[Cell], jobs: int, memory: int | None, costs: Costs, machine: Machine | None = None
+        self,
+        cells: list[Cell],
+        jobs: int,
+        memory: int | None,
+        costs: Costs,
+        machine: Machine | None = None,
+        limit: float | None = None,
     ):
         self.cells, self.waiting, self.running = cells, list(cells), []
         self.machine, self.unforeseen = machine, {c.kind: c for c in reversed(cells)} if machine else {}
         self.jobs, self.memory, self.costs = jobs, memory, costs
         self.outcome, self.begun = Outcome(), time.monotonic()
+        self.end = self.begun + limit if limit else float("inf")
         self.status = Status()
 
     def run(self, start: Callable[[Cell], subprocess.Popen]) -> Outcome:
-        """Until all have ended, or a signal or a stopped cell ends it; no process outlives it."""
+        """Until all have ended, or a signal, a stopped cell or the limit ends it; no process outlives it."""
         with StopSignals() as stop:
             try:
                 while (self.waiting or self.running) and not self.outcome.stopped:
@@ -149,7 +156,7 @@ class Grid:
                     for job in list(self.running):
                         if (code := job.look()) is not None:
                             self.settle(job, code)
-                    self.outcome.stopped |= stop.requested
+                    self.outcome.stopped |= stop.requested or time.monotonic() > self.end
                     self.status.draw(self)
             finally:
                 self.status.clear()

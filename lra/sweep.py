@@ -10,7 +10,7 @@ from lra import cluster, config, cost, registry
 from lra.commands import describe
 from lra.jobs import Cell, Costs, Grid, Outcome
 from lra.machine import available_memory, cores, pick_device
-from lra.options import BUSY, STOPPED
+from lra.options import BUSY, STOPPED, UsageError
 from lra.record import record_path
 from lra.train import run_folder
 from tasks.base import SourceError
@@ -22,8 +22,10 @@ def sweep(args: Namespace) -> int:
 
     Records that exist are left alone, so the same command continues after an interruption. A cell that fails, or
     a task without data, does not stop the others; the exit code is then 1. It is 75 when cells were left to
-    another process, and 85 when the sweep was interrupted.
+    another process, and 85 when the sweep was interrupted or reached its time limit.
     """
+    if args.time_limit and args.executor != "here":
+        raise UsageError("--time-limit is for --executor here; --job-minutes limits a job")
     cells, unprepared = grid(args)
     missing = [cell for cell in cells if not cell.record.exists()]
     print(f"{len(cells)} cells, {len(cells) - len(missing)} done, {len(missing)} to run")
@@ -35,7 +37,8 @@ def sweep(args: Namespace) -> int:
         memory = args.memory or available_memory()
         if args.executor == "here":
             machine = cost.machine(args.results, pick_device(args.device))
-            running = Grid(missing, jobs, memory, Costs(cells), machine)
+            limit = args.time_limit * 60 if args.time_limit else None
+            running = Grid(missing, jobs, memory, Costs(cells), machine, limit)
             outcome = running.run(lambda cell: start(cell, args, threads))
         else:
             commands = [command(cell.run, args, threads) for cell in missing]

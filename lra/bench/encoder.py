@@ -28,6 +28,7 @@ from models.encoder import Encoder
 from models.heads import Classifier, Classify
 from tasks import base
 
+COMPILED = "compiled"  # behind a name: the model through torch.compile
 DEFAULT = (
     "softmax", "performer", "darkformer", "linformer", "linear", "nystrom", "local", "reformer", "s4d", "constant",
     PYPI + "performer-pytorch", PYPI + "darkformer-pytorch",
@@ -56,7 +57,10 @@ def bench(args: Namespace) -> None:
     with tqdm(total=len(found) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
         for layout in found:
             points += measure(names, layout, args.features, args.precision, args.rounds, peak, bar.update)
-    shares = {name: profiled(Step(name, found[-1], args.features, args.precision).run) for name in names}
+    eager = [
+        name for name in names if COMPILED not in name.split()
+    ]  # generated kernels have no names to sort by
+    shares = {name: profiled(Step(name, found[-1], args.features, args.precision).run) for name in eager}
     command = shlex.join(["python", "-m", "lra", "bench", "encoder", *sys.argv[3:]])
     text = markdown(points, command, args, rates) + profile_markdown(shares, found[-1])
     text += f"\n{machine_line(torch.get_num_threads())}\n"
@@ -129,12 +133,16 @@ class Step:
         size = base.Encoder()
         heads, head_dim = size.heads, size.width // size.heads
 
+        attention, *how = name.split()
+        if set(how) - {COMPILED}:
+            raise UsageError(f"{name!r}: a name, and at most {COMPILED!r} behind it")
+
         def build(layer: int, max_len: int) -> AttentionBase:
             shape = {"heads": heads, "head_dim": head_dim, "max_len": max_len}
-            if name.startswith(PYPI):
-                return build_peer(name.removeprefix(PYPI), **shape, size=features)
+            if attention.startswith(PYPI):
+                return build_peer(attention.removeprefix(PYPI), **shape, size=features)
             return registry.build_attention(
-                name, **shape, layer=layer, **registry.budget_options(name, features)
+                attention, **shape, layer=layer, **registry.budget_options(attention, features)
             )
 
         torch.manual_seed(0)
@@ -143,6 +151,7 @@ class Step:
             dropout=size.dropout,
         )  # fmt: skip
         self.model = Classifier(encoder, Classify(size.width, size.ffn, CLASSES)).train()
+        self.forward = torch.compile(self.model) if how else self.model
         self.optimizer = build_optimizer(self.model, base.Optim(steps=1, batch=layout.B))
         self.tokens_BTN = torch.randint(1, VOCAB, (layout.B, 1, layout.N))
         self.labels_B = torch.randint(CLASSES, (layout.B,))
@@ -152,7 +161,7 @@ class Step:
         """One step."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(torch.device("cpu"), self.precision):
-            logits_BC = self.model(self.tokens_BTN)
+            logits_BC = self.forward(self.tokens_BTN)
         F.cross_entropy(logits_BC.float(), self.labels_B).backward()
         self.optimizer.step()
 

@@ -41,7 +41,7 @@ def attention_options(add) -> None:
 
 def encoder_options(add) -> None:
     """Of `bench encoder`."""
-    names = "comma-separated: NAME or pypi:PACKAGE (default: all with a linear cost, and peers)"
+    names = "comma-separated: NAME or pypi:PACKAGE, and after a space compiled (default: linear ones and peers, eager)"
     add("--attentions", help=names)
     layouts = "32x128,32x1024,32x2048,32x3072,32x4096,4x4096"
     add("--layouts", default=layouts, help="batch x tokens, comma-separated")

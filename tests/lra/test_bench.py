@@ -13,6 +13,7 @@ from lra.bench.attention import Shape, contender, measure
 from lra.bench.encoder import Layout, Step
 from lra.bench.peers import PEERS, build_peer, version
 from lra.bench.profile import profiled
+from lra.options import UsageError
 from lra.registry import build_attention
 from models.attention.softmax import naive_softmax
 
@@ -186,6 +187,18 @@ def test_a_step_of_the_encoder_learns():
     before = [p.clone() for p in step.model.parameters()]
     step.run()
     assert all(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+def test_a_compiled_step_goes_through_the_compiler(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    Step("performer", Layout(2, 7), 5, "fp32").run()
+    assert not compiled
+    step = Step("performer compiled", Layout(2, 7), 5, "fp32")
+    step.run()
+    assert compiled == [step.model]
+    with pytest.raises(UsageError, match="'performer twice': a name, and at most 'compiled' behind it"):
+        Step("performer twice", Layout(2, 7), 5, "fp32")
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,18 @@ def test_sigterm_stops_the_cells_and_ends_with_85(sweep, processes, monkeypatch)
     assert long.terminated and len(processes.started) == 1
 
 
+def test_time_limit_stops_the_cells_and_ends_with_85(sweep, processes, monkeypatch, capsys):
+    long = processes["softmax"] = Process(polls=10**9)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(lra.jobs.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(lra.jobs.time, "sleep", lambda _: setattr(clock, "now", clock.now + 50))
+    assert sweep("--jobs=1", "--time-limit=2", attentions="softmax,constant") == 85
+    assert long.terminated and len(processes.started) == 1 and clock.now == 150
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert sweep("--time-limit=2", "--executor=debug") == 2
+    assert "--job-minutes limits a job" in capsys.readouterr().err
+
+
 def test_name_given_twice_is_one_cell(sweep, processes):
     assert sweep(attentions="softmax,softmax") == 0
     assert len(processes.started) == 1
