@@ -92,7 +92,7 @@ def swap(records: Sequence[Record]) -> Figure:
     """Gap to exact against M, with intervals; methods without features are horizontal lines."""
     figure, panels = _panels(records)
     for one, rows in panels:
-        exact = baseline(rows, "softmax", next(iter(rows.values()))[0])
+        exact = baseline(rows, "softmax")
         lines: dict[tuple[str, str], list] = {}
         for label, found in rows.items():
             if exact and found is not exact:

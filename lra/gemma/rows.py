@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -76,18 +77,12 @@ def order(label: tuple[str, str]) -> tuple:
     return {"softmax": 0, "constant": 1}.get(label[0], 2), label[0], numbers
 
 
-def baseline(rows, attention: str, like: Record) -> list[Record]:
-    """Ended runs of softmax or constant with the warm start and rates of a record, else of the only row there is."""
+def baseline(rows, attention: str) -> list[Record]:
+    """Ended runs of softmax, with its windows, or of constant. Of rows that were trained in several ways it is the one
+    with the least validation loss, so that no method looks good beside a baseline that its rate has spoilt; of several
+    that were not, none."""
     found = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] == attention]
-    mine = like["training"]["recipe"]
-    same = [x for x in found if x and _alike(x[0]["training"]["recipe"], mine)]
-    kept = [
-        x
-        for x in same or found
-        if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])
-    ]
-    return kept[0] if len(kept) == 1 or (same and kept) else []
-
-
-def _alike(a: dict, b: dict) -> bool:
-    return all(a.get(key) == b.get(key) for key in ("warmstart", "lr"))
+    found = [x for x in found if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])]
+    if len(found) > 1 and found[0][0]["training"]["recipe"]:
+        return min(found, key=lambda runs: statistics.fmean(r["result"]["curve"][-1][2] for r in runs))
+    return found[0] if len(found) == 1 else []

@@ -195,6 +195,24 @@ def test_a_row_is_named_by_its_options_even_where_no_other_row_has_its_method():
     assert rows.row_of(faster, [plain, faster]) == ("performer", "M=64, lr=0.001")
 
 
+def test_methods_are_compared_with_the_baseline_that_validates_best():
+    def record(attention, loss, curve=True, keeps=True):
+        curve = [[0, "val", 0.1, 1, 2], [5, "val", loss, 1, 2]] if curve else []
+        recipe = {"lr": 1e-3} if curve else {}
+        model = {"attention": attention, "encoder": {"keeps_window": keeps}}
+        return {"model": model, "training": {"recipe": recipe}, "result": {"curve": curve}}
+
+    good, spoilt, seed = record("softmax", 3.5), record("softmax", 3.8), record("softmax", 3.6)
+    control = record("softmax", 1.0, keeps=False)
+    trained = {("softmax", "lr=1"): [spoilt], ("softmax", ""): [good, seed], ("softmax", "window"): [control]}
+    assert rows.baseline(trained, "softmax") == [good, seed] and rows.baseline(trained, "constant") == []
+    crashed = {"result": None} | {k: good[k] for k in ("model", "training")}
+    assert rows.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
+    kept, ignored = (record("constant", 0, curve=False, keeps=keeps) for keeps in (True, False))
+    assert rows.baseline({("constant", ""): [kept]}, "constant") == [kept]
+    assert rows.baseline({("constant", ""): [kept], ("constant", "w"): [ignored]}, "constant") == []
+
+
 def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tmp_path, capsys):
     run("swap", *places, "--attention=softmax", "--attention=constant")
     run("finetune", *places, *TRAIN, "--attention=softmax", "--attention=constant", "--seeds=2")
