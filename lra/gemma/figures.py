@@ -56,16 +56,18 @@ def _legend(axes: Axes) -> None:
 
 
 def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
-    """How rows are drawn, in order: variants of one method share its colour and marker, and differ in their dashes."""
+    """How rows are drawn, in order: variants of one method share its colour and marker, and differ in their dashes and,
+    where these begin again, in hollow markers."""
     dashes, seen = ("-", "--", ":", "-."), Counter()
     styles = {}
     for label in sorted(labels, key=order):
-        line = dashes[seen[label[0]] % len(dashes)]
+        again, which = divmod(seen[label[0]], len(dashes))
         seen[label[0]] += 1
         styles[label] = {
             "color": color(label[0]),
             "marker": marker(label[0]),
-            "linestyle": line,
+            "linestyle": dashes[which],
+            "fillstyle": "none" if again else "full",
             "label": textwrap.fill(titled(label), 48, subsequent_indent="  "),
         }
     return styles
@@ -95,7 +97,7 @@ def swap(records: Sequence[Record]) -> Figure:
         exact = baseline(rows, "softmax")
         lines: dict[tuple[str, str], list] = {}
         for label, found in rows.items():
-            if exact and found is not exact:
+            if exact and found != exact:
                 lines.setdefault(without(label, "M="), []).append((features(found[0]), gap(exact, found)))
         for label, style in _styles(list(lines)).items():
             if lines[label][0][0] is None:
