@@ -8,7 +8,7 @@ usage() {
 usage: bash run_all.sh [--preset P] [--tasks A,B] [--attentions A,B] [--seeds N] [--data-dir DIR] [SWEEP OPTIONS]
 
   --preset P      smoke: every cell runs, minutes (default on a CPU); small: real learning on a CPU;
-                  paper: LRA's sizes (default on a GPU)
+                  paper: LRA's lengths (default on a GPU); paper-large: its encoders of 3 to 6 layers, too
   --attentions A,B  default: softmax,constant,performer,linformer,darkformer; all: every one of `list attentions`
   --tasks A,B     default: all              --seeds N  seeds 0..N-1 of each cell (default: 1; small: 3)
   --results DIR   folder of records and tables (default: results)

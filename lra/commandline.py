@@ -10,8 +10,8 @@ import lra.variance.options
 from lra.options import at_least, size
 
 PRESETS_HELP = (
-    "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's sizes, GPU); "
-    "pathfinder also has path-x (128 px, GPU)"
+    "smoke (minutes on a CPU, whole grid), small (real learning on a CPU), paper (LRA's lengths, GPU), "
+    "paper-large (its encoders of 3 to 6 layers, too); pathfinder also has path-x (128 px, GPU)"
 )
 
 

@@ -23,6 +23,8 @@ HEADINGS = {
     "smoke": "smoke runs: they show that everything runs, not accuracy",
     "small": "small: reduced lengths",
     "paper": "paper: the lengths of Long Range Arena",
+    "paper-large": "paper-large: the lengths and the encoders of Long Range Arena",
+    "path-x": "path-x: Pathfinder of 128 x 128 pixels",
 }
 MISSING = "–"
 LEGEND = (

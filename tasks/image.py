@@ -13,6 +13,7 @@ filter; a seeded 500 of them are the test half.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ RECIPES = {
         budget=256,
     ),
 }
+# The encoder of the original paper (arXiv 2011.04006).
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=3, width=64, heads=4, ffn=128))
 
 OFFICIAL = (50_000, 10_000)  # images in the train and test halves
 HELD_OUT = 500  # digits that stand in for a test half

@@ -7,6 +7,7 @@ uniform digit. A tree is kept if min_length < length < max_length; an operator c
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ RECIPES = {
         train=Optim(steps=5000, lr=1e-4, warmup=1000, weight_decay=0.0, eval_every=500),
         encoder=Encoder(), budget=256),
 }  # fmt: skip
+# The encoder of the original paper (arXiv 2011.04006).
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=6, width=512, heads=8, ffn=2048))
 
 
 @njit(cache=True, nogil=True)

@@ -5,6 +5,7 @@ Linsley et al. 2018 (arXiv 1805.08315), as in Long Range Arena (arXiv 2011.04006
 program; `Task` reads a folder of the LRA release where there is one. Grey level g is token g + 1.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,8 @@ RECIPES = {
                     eval_every=1000),
         encoder=Encoder(), budget=256),
 }  # fmt: skip
+# The encoder of the original paper (arXiv 2011.04006).
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=4, width=128, heads=8, ffn=128))
 
 LENGTHS = (3, *FOLDERS)  # dashes per curve; 3 is this suite's own: easier, and without distractors
 NAMES = {(32, 14, 1, 256, 0): "Pathfinder", (128, 14, 1, 256, 0): "Path-X"}  # by _options: as published

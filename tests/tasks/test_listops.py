@@ -366,6 +366,7 @@ def test_recipes_are_the_agreed_sizes():
         "smoke": (2000, 200, 400),
         "small": (40_000, 2000, 4000),
         "paper": (96_000, 2000, 2000),
+        "paper-large": (96_000, 2000, 2000),
     }
     for recipe in RECIPES.values():
         assert recipe.data.options["max_length"] == recipe.data.seq_len + (recipe.data.seq_len < 2000)
