@@ -14,7 +14,7 @@ from tasks.base import Batch, Optim
 
 class AdamW(torch.optim.AdamW):
     """PyTorch's own, without the wrappers that hide it from torch.compile: nothing here compiles an optimizer, and
-    they import that compiler, a second of every start."""
+    they import that compiler, one to two seconds of every start."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)

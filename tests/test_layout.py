@@ -257,3 +257,7 @@ def test_readme_gemma_results_are_what_the_records_say():
     assert table.refresh_block(text, "gemma", made) == text, (
         "run: python -m lra gemma table --write README.md"
     )
+    for kind, made in lra.gemma.table.render(ROOT / "results").items():
+        assert (ROOT / "results" / "gemma" / f"{kind}.md").read_text() == made, (
+            "run: python -m lra gemma table"
+        )

@@ -57,9 +57,8 @@ def bench(args: Namespace) -> None:
     with tqdm(total=len(found) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
         for layout in found:
             points += measure(names, layout, args.features, args.precision, args.rounds, peak, bar.update)
-    eager = [
-        name for name in names if COMPILED not in name.split()
-    ]  # generated kernels have no names to sort by
+    # Generated kernels have no names to sort by.
+    eager = [name for name in names if COMPILED not in name.split()]
     shares = {name: profiled(Step(name, found[-1], args.features, args.precision).run) for name in eager}
     command = shlex.join(["python", "-m", "lra", "bench", "encoder", *sys.argv[3:]])
     text = markdown(points, command, args, rates) + profile_markdown(shares, found[-1])

@@ -114,7 +114,8 @@ def contenders(text: str | None, default: Sequence[str]) -> list[str]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed peer; None when it is not."""
+    """Of an installed peer, "bf16" and the like behind its name or not; None when it is not installed."""
+    package = package.partition(" ")[0]
     if package not in PEERS:
         raise unknown("peer", package, list(PEERS))
     try:

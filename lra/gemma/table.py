@@ -22,10 +22,10 @@ LEGEND = (
     "Next-token accuracy in percent on the test blocks [95% interval, clustered by document, with the noise of "
     "training where there are several seeds] (number of seeds). gap: exact minus the method, on the same tokens. "
     "recovered: (method − constant) / (exact − constant), the share of what attention is worth here; it means nothing "
-    "where constant ties exact, and is left out there. Exact and constant attention that were trained in several ways "
-    "stand for themselves as the one of least validation loss. KL: from the exact model's predictions, nats per token. "
-    "tokens/s: of training steps by the clock of the run, which may have shared the machine; in brackets the bound, "
-    "its matrix products alone at the machine's measured peak. MB: peak memory of training."
+    "where constant ties exact, and is left out there. Where exact or constant attention was trained in several ways, "
+    "its row of least validation loss is the one compared with. KL: from the exact model's predictions, nats per "
+    "token. tokens/s: of training steps by the clock of the run, which may have shared the machine; in brackets the "
+    "bound, its matrix products alone at the machine's measured peak. MB: peak memory of training."
 )
 
 

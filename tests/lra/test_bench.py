@@ -114,6 +114,7 @@ def test_too_large_matrices_are_left_out_and_said_so(tmp_path, capsys, monkeypat
         (["--lengths", "7,x"], "--lengths must be comma-separated whole numbers; got '7,x'"),
         (["--lengths", "0"], "--lengths must be at least 1; got 0"),
         (["--attentions", "softmax,pypi:flash"], "unknown peer 'flash'"),
+        (["--attentions", "softmax,pypi:flash bf16"], "unknown peer 'flash'"),
     ],
 )
 def test_bad_input_is_one_line(words, said, tmp_path, capsys):
