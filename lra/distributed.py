@@ -6,6 +6,7 @@ every method here does nothing, so that the code which uses them has one path.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -120,6 +121,9 @@ def join(device: torch.device, batch: int, accumulate: int) -> Iterator[tuple[Wo
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # Its functions have the group for a default argument: imported once there is one, as by DistributedDataParallel,
+    # they would keep the group's threads, which abort the process every now and then as it exits.
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size), device
