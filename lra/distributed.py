@@ -122,7 +122,7 @@ def join(device: torch.device, batch: int, accumulate: int) -> Iterator[tuple[Wo
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # Its functions have the group for a default argument: imported once there is one, as by DistributedDataParallel,
-    # they would keep the group's threads, which abort the process every now and then as it exits.
+    # they would keep the group's threads alive until the process exits, and one was once aborted there.
     importlib.import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -48,7 +48,7 @@ def finished(process):
 
 
 def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
-    # A rank that exits with threads of the process group is aborted by them every now and then.
+    # Threads of the process group that outlive it may abort a rank as it exits.
     extra = "import atexit, os; atexit.register(lambda: print('threads', len(os.listdir('/proc/self/task'))))"
     options = {"attention": "performer"} | ({"extra": extra} if Path("/proc/self/task").exists() else {})
     out = finished(torchrun(*EXACT, "--set=train.accumulate=2", **options))
