@@ -7,6 +7,7 @@ import json
 import shlex
 import statistics
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lra.machine import PeakMemory, pick_device, set_threads
 from lra.measured import Point, crossover
 from lra.options import UsageError
 from models.attention.base import AttentionBase
+from models.products import CACHE, product
 
 UNFUSED = "softmax unfused"
 DEFAULT = (
@@ -65,8 +67,13 @@ def bench(args: Namespace) -> None:
             left_out += [f"{n} at N {shape.N:,}" for n in names if n not in fits]
             points += measure(fits, shape, args.rounds, bar.update)
     command = shlex.join(["python", "-m", "lra", "bench", "attention", *sys.argv[3:]])
-    text = markdown(points, left_out, command, args.rounds)
-    paths = write_report(args.results, "attention", command, {"points": points, "left_out": left_out}, text)
+    found = {
+        "points": points,
+        "left_out": left_out,
+        "bf16_products": bf16_products(args.features, args.head_dim),
+    }
+    text = markdown(**found, command=command, rounds=args.rounds)
+    paths = write_report(args.results, "attention", command, found, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
 
 
@@ -147,6 +154,23 @@ def contender(name: str, shape: Shape) -> Callable[[], None]:
     return run
 
 
+def bf16_products(M: int, D: int, rounds: int = 200) -> float:
+    """How many times as fast a product of the engine is in bf16, one chunk of tokens by M features, D wide: the
+    median ratio of `rounds` turns, each of both."""
+    x = torch.randn(max(1, CACHE // M), D)
+    factors = {dtype: (x.to(dtype), torch.randn(M, D).to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for pair in factors.values():
+            product(*pair)  # brings its factors into the cache
+            start = time.perf_counter()
+            product(*pair)
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return round(statistics.median(ratios), 3)
+
+
 def _unfused_bytes(shape: Shape) -> float:
     return 4.0 * MATRICES * shape.B * shape.H * shape.N**2
 
@@ -155,7 +179,9 @@ def _version(name: str) -> str | None:
     return version(name.removeprefix(PYPI)) if name.startswith(PYPI) else None
 
 
-def markdown(points: list[dict[str, Any]], left_out: list[str], command: str, rounds: int) -> str:
+def markdown(
+    points: list[dict[str, Any]], left_out: list[str], bf16_products: float, command: str, rounds: int
+) -> str:
     """Two tables, time and memory, one row for each contender and one column for each length."""
     names = list(dict.fromkeys(p["name"] for p in points))
     by = {(p["name"], p["N"]): p for p in points}
@@ -187,6 +213,13 @@ def markdown(points: list[dict[str, Any]], left_out: list[str], command: str, ro
             "",
             f"Left out (its N x N matrices would not fit {MEMORY_LIMIT / 1e9:g} GB): {', '.join(left_out)}.",
         ]
+    # Of the engine's 28 N M D operations, 8 make logits (models/attention/_bidirectional.py).
+    bound = 28 / (8 + 20 / bf16_products)
+    lines += [
+        "",
+        f"A product of the random-feature engine is {bf16_products:.2f} times as fast in bf16 here. Its logits stay in "
+        f"fp32, 2 of 7 operations, so that bf16 can make its products together {bound:.2f} times as fast at most.",
+    ]
     return "\n".join([*lines, "", machine_line(torch.get_num_threads()), ""])
 
 

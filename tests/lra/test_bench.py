@@ -71,6 +71,8 @@ def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, here):
     assert all(points["softmax", N]["ratio"] == 1 for N in (7, 13))
     text = (tmp_path / "bench" / "attention.md").read_text()
     assert text in capsys.readouterr().out and "| performer causal |" in text
+    gain = report["bf16_products"]
+    assert gain > 0 and f"{28 / (8 + 20 / gain):.2f} times as fast at most" in text
 
 
 def test_the_matrix_in_memory_costs_more_than_the_fused_kernel():
