@@ -58,6 +58,19 @@ def tasks_options(add) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
+def sweep_options(add) -> None:
+    """Of `bench sweep`."""
+    add("--tasks", default="all", help="comma-separated names")
+    add(
+        "--attentions",
+        default="softmax,constant,performer,linformer,darkformer",
+        help="comma-separated names",
+    )
+    add("--data", type=Path, default=Path("data"), help="folder of prepared data")
+    add("--jobs", type=at_least(0), default=0, help="jobs and cores of the faster sweep; 0 = every core")
+    add("--rounds", type=at_least(1), default=3, help="turns of each")
+
+
 def data_options(add) -> None:
     """Of `bench data`."""
     add("--tasks", default="all", help="comma-separated names of tasks to load batches of")
@@ -82,6 +95,8 @@ def commands(preset_options) -> tuple:
          encoder_options, size_options, timing_options(3), report_options),
         ("bench tasks", "lra.bench.tasks:bench", "training step of each attention on prepared data, for the tables",
          preset_options, tasks_options, timing_options(20), report_options),
+        ("bench sweep", "lra.bench.sweep:bench", "a grid on several cores beside the same on one",
+         preset_options, sweep_options, report_options),
         ("bench fidelity", "lra.bench.fidelity:bench", "are generated data distributed as the published programs'?",
          fidelity_options, report_options),
     )  # fmt: skip
