@@ -69,7 +69,8 @@ def machine_line(threads: int) -> str:
     """One sentence on the machine, to stand below a table."""
     env = environment(torch.device("cpu"))
     load = os.getloadavg()[0]
-    return f"Measured on {env['cpu']}, {env['os']}, {threads} thread{"s" * (threads != 1)}, load average {load:.1f}, torch {env['torch']}."
+    width = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"Measured on {env['cpu']}, {env['os']}, {width}, load average {load:.1f}, torch {env['torch']}."
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
