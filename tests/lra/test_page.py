@@ -315,6 +315,14 @@ def test_command_of_a_row_is_shown_on_a_click(fresh):
 
 
 @needs_browser
+@pytest.mark.parametrize("width", [910, 1250])
+def test_a_window_narrower_than_the_board_cuts_nothing_off(results, page, width):
+    with Browser(width, 900) as window:
+        window.open((results / "index.html").as_uri())
+        assert window.run("return document.documentElement.scrollWidth <= innerWidth")
+
+
+@needs_browser
 def test_page_is_readable_on_a_phone_and_in_the_dark(results, page, tmp_path):
     with Browser(500, 900, dark=True) as phone:  # Chromium's narrowest window
         phone.open((results / "index.html").as_uri())
