@@ -8,6 +8,7 @@ benchmark (LOG.md). Apart, each runs as it does for whoever uses nothing else.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).parents[2]
-COLD = 5.0  # seconds of a run beyond which the state of the machine at its start hardly matters
 
 
 class Turns(NamedTuple):
@@ -73,19 +73,24 @@ class Apart:
 def serve(peak_bytes: int | None, run: Callable[[], Any]) -> None:
     """The process's side: say the peak, then run, and say the seconds, for every line that comes in.
 
-    What takes less than COLD seconds is run once more, and that counts: others had the caches in between, and a
-    virtual machine may have given the memory back to its host, which makes first touches three times as slow.
+    Of two runs the second counts: others had caches and memory in between, and on a virtual machine, which may have
+    given memory back to its host, the first touch of it is three times as slow. What the allocator holds is then
+    released, so that a machine needs the memory of one contender and not of all.
     """
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
     print(json.dumps(peak_bytes), flush=True)
     for _ in sys.stdin:
-        spent = seconds()
-        print(json.dumps(seconds() if spent < COLD else spent), flush=True)
+        run()
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        release()
+        print(json.dumps(seconds), flush=True)
+
+
+def release() -> None:
+    """Give the memory that the C library holds for later back to the system, where it can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def take_turns(

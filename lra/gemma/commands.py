@@ -254,7 +254,7 @@ def report(path) -> None:
     name = f"{m['attention']}[{config}] seed {r['training']['seed']}"
     if not done:
         return print(f"{name}: {r['status']}: {path}")
-    kl = "" if done.get("kl") is None else f", KL {done['kl']:.3f}"
+    kl = "" if done.get("kl") is None else f", KL {done['kl']:z.3f}"
     print(
         f"{name}: {100 * done['n_correct'] / done['n_test']:.2f}%, loss {done['loss']:.3f}{kl}: {path}",
         flush=True,
