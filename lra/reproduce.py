@@ -67,10 +67,10 @@ def _report(args: Namespace, record: dict, reruns: dict[int, tuple], target: Pat
     for threads, rerun in reruns.items():
         verdict, details = compare(original, rerun, args.results)
         worst |= verdict == "different"
-        print(f"{threads} threads, against the record: {verdict}{details}")
+        print(f"threads {threads}, against the record: {verdict}{details}")
     for threads, rerun in others:
         verdict, details = compare(reruns[first], rerun, args.results)
-        print(f"{threads} threads against {first}: {verdict}{details}")
+        print(f"threads {threads} against {first}: {verdict}{details}")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_record(target, again, predictions)
     print(f"counter-record: {target}")

@@ -23,7 +23,7 @@ def test_a_smoke_run_is_bitwise_equal_and_its_rerun_a_counter_record(lab, capsys
     before = lab.records()[0].read_bytes()
     assert reproduce(lab) == 0
     out = capsys.readouterr().out
-    assert "1 threads, against the record: bitwise equal" in out
+    assert "threads 1, against the record: bitwise equal" in out
     (counter,) = counters(lab)
     place = lab.records()[0].relative_to(lab.results)
     assert counter == lab.results / "counter" / "rerun" / place and f"counter-record: {counter}" in out
@@ -49,7 +49,7 @@ def test_two_thread_counts_are_compared_with_the_record_and_each_other(lab, caps
     lab.train()
     assert reproduce(lab, "--threads=1,2") == 0
     lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "threads" in line]
-    assert lines == ["1 threads, against the record", "2 threads, against the record", "2 threads against 1"]
+    assert lines == ["threads 1, against the record", "threads 2, against the record", "threads 2 against 1"]
     assert len(counters(lab)) == 1
 
 
