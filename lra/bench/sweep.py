@@ -70,20 +70,23 @@ def turn(words: list[str], jobs: int, data: Path, results: Path) -> float:
             shutil.copy(calibration, folder / "results" / "bench")
         places = ["--data", str(data), "--results", str(folder / "results"), "--runs", str(folder / "runs")]
         command = [sys.executable, "-m", "lra", "sweep", *words, "--device", "cpu", *places]
+        command += ["--jobs", str(jobs), "--threads", "1"]
         allowed = os.sched_getaffinity(0)
         try:
             os.sched_setaffinity(0, sorted(allowed)[:jobs])  # the process inherits it
             start = time.perf_counter()
-            done = subprocess.run(
-                [*command, "--jobs", str(jobs), "--threads", "1"], capture_output=True, text=True
-            )
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            try:
+                said = process.communicate()[1]
+            except KeyboardInterrupt:
+                process.terminate()  # not killed: it has to end its cells
+                process.wait()
+                raise
             seconds = time.perf_counter() - start
         finally:
             os.sched_setaffinity(0, allowed)
-    if done.returncode:
-        raise UsageError(
-            f"sweep with {jobs} jobs failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}"
-        )
+    if process.returncode:
+        raise UsageError(f"sweep with {jobs} jobs failed: {(said.strip() or 'no output').splitlines()[-1]}")
     return seconds
 
 

@@ -1,5 +1,6 @@
 """`bench attention`: what is measured, against what, and how it is told."""
 
+import io
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lra.__main__ import main
-from lra.bench.apart import release, take_turns
+from lra.bench.apart import release, serve, take_turns
 from lra.bench.attention import Shape, contender, measure
 from lra.bench.encoder import Layout, Step
 from lra.bench.peers import PEERS, build_peer, version
@@ -158,6 +159,21 @@ def test_a_process_that_fails_is_told_with_its_last_words():
     facts = {"name": "softmax", **dict.fromkeys("BHNDM", 0)}
     with pytest.raises(RuntimeError, match="softmax 0 0 0 0 0 1: .*Error"):
         take_turns("lra.bench.attention", {"softmax": facts}, 1, lambda: None)
+
+
+def test_of_two_runs_the_second_counts_and_memory_is_released(monkeypatch, capsys):
+    done, now = [], [0.0]
+
+    def run():
+        done.append("run")
+        now[0] += len(done)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
+    monkeypatch.setattr("lra.bench.apart.release", lambda: done.append("release"))
+    monkeypatch.setattr("lra.bench.apart.time.perf_counter", lambda: now[0])
+    serve(7, run)
+    assert done == ["run", "run", "release"] * 2
+    assert capsys.readouterr().out.split() == ["7", "2.0", "5.0"]
 
 
 def test_a_waiting_contender_holds_no_memory():

@@ -1,8 +1,8 @@
 """bench sweep: the same grid on one core and on several, in turns."""
 
+import argparse
 import json
 import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +10,8 @@ import pytest
 
 import lra.bench.sweep
 from lra.__main__ import main
+from lra.bench.options import sweep_options
+from tests.conftest import ROOT
 
 CORES = {3, 5, 7}
 pytestmark = pytest.mark.skipif(
@@ -17,22 +19,34 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def process(returncode=0, err="", ended=None):
+    """Stands for a sweep's process; `ended` takes note of how it is ended."""
+
+    def communicate():
+        if ended is not None:
+            raise KeyboardInterrupt
+        return None, err
+
+    calls = {name: lambda name=name: ended.append(name) for name in ("terminate", "wait", "kill")}
+    return SimpleNamespace(returncode=returncode, communicate=communicate, **calls)
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Three cores on which a sweep takes 12 s on one and 5 s on all; `turns` holds what ran, on which cores."""
     now, turns, held = [0.0], [], [CORES]
 
-    def run(command, **options):
+    def popen(command, **options):
         results = Path(command[command.index("--results") + 1])
         turns.append(
             SimpleNamespace(command=command, cores=list(held[0]), files=list(results.rglob("*.json")))
         )
         now[0] += 12 if len(held[0]) == 1 else 5
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return process()
 
     monkeypatch.setattr(lra.bench.sweep.os, "sched_getaffinity", lambda process: CORES)
     monkeypatch.setattr(lra.bench.sweep.os, "sched_setaffinity", lambda process, to: held.__setitem__(0, to))
-    monkeypatch.setattr(lra.bench.sweep.subprocess, "run", run)
+    monkeypatch.setattr(lra.bench.sweep.subprocess, "Popen", popen)
     monkeypatch.setattr(lra.bench.sweep.time, "perf_counter", lambda: now[0])
     return SimpleNamespace(turns=turns, held=held)
 
@@ -68,12 +82,22 @@ def test_one_core_and_all_take_turns_on_the_same_grid(lab, machine, capsys):
 
 
 def test_a_sweep_that_fails_is_told_with_its_last_line(lab, machine, monkeypatch, error_line):
-    def run(command, **options):
-        return subprocess.CompletedProcess(command, 1, "", "of many\nfailed: tiny: no luck\n")
-
-    monkeypatch.setattr(lra.bench.sweep.subprocess, "run", run)
+    failed = process(1, "of many\nfailed: tiny: no luck\n")
+    monkeypatch.setattr(lra.bench.sweep.subprocess, "Popen", lambda command, **options: failed)
     assert "sweep with 1 jobs failed: failed: tiny: no luck" in error_line(*words(lab))
     assert machine.held == [CORES] and not (lab.results / "bench" / "sweep.json").exists()
+
+
+def test_an_interrupted_sweep_is_asked_to_end_its_cells(lab, machine, monkeypatch):
+    ended = []
+    monkeypatch.setattr(lra.bench.sweep.subprocess, "Popen", lambda command, **options: process(ended=ended))
+    assert main(words(lab)) == 85 and ended == ["terminate", "wait"] and machine.held == [CORES]
+
+
+def test_the_grid_is_that_of_run_all():
+    parser = argparse.ArgumentParser()
+    sweep_options(parser.add_argument)
+    assert f"attentions={parser.get_default('attentions')} " in (ROOT / "run_all.sh").read_text()
 
 
 @pytest.mark.parametrize(
