@@ -16,6 +16,19 @@ from tests.conftest import ROOT
 
 EXACT = ("--set=encoder.dropout=0", "--threads=1")
 
+# Threads of the process group that outlive it may abort a rank as it exits. One that was joined is listed until the
+# kernel has taken it down, so it gets the time.
+THREADS_AT_EXIT = """
+import atexit, os, time
+def threads():
+    for _ in range(200):
+        if (number := len(os.listdir("/proc/self/task"))) == 1:
+            break
+        time.sleep(0.05)
+    print("threads", number)
+atexit.register(threads)
+"""
+
 
 @pytest.fixture
 def torchrun(lab, tmp_path):
@@ -48,9 +61,9 @@ def finished(process):
 
 
 def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
-    # Threads of the process group that outlive it may abort a rank as it exits.
-    extra = "import atexit, os; atexit.register(lambda: print('threads', len(os.listdir('/proc/self/task'))))"
-    options = {"attention": "performer"} | ({"extra": extra} if Path("/proc/self/task").exists() else {})
+    options = {"attention": "performer"} | (
+        {"extra": THREADS_AT_EXIT} if Path("/proc/self/task").exists() else {}
+    )
     out = finished(torchrun(*EXACT, "--set=train.accumulate=2", **options))
     assert out.count("threads 1\n") == 2 * ("extra" in options)
     (path,) = lab.records()
