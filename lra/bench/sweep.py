@@ -80,7 +80,7 @@ def turn(words: list[str], jobs: int, data: Path, results: Path) -> float:
                 said = process.communicate()[1]
             except KeyboardInterrupt:
                 process.terminate()  # not killed: it has to end its cells
-                process.wait()
+                process.communicate()
                 raise
             seconds = time.perf_counter() - start
         finally:
