@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 
-from lra.commandline import COMMANDS, FAMILIES
+from lra.cli import COMMANDS, FAMILIES
 from lra.options import BUSY, STOPPED, Held, UsageError
 from tasks.base import SourceError
 

@@ -12,8 +12,7 @@ import models.attention
 import tasks
 from lra.options import UsageError, construct, unknown
 
-NOT_TASKS = {"base", "prepared"}
-NOT_ATTENTIONS = {"base"}
+NOT_TASKS = frozenset({"base", "store"})
 TRAITS = ("exact", "random", "causal", "recurrent", "linear", "fixed_length", "reads_qk")
 CONTRACT = (
     "Config",
@@ -32,7 +31,7 @@ CONTRACT = (
 
 def attention_names() -> list[str]:
     """Attentions in models/attention/, without importing them."""
-    return _names(models.attention, NOT_ATTENTIONS)
+    return _names(models.attention)
 
 
 def task_names() -> list[str]:
@@ -89,7 +88,7 @@ def load_task(name: str) -> ModuleType:
     return importlib.import_module(f"tasks.{name}")
 
 
-def _names(package: ModuleType, skip: set[str]) -> list[str]:
+def _names(package: ModuleType, skip: frozenset[str] = frozenset()) -> list[str]:
     found = (m.name for m in pkgutil.iter_modules(package.__path__))
     return sorted(n for n in found if not n.startswith("_") and n not in skip)
 
@@ -103,6 +102,6 @@ def _outside(name: str) -> type:
     missing = [part for part in CONTRACT if not hasattr(cls, part)]
     if missing:
         raise UsageError(
-            f"attention {name!r} lacks {', '.join(missing)}: subclass models.attention.base.AttentionBase"
+            f"attention {name!r} lacks {', '.join(missing)}: subclass models.base.AttentionBase"
         )
     return cls

@@ -13,7 +13,7 @@ and, if its raw files are published in an archive, two more, so that `--data-dir
 
 and, if it likes: `export(splits, folder) -> list[Path]` writes the files the task was published as;
 `decode(tokens) -> str` spells a sequence of symbols.
-`build` returns token sequences; tasks/prepared.py writes them once as memory-mapped arrays with a
+`build` returns token sequences; tasks/store/prepared.py writes them once as memory-mapped arrays with a
 manifest, and training reads only those. Token id 0 is padding in every task and never a symbol.
 """
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks._sources import (
+from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.store.files import sha256_file
+from tasks.store.sources import (
     check_source,
     choose,
     find_one,
@@ -26,9 +28,7 @@ from tasks._sources import (
     read_folder,
     read_parquet,
     seeded_order,
-    sha256_file,
 )
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
 
 META = Meta(
     name="text",

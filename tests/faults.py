@@ -29,15 +29,15 @@ import pytest
 import torch
 import torch._dynamo  # seconds that every process forked from this one saves
 
-import lra.sweep
-import lra.train
-from lra import checkpoint
+import lra.scaling.sweep
+import lra.training.train
 from lra.__main__ import main
 from lra.bench.base import machine_line, markdown_table, write_report
 from lra.options import BUSY, STOPPED
-from lra.record import read_predictions, read_record
+from lra.records.record import read_predictions, read_record
 from lra.registry import attention_class
-from lra.train import CHECKPOINTS, WEIGHTS
+from lra.training import checkpoint
+from lra.training.train import CHECKPOINTS, WEIGHTS
 from tests.conftest import Lab, plug_in, timeless
 
 # Random features, redrawn as it goes, with dropout: whatever a checkpoint forgets shows in the losses.
@@ -368,7 +368,7 @@ def clock_jumps(suite: Suite) -> int:
                 return datetime.now(tz) + timedelta(seconds=jump.uniform(-86400, 86400))
 
         time.time = lambda: original() + jump.uniform(-86400, 86400)
-        lra.train.datetime = Jumping
+        lra.training.train.datetime = Jumping
 
     first = run(lab, before=before, disturb=after(0.5 * suite.seconds, signal.SIGTERM))
     done = run(lab, before=before)
@@ -388,7 +388,7 @@ def run_sweep(lab: Lab, *options: str, disturb: Callable[[int], None] = lambda p
 
     def before() -> None:
         original = subprocess.Popen
-        lra.sweep.subprocess.Popen = lambda command, **more: original(lab.driver() + command[3:], **more)
+        lra.scaling.sweep.subprocess.Popen = lambda command, **more: original(lab.driver() + command[3:], **more)
 
     words = ["sweep", "--tasks=tiny", "--preset=smoke", "--device=cpu", "--threads=1", "--jobs=1"]
     return run(lab, [*words, *options, *lab.places], before=before, disturb=disturb)

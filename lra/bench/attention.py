@@ -21,9 +21,9 @@ from lra.bench.apart import serve, take_turns
 from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.peers import BASELINE, PEERS, PYPI, build_peer, contenders, version
 from lra.machine import PeakMemory, pick_device, set_threads
-from lra.measured import Point, crossover
 from lra.options import UsageError
-from models.attention.base import AttentionBase
+from lra.records.measured import Point, crossover
+from models.base import AttentionBase
 from models.products import CACHE, product
 
 UNFUSED = "softmax unfused"
@@ -213,7 +213,7 @@ def markdown(
             "",
             f"Left out (its N x N matrices would not fit {MEMORY_LIMIT / 1e9:g} GB): {', '.join(left_out)}.",
         ]
-    # Of the engine's 28 N M D operations, 8 make logits (models/attention/_bidirectional.py).
+    # Of the engine's 28 N M D operations, 8 make logits (models/features/bidirectional.py).
     bound = 28 / (8 + 20 / bf16_products)
     lines += [
         "",

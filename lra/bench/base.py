@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lra.evaluate import autocast
 from lra.machine import environment, synchronize
-from lra.markup import Grid, markdown
-from lra.trainer import Where
-from tasks._sources import atomic_path
+from lra.records.markup import Grid, markdown
+from lra.training.evaluate import autocast
+from lra.training.trainer import Where
 from tasks.base import Batch
+from tasks.store.files import atomic_path
 
 SCHEMA = "lra-bench/1"
 PAIRS = 5

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from lra import config, published, registry
+from lra import registry
 from lra.bench.base import machine_line, markdown_table, write_report
-from lra.data import Batches
 from lra.machine import set_threads
-from lra.trainer import Trainer, Where
+from lra.records import published
+from lra.training import config
+from lra.training.batches import Batches
+from lra.training.trainer import Trainer, Where
 from tasks import listops, pathfinder
-from tasks.prepared import Prepared, load
+from tasks.store.prepared import Prepared, load
 
 SECONDS = 1.0  # CPU time of one timing of a generator, about
 REPEATS = 3  # timings, of which the median counts

@@ -19,11 +19,11 @@ from lra.bench.apart import serve, take_turns
 from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.peers import BASELINE, PYPI, build_peer, contenders
 from lra.bench.profile import profiled
-from lra.evaluate import autocast
 from lra.machine import PeakMemory, matmul_rates, pick_device, set_threads
-from lra.optim import build_optimizer
 from lra.options import UsageError
-from models.attention.base import AttentionBase
+from lra.training.evaluate import autocast
+from lra.training.optim import build_optimizer
+from models.base import AttentionBase
 from models.encoder import Encoder
 from models.heads import Classifier, Classify
 from tasks import base

@@ -19,10 +19,10 @@ from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.pathfinder_probe import learn, shortcuts
 from lra.machine import set_threads
 from tasks import listops, pathfinder
-from tasks._discs import locate_discs
-from tasks._expressions import CLOSE, MIN, SYMBOLS, read_tsv
-from tasks._sources import one_line
 from tasks.base import SourceError
+from tasks.listops.expressions import CLOSE, MIN, SYMBOLS, read_tsv
+from tasks.pathfinder.discs import locate_discs
+from tasks.store.files import one_line
 
 LISTOPS, PATHFINDER = "listops_reference_1000.tsv.gz", "pathfinder32_reference.npz"
 OURS = {"ListOps": 5000, "Pathfinder": 8000}  # samples compared with the reference

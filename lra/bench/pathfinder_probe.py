@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tasks import pathfinder
-from tasks._discs import locate_discs
+from tasks.pathfinder.discs import locate_discs
 
 TRAIN, TEST = 40_000, 8_000  # of our images: what the network is trained and tested on
 FOLDS = 4  # of the published images, which are few

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lra.options import UsageError, unknown
-from models.attention.base import AttentionBase
+from models.base import AttentionBase
 
 BASELINE = "softmax"  # of every ratio
 PYPI = "pypi:"  # before the name of a package where attentions are named

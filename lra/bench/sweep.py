@@ -24,7 +24,7 @@ from lra import registry
 from lra.bench.base import machine_line, markdown_table, write_report
 from lra.machine import cores
 from lra.options import UsageError
-from tasks.prepared import load
+from tasks.store.prepared import load
 
 
 def bench(args: Namespace) -> None:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lra import config, registry
+from lra import registry
 from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.peers import BASELINE, contenders
 from lra.machine import pick_device, set_threads, synchronize
-from lra.measured import tasks_report
-from lra.trainer import Trainer, Where
-from tasks.prepared import Prepared, load
+from lra.records.measured import tasks_report
+from lra.training import config
+from lra.training.trainer import Trainer, Where
+from tasks.store.prepared import Prepared, load
 
 
 def bench(args: Namespace) -> None:

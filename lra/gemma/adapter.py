@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra import checkpoint
 from lra.gemma.run import VERSION, Cell, Method, plug_in
 from lra.gemma.weights import Base
 from lra.options import UsageError
+from lra.training import checkpoint
 
 if TYPE_CHECKING:
     import torch

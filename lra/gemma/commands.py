@@ -19,9 +19,9 @@ from lra.gemma.spectra import spectra
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import STOPPED, UsageError
-from lra.record import read_record, write_record
+from lra.records.record import read_record, write_record
 from lra.registry import attention_class
-from lra.train import Interrupted
+from lra.training.train import Interrupted
 from models.gemma import bridge
 from models.gemma.loss import Head
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from lra.options import UsageError
 from tasks import text as imdb
-from tasks._sources import open_text, package_file, read_csv, read_folder, sha256_file
+from tasks.store.files import sha256_file
+from tasks.store.sources import open_text, package_file, read_csv, read_folder
 
 SHARES = {"test": 0.10, "val": 0.05, "calibration": 0.05}  # of the documents; the rest is train
 Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without BOS

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lra.figures.style import HANDLE, color, drawing, marker, save, subplots
 from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
 from lra.gemma.stats import Record, accuracy, gap, spikes
 from lra.gemma.table import by_kind
-from lra.style import HANDLE, color, drawing, marker, save, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

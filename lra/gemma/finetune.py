@@ -14,19 +14,19 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from lra import checkpoint
-from lra.evaluate import autocast
 from lra.gemma.adapter import describe
 from lra.gemma.cost import cost
 from lra.gemma.run import Cell, build_record, evaluate
 from lra.gemma.trainer import Finetuner, Progress
-from lra.log import RunLog
 from lra.machine import StopSignals
-from lra.optim import learning_rate
 from lra.options import UsageError
-from lra.record import finite, write_record
-from lra.train import Interrupted
-from lra.trainer import Diverged
+from lra.records.record import finite, write_record
+from lra.training import checkpoint
+from lra.training.evaluate import autocast
+from lra.training.log import RunLog
+from lra.training.optim import learning_rate
+from lra.training.train import Interrupted
+from lra.training.trainer import Diverged
 from models.gemma import bridge
 from models.gemma.transfer import Transfer
 from tasks.base import Optim

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lra.config import stored_options
-from lra.evaluate import autocast
 from lra.gemma.data import Blocks, Documents, pack, split
 from lra.gemma.weights import Base
 from lra.machine import environment
 from lra.options import UsageError, construct
-from lra.record import SCHEMA, finite, record_path, suite_facts
+from lra.records.record import SCHEMA, finite, record_path, suite_facts
 from lra.registry import attention_class, budget_options, build_attention
-from models.attention.base import AttentionBase
+from lra.training.config import stored_options
+from lra.training.evaluate import autocast
+from models.base import AttentionBase
 from models.gemma import bridge
 from models.gemma.loss import Head, Reference, reference, score
 

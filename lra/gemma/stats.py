@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from lra.stats import Estimate, Z, mean_sd
+from lra.records.stats import Estimate, Z, mean_sd
 
 Record = dict[str, Any]
 SPIKE, WINDOW, LEAST = 5.0, 32, 8  # MADs above the median of the last WINDOW losses, once there are LEAST

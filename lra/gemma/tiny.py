@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lra.gemma.data import documents, pack, split
 from lra.gemma.weights import Base, sha256_files
-from lra.optim import learning_rate
+from lra.training.optim import learning_rate
 from tasks.base import Optim
 
 PAD, EOS, BOS, FIRST = 0, 1, 2, 3  # ids; byte b is FIRST + b

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from lra.evaluate import autocast
 from lra.gemma.run import Cell
 from lra.machine import PeakMemory
-from lra.optim import learning_rate
 from lra.options import UsageError
+from lra.training.evaluate import autocast
+from lra.training.optim import learning_rate
 from models.gemma import bridge
 from models.gemma.loss import Head, cross_entropy
 from models.gemma.transfer import PROJECTIONS, layer_parameters

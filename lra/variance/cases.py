@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lra import checkpoint, schema
-from lra.consistency import Places
-from lra.data import collate, example_lengths
-from lra.evaluate import capture
+from lra.leaderboard.consistency import Places
+from lra.leaderboard.rerun import saved_model
 from lra.options import UsageError, unknown
-from lra.rebuild import saved_model
-from lra.record import read_record
-from lra.train import validation_split
-from models.attention._projections import generator, moments
+from lra.records import schema
+from lra.records.record import read_record
+from lra.training import checkpoint
+from lra.training.batches import collate, example_lengths
+from lra.training.evaluate import capture
+from lra.training.train import validation_split
+from models.features.projections import generator, moments
 
 KINDS = ("matched", "skewed")
 HEADS = 2  # of synthetic data: independent samples

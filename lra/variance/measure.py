@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from lra.variance.cases import Case
-from models.attention._projections import generator
+from models.features.projections import generator
 
 PAIRINGS = 16  # keys that each query meets where the variance is exact; sampled estimates use the first
 

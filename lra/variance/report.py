@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra.style import MARKERS, color, drawing, plain_ticks, save, subplots
+from lra.figures.style import MARKERS, color, drawing, plain_ticks, save, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

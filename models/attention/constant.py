@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.attention.base import AttentionBase
+from models.base import AttentionBase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.attention._aligned import AlignedAttention, AlignedConfig, naive_aligned
-from models.attention._projections import power, ridged, variance_optimal
-from models.attention.base import option
+from models.base import option
+from models.features.aligned import AlignedAttention, AlignedConfig, naive_aligned
+from models.features.projections import power, ridged, variance_optimal
 
 
 @dataclass(frozen=True, kw_only=True)

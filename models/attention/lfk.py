@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models.attention._features import FeatureAttention, FeatureConfig, Maps, naive_phi
-from models.attention.base import naive_average
+from models.base import naive_average
+from models.features.family import FeatureAttention, FeatureConfig, Maps, naive_phi
 from models.products import half_square
 
 

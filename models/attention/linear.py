@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention.base import AttentionBase, naive_average
+from models.base import AttentionBase, naive_average
 
 CHUNK = 64  # tokens between two states of the causal form
 FLOOR = -40.0  # of the exponent: two features multiply to at least e^-80, which fp32 holds

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention.base import AttentionBase, option
+from models.base import AttentionBase, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention.base import AttentionBase, option, real_rows
 from models.attention.softmax import alibi, take
+from models.base import AttentionBase, option, real_rows
 
 
 @dataclass(frozen=True, kw_only=True)

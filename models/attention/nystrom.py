@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention.base import AttentionBase, option
+from models.base import AttentionBase, option
 
 CONV = 33  # tokens under the depthwise convolution
 

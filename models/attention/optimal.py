@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.attention._aligned import AlignedAttention, AlignedConfig, naive_aligned
-from models.attention._projections import generator, optimal_resample
-from models.attention.base import option
+from models.base import option
+from models.features.aligned import AlignedAttention, AlignedConfig, naive_aligned
+from models.features.projections import generator, optimal_resample
 
 
 @dataclass(frozen=True, kw_only=True)

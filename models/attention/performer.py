@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.attention._aligned import AlignedAttention, AlignedConfig, naive_aligned
+from models.features.aligned import AlignedAttention, AlignedConfig, naive_aligned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from models.attention import softmax
-from models.attention._features import gaussian
-from models.attention.base import AttentionBase
+from models.base import AttentionBase
+from models.features.family import gaussian
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention._projections import gaussian
-from models.attention._redrawn import Redrawn
-from models.attention.base import option
 from models.attention.softmax import alibi
+from models.base import option
+from models.features.projections import gaussian
+from models.features.redrawn import Redrawn
 
 MOST_BUCKETS = 128  # by default: hashing costs memory for a number per token and bucket
 FAR = 2**30  # the mark of a key that is not there

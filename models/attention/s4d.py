@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention.base import AttentionBase, option
 from models.attention.softmax import take
+from models.base import AttentionBase, option
 
 CHUNK = 64  # tokens between two states
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention.base import AttentionBase, naive_average, real_rows
+from models.base import AttentionBase, naive_average, real_rows
 
 
 @dataclass(frozen=True, kw_only=True)

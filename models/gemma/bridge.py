@@ -7,7 +7,7 @@ the attention function below. Layers without a socket keep exact attention, wind
 Two registrations are needed, because transformers gives an attention without a mask function no mask at all:
 ours is the one of its flash attention, which hands the two-dimensional padding mask through; causality and
 windows are this file's own affair. Shapes: queries (B, H, L, D); keys and values (B, H / groups, S, D) with
-S >= L while decoding, rotated and normalised. S counts keys; the other letters are those of models/attention/base.py.
+S >= L while decoding, rotated and normalised. S counts keys; the other letters are those of models/base.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from models.attention.base import AttentionBase
+from models.base import AttentionBase
 
 NAME = "lra"
 Tap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], None]

@@ -13,7 +13,7 @@ import pytest
 
 from lra.__main__ import main, parser
 from lra.registry import attention_names, task_names
-from tasks.prepared import load
+from tasks.store.prepared import load
 from tests.conftest import ROOT
 
 
@@ -100,9 +100,9 @@ def test_incomplete_or_mistyped_commands_end_with_exit_code_2(words, capsys):
 )
 def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import lra.sweep
+    import lra.scaling.sweep
 
-    monkeypatch.setattr(lra.sweep, "Grid", lambda *_: pytest.fail("started to run the grid"))
+    monkeypatch.setattr(lra.scaling.sweep, "Grid", lambda *_: pytest.fail("started to run the grid"))
     try:
         code = main(words)
     except SystemExit as ended:  # argparse's own
@@ -127,16 +127,16 @@ def test_list_prints_names_one_a_line_or_as_json(capsys):
 @pytest.fixture
 def quick_doctor(monkeypatch, tmp_path):
     """`doctor` in an empty folder, without the network and with small matrices."""
-    import lra.doctor
+    import lra.scaling.doctor
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lra.doctor, "reachable", lambda host, port: False)
-    monkeypatch.setattr(lra.doctor, "BLOCKS", 2)
-    original = lra.doctor.matmul_rates
+    monkeypatch.setattr(lra.scaling.doctor, "reachable", lambda host, port: False)
+    monkeypatch.setattr(lra.scaling.doctor, "BLOCKS", 2)
+    original = lra.scaling.doctor.matmul_rates
     monkeypatch.setattr(
-        lra.doctor, "matmul_rates", lambda *args, **more: original(*args, **more | {"size": 37})
+        lra.scaling.doctor, "matmul_rates", lambda *args, **more: original(*args, **more | {"size": 37})
     )
-    return lra.doctor
+    return lra.scaling.doctor
 
 
 def test_doctor_reports_the_machine_and_never_fails(capsys, quick_doctor):
@@ -159,7 +159,7 @@ def test_doctor_reports_the_machine_and_never_fails(capsys, quick_doctor):
 
 
 def test_doctor_measures_the_committed_points_again(capsys, quick_doctor, monkeypatch):
-    monkeypatch.setattr("lra.doctor._seconds", lambda run: 0.05)
+    monkeypatch.setattr("lra.scaling.doctor._seconds", lambda run: 0.05)
     sizes = {"B": 1, "H": 2, "D": 3, "M": 5}
     points = [
         {"name": "softmax", "N": 7, "seconds": 1e-9, **sizes},

@@ -12,8 +12,8 @@ from torch import nn
 from lra import registry
 from lra.options import UsageError
 from models.attention import performer, softmax
-from models.attention.base import AttentionBase
 from models.attention.softmax import naive_softmax
+from models.base import AttentionBase
 from tests.models.contract import CHECKS, SETTINGS, Case, applicable, failures, variants
 
 NAMES = registry.attention_names()
@@ -303,7 +303,7 @@ def test_an_outside_class_passes_through_the_registry_and_the_contract():
         ("perfomer", "'performer'"),
         ("no.such.module:Attention", "no.such.module:Attention"),
         (f"{__name__}:Missing", "Missing"),
-        ("torch.nn:Linear", "subclass models.attention.base.AttentionBase"),
+        ("torch.nn:Linear", "subclass models.base.AttentionBase"),
     ],
 )
 def test_a_wrong_attention_name_is_one_line_that_names_it(name, said):

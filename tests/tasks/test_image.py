@@ -13,9 +13,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tasks import _cifar
 from tasks.base import SourceError, Split
-from tasks.image import META, RECIPES, Task, mean_grey, pool
+from tasks.image import META, RECIPES, Task, cifar, mean_grey, pool
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 COUNTS = {"train": 23, "test": 13}
@@ -72,7 +71,7 @@ def write_hub(folder, half, pictures, labels):
     pyarrow.parquet.write_table(pyarrow.table({"img": img, "label": labels}), path)
 
 
-def write_folders(folder, half, rgb, labels, names=_cifar.CLASSES):
+def write_folders(folder, half, rgb, labels, names=cifar.CLASSES):
     for k, (picture, label) in enumerate(zip(rgb, labels, strict=True)):
         path = folder / half / names[label] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -392,10 +391,10 @@ def test_hub_is_asked_for_the_pinned_files(monkeypatch, tmp_path):
     with pytest.raises(SourceError, match="sha256 is .*expected 8428b53a"):
         Task().build(recipe(), source="hub", data_dir=None, workers=1)
     paths = {half: tmp_path / "plain_text" / f"{half}-00000-of-00001.parquet" for half in HALVES}
-    hashes = {half: _cifar.sha256_file(path) for half, path in paths.items()}
-    monkeypatch.setattr(_cifar, "HUB_SHA256", hashes)
+    hashes = {half: cifar.sha256_file(path) for half, path in paths.items()}
+    monkeypatch.setattr(cifar, "HUB_SHA256", hashes)
     built = Task().build(recipe(), source="hub", data_dir=None, workers=1)
-    assert (built.source, built.revision) == ("hub", _cifar.HUB_REVISION)
+    assert (built.source, built.revision) == ("hub", cifar.HUB_REVISION)
     assert examples(built.splits["test"]) == expected("test")
 
 

@@ -12,11 +12,11 @@ from scipy import stats
 
 from lra.__main__ import main
 from tasks import listops
-from tasks._expressions import SYMBOLS, read_tsv, write_tsv
-from tasks._rng import below, stream, uniform
 from tasks.base import SourceError
 from tasks.listops import META, RECIPES, Task, decode, generate
-from tasks.prepared import load, prepare
+from tasks.listops.expressions import SYMBOLS, read_tsv, write_tsv
+from tasks.store.prepared import load, prepare
+from tasks.store.rng import below, stream, uniform
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "listops_reference_1000.tsv.gz"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason=f"needs shared/data/{REFERENCE.name}")

@@ -11,10 +11,10 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from tasks import pathfinder
-from tasks._discs import locate_discs
 from tasks.base import PAD, SPLITS, SourceError
 from tasks.pathfinder import META, RECIPES, Task, generate, scenes
-from tasks.prepared import prepare
+from tasks.pathfinder.discs import locate_discs
+from tasks.store.prepared import prepare
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "pathfinder32_reference.npz"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason=f"needs shared/data/{REFERENCE.name}")

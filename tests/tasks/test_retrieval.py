@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks import _imports, retrieval
+from tasks import retrieval
 from tasks.base import SPLITS, SourceError
-from tasks.retrieval import META, RECIPES, Task, byte_overlap
+from tasks.retrieval import META, RECIPES, Task, byte_overlap, imports
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 IMPORT = re.compile(r"^[^\w\n]*(from\s+\S+\s+import\b|import\s+\w)", re.MULTILINE)
@@ -159,12 +159,12 @@ def test_byte_overlap_finds_the_best_threshold(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return _imports.read(["scikit-learn"])
+    return imports.read(["scikit-learn"])
 
 
 @pytest.fixture(scope="module")
 def pairs(corpus):
-    found = _imports.squares(corpus, seed=0)
+    found = imports.squares(corpus, seed=0)
     return {split: [pair for square in found[split] for pair in square.pairs()] for split in SPLITS}
 
 
@@ -174,7 +174,7 @@ def test_no_import_and_no_name_of_a_partner_survives(corpus, pairs):
     for a, b, _ in [pair for split in pairs.values() for pair in split]:
         assert not words[a] & set(b.split(".")) and not words[b] & set(a.split("."))
     assert not [module for module, text in texts.items() if IMPORT.search(text)]
-    assert all(len(text) >= _imports.MIN_BYTES for text in corpus.texts.values())
+    assert all(len(text) >= imports.MIN_BYTES for text in corpus.texts.values())
 
 
 def test_every_file_is_as_often_in_positive_as_in_negative_pairs_in_each_position(pairs):
@@ -183,13 +183,13 @@ def test_every_file_is_as_often_in_positive_as_in_negative_pairs_in_each_positio
         for position in (0, 1):
             count = [Counter(pair[position] for pair in listed if pair[2] == label) for label in (0, 1)]
             assert count[0] == count[1], split
-            assert max(count[1].values()) <= _imports.MAX_PAIRS
+            assert max(count[1].values()) <= imports.MAX_PAIRS
 
 
 def test_no_file_is_in_two_splits_and_no_beginning_occurs_twice(corpus, pairs):
     files = {split: {m for a, b, _ in listed for m in (a, b)} for split, listed in pairs.items()}
     assert sum(map(len, files.values())) == len(set.union(*files.values()))
-    beginnings = [text[: _imports.PREFIX] for text in corpus.texts.values()]
+    beginnings = [text[: imports.PREFIX] for text in corpus.texts.values()]
     assert len(set(beginnings)) == len(beginnings)
 
 
@@ -212,7 +212,7 @@ def package(tmp_path, monkeypatch, files, version="1.0"):
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: made\nVersion: {version}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(_imports, "PACKAGES", {"made": ("made", "1.0")})
+    monkeypatch.setattr(imports, "PACKAGES", {"made": ("made", "1.0")})
 
 
 BODY = "\n".join(f"value_{k} = {k}" for k in range(99))
@@ -243,7 +243,7 @@ def test_imports_of_every_form_are_found_and_removed(tmp_path, monkeypatch):
     names = ("alpha_file.py", "inner/beta.py", "inner/gamma.py", "outside.py")
     files = {name: f"number = {k}\n{BODY}" for k, name in enumerate(names)}
     package(tmp_path, monkeypatch, {**files, "leaky.py": LEAKY, "inner/__init__.py": "from . import beta"})
-    made = _imports.read(["made"])
+    made = imports.read(["made"])
     found = {"made.outside", "made.inner.beta", "made.alpha_file", "made.inner.gamma"}
     assert made.imports["made.leaky"] == found
     text = made.texts["made.leaky"].decode()
@@ -257,7 +257,7 @@ def test_windows_line_ends_change_nothing(tmp_path, monkeypatch):
     for end in ("\n", "\r\n"):
         files = {"leaky.py": LEAKY, "beta.py": BODY}
         package(tmp_path, monkeypatch, {name: text.replace("\n", end) for name, text in files.items()})
-        read.append(_imports.read(["made"]))
+        read.append(imports.read(["made"]))
     assert read[0] == read[1]
 
 
@@ -274,7 +274,7 @@ def test_another_version_of_a_package_is_another_data_set(tmp_path, monkeypatch)
 def test_packages_that_cannot_serve_are_named(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match="packages: 'nothing' is not one of torch, "):
         build(options={"packages": "nothing"})
-    monkeypatch.setitem(_imports.PACKAGES, "surely-not-there", ("x", "1.0"))
+    monkeypatch.setitem(imports.PACKAGES, "surely-not-there", ("x", "1.0"))
     with pytest.raises(SourceError, match="not installed; run: pip install surely-not-there==1.0"):
         build(options={"packages": "surely-not-there"})
     package(tmp_path, monkeypatch, {"broken.py": "def ("})
@@ -283,12 +283,12 @@ def test_packages_that_cannot_serve_are_named(tmp_path, monkeypatch):
 
 
 def test_the_pinned_versions_are_the_installed_ones():
-    for distribution, (_, pinned) in _imports.PACKAGES.items():
+    for distribution, (_, pinned) in imports.PACKAGES.items():
         assert metadata.version(distribution).partition("+")[0] == pinned
 
 
 def test_build_is_the_same_for_the_same_seed_alone(corpus, monkeypatch):
-    monkeypatch.setattr(_imports, "read", lambda names: corpus)
+    monkeypatch.setattr(imports, "read", lambda names: corpus)
     first, again, other = (build(preset="smoke", train=0, val=20, test=0, seed=seed) for seed in (0, 0, 1))
     for name in SPLITS:
         for part in ("tokens", "offsets", "labels"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.attention.base import AttentionBase, option
+from models.base import AttentionBase, option
 
 
 @dataclass(frozen=True, kw_only=True)

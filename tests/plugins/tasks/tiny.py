@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks._sources import check_source, find_one, sha256_file
 from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, Split, majority
+from tasks.store.files import sha256_file
+from tasks.store.sources import check_source, find_one
 
 META = Meta(name="tiny", version=1, classes=2, vocab=5, towers=1, description="the more frequent symbol")
 

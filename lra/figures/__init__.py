@@ -1,0 +1,1 @@
+"""What people look at: plots, TensorBoard, and prepared data. Reads records and benchmark files."""

@@ -1,0 +1,77 @@
+"""`tensorboard`: the mean over the seeds of each cell as a run of its own, and the command that shows everything."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import sys
+import uuid
+from argparse import Namespace
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lra.options import UsageError, unknown
+from lra.training.log import LAYOUT, read_log
+
+
+def tensorboard(args: Namespace) -> None:
+    """`tensorboard`: refresh the means, print the command; with --start become TensorBoard.
+
+    Raises UsageError when there are no runs, or none of the task.
+    """
+    logs = sorted(args.runs.glob("*/*/*/seed*/log.jsonl"))  # <task>/<attention>/<preset>/seed<k>
+    tasks = sorted({log.parents[3].name for log in logs})
+    if not tasks:
+        raise UsageError(f"no runs under {args.runs}: python -m lra train makes one")
+    if args.task and args.task not in tasks:
+        raise unknown("task of the runs", args.task, tasks)
+    cells = sorted({log.parents[1] for log in logs if args.task in (None, log.parents[3].name)})
+    for cell in cells:
+        write_mean(cell)
+    print(f"mean over seeds: {len(cells)} cells")
+    folder = args.runs / args.task if args.task else args.runs
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(args.port)]
+    print(shlex.join(command), flush=True)
+    if args.start:
+        os.execv(command[0], command)
+
+
+def write_mean(cell: Path) -> Path:
+    """Write <cell>/mean: each tag's mean at the steps that every seed has reached. Returns the folder.
+
+    Raises UsageError for a log that is not one.
+    """
+    means = _means([_values(path) for path in cell.glob("seed*/log.jsonl")])
+    mean, temporary = cell / "mean", cell / f".mean-{uuid.uuid4().hex[:12]}"
+    try:
+        with SummaryWriter(str(temporary)) as writer:
+            writer.add_custom_scalars(LAYOUT)
+            for (step, tag), value in sorted(means.items()):
+                writer.add_scalar(tag, value, step)
+        shutil.rmtree(mean, ignore_errors=True)
+        temporary.rename(mean)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return mean
+
+
+def _values(path: Path) -> dict[tuple[int, str], float]:
+    """{(step, tag): value} of one seed."""
+    try:
+        return {
+            (line["step"], tag): float(value)
+            for line in read_log(path)
+            for tag, value in line.items()
+            if tag != "step"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged: {error}; remove the folder of this run") from None
+
+
+def _means(seeds: list[dict[tuple[int, str], float]]) -> dict[tuple[int, str], float]:
+    shared = set.intersection(*map(set, seeds))
+    return {key: math.fsum(values[key] for values in seeds) / len(seeds) for key in shared}

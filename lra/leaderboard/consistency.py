@@ -1,0 +1,164 @@
+"""V1 without torch: does a well-formed record agree with itself, with its predictions and with the suite?"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lra import registry
+from lra.options import UsageError
+from lra.records.record import predictions_path, read_labels, read_predictions, write_labels
+from lra.records.schema import Rejected, Unchecked
+from tasks.base import SourceError
+from tasks.store.prepared import Prepared, data_identity, load
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a verification finds what a record does not hold. `trust`: outside code may be imported."""
+
+    results: Path
+    data: Path = Path("data")
+    runs: Path = Path("runs")
+    device: str = "cpu"
+    trust: bool = False
+
+
+def places(args: Namespace) -> Places:
+    """From the options of a command."""
+    return Places(args.results, args.data, args.runs, args.device, args.trust)
+
+
+def consistent(path: Path, record: dict[str, Any], places: Places) -> None:
+    """Sizes, clocks, curve and counts. Raises Rejected or UsageError for a contradiction, Unchecked without labels."""
+    _data(record)
+    _clocks(record)
+    if record["result"]:
+        _curve(record)
+        _counts(path, record, places)
+    elif predictions_path(path).exists():
+        raise Rejected("status is not ok, and yet there are predictions")
+
+
+def task_module(record: dict[str, Any]) -> ModuleType:
+    """The file of the record's task, found among the suite's by name."""
+    try:
+        return registry.load_task(record["task"]["name"])
+    except UsageError as error:
+        raise Rejected(f"task.name: {error}") from None
+
+
+def _same(field: str, found: Any, expected: Any, why: str) -> None:
+    if found != expected:
+        raise Rejected(f"{field} is {found}, and {why} makes it {expected}")
+
+
+def _data(record: dict[str, Any]) -> None:
+    """Task, sizes and seeds are those of the suite."""
+    task, training = record["task"], record["training"]
+    module = task_module(record)
+    size = module.RECIPES[task["preset"]].data
+    _same("task.version", task["version"], module.META.version, "the suite")
+    _same("task.seq_len", task["seq_len"], size.seq_len, "the preset")
+    for name, split in record["data"]["splits"].items():
+        most = getattr(size, name)
+        if most and split["n"] > most:
+            raise Rejected(f"data.splits.{name}.n is {split['n']}, and the preset has at most {most}")
+        if not split["mean_length"] <= split["max_length"] <= size.seq_len:
+            raise Rejected(f"data.splits.{name}: mean_length <= max_length <= {size.seq_len} does not hold")
+    ended, planned = training["steps"], training["recipe"]["steps"]
+    if (record["result"] and ended != planned) or ended > planned:
+        raise Rejected(f"training.steps is {ended}, and the recipe has {planned}")
+    seen = ended * training["recipe"]["batch"]
+    _same("training.examples_seen", training["examples_seen"], seen, "steps times batch")
+
+
+def _clocks(record: dict[str, Any]) -> None:
+    """Times and rates agree within their rounding."""
+    cost, training = record["cost"], record["training"]
+    low, high = max(cost["wall_s"] - 6e-4, 1e-9), cost["wall_s"] + 6e-4
+    if not training["steps"] / high - 1e-4 <= cost["steps_per_s"] <= training["steps"] / low + 1e-4:
+        raise Rejected(f"cost.steps_per_s {cost['steps_per_s']} is not steps / wall_s {cost['wall_s']}")
+    towers = task_module(record).META.towers
+    longest = towers * max(s["max_length"] for s in record["data"]["splits"].values())
+    seen, tokens = training["examples_seen"], cost["tokens_per_s"] * high
+    if not 0.99 * towers * seen <= tokens <= 1.01 * seen * longest + 1:
+        raise Rejected(f"cost.tokens_per_s times wall_s is not between 1 and {longest} tokens per example")
+    try:
+        started, ended = (datetime.fromisoformat(record[k]) for k in ("started", "ended"))
+    except ValueError as error:
+        raise Rejected(f"started or ended is no time: {error}") from None
+    # A resumed run began before its last process: its steps may have taken longer than that.
+    spent = (ended - started).total_seconds()
+    if spent < 0 or (not training["resumed"] and cost["wall_s"] > spent + 1):
+        raise Rejected(f"cost.wall_s {cost['wall_s']} does not fit between started and ended")
+
+
+def _curve(record: dict[str, Any]) -> None:
+    """Validations at the steps of the recipe, every count possible, and the selected step the first of the best."""
+    result, training, splits = record["result"], record["training"], record["data"]["splits"]
+    recipe, curve = training["recipe"], result["curve"]
+    n_val = splits["test" if record["data"]["val_rule"] == "legacy" else "val"]["n"]
+    _same("result.n_val", result["n_val"], n_val, "the split")
+    if len(curve) != 2 * -(-recipe["steps"] // max(1, recipe["eval_every"])):
+        raise Rejected(f"result.curve has {len(curve)} entries, not two for each validation of the recipe")
+    steps = [*range(recipe["eval_every"], recipe["steps"], recipe["eval_every"]), recipe["steps"]]
+    expected, before = [], 0
+    for step in steps:
+        expected += [[step, "train", (step - before) * recipe["batch"]], [step, "val", n_val]]
+        before = step
+    if [[step, split, n] for step, split, _, _, n in curve] != expected:
+        raise Rejected("result.curve: its steps, splits and sizes are not those of the recipe")
+    if any(correct > n or (loss is None and split == "train") for _, split, loss, correct, n in curve):
+        raise Rejected("result.curve: more correct than there are, or no training loss")
+    best = max((e for e in curve if e[1] == "val"), key=lambda e: e[3])  # the first of equals
+    _same("training.selected_step", training["selected_step"], best[0], "the best validation of the curve")
+    _same("result.val_n_correct", result["val_n_correct"], best[3], "the best validation of the curve")
+
+
+def _counts(path: Path, record: dict[str, Any], places: Places) -> None:
+    """Correct answers counted again, and the majority floor found among the labels' shares."""
+    result, split = record["result"], record["data"]["splits"]["test"]
+    _same("result.n_test", result["n_test"], split["n"], "the test split")
+    predictions = np.frombuffer(read_predictions(path, record), np.uint8)
+    _same("the number of predictions", len(predictions), split["n"], "the test split")
+    classes = task_module(record).META.classes
+    if predictions.max() >= classes:
+        raise Rejected(f"a prediction is class {predictions.max()}, and the task has {classes}")
+    labels = np.frombuffer(_labels(record, places), np.uint8)
+    correct = int((predictions == labels).sum())
+    _same("result.n_correct", result["n_correct"], correct, "counting predictions against labels")
+    shares = np.bincount(labels, minlength=classes) / len(labels)
+    majority = record["data"]["floors"].get("majority", math.nan)
+    if not np.isclose(shares, majority, rtol=0, atol=1e-9).any():
+        raise Rejected(f"data.floors.majority {majority} is the share of no class among the test labels")
+
+
+def _labels(record: dict[str, Any], places: Places) -> bytes:
+    """The test labels by their hash: those kept with the results, else of prepared data, which are then kept."""
+    split = record["data"]["splits"]["test"]
+    try:
+        return read_labels(places.results, split["labels_sha256"], split["n"])
+    except UsageError as error:
+        try:
+            labels = prepared_data(record, places).splits["test"].labels.tobytes()
+        except (SourceError, Unchecked):
+            raise Unchecked(f"{error}; with the data prepared in --data they would be found") from None
+    write_labels(places.results, labels)
+    return labels
+
+
+def prepared_data(record: dict[str, Any], places: Places) -> Prepared:
+    """The data of a record, from --data. Raises SourceError when absent, Unchecked when they are others."""
+    folder = places.data / record["task"]["name"] / record["task"]["preset"]
+    prepared = load(folder)
+    if data_identity(prepared.manifest) != record["data"]["manifest_sha256"]:
+        raise Unchecked(f"{folder} is not the data of the record: prepare those, or give another --data")
+    return prepared

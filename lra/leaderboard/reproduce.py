@@ -1,0 +1,156 @@
+"""`reproduce`: run a record again from what it says of itself, and say how far the outcome is the same."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lra import registry
+from lra.leaderboard.consistency import places
+from lra.leaderboard.levels import identity
+from lra.leaderboard.rerun import run_of, unlike
+from lra.leaderboard.submit import counter_root
+from lra.machine import pick_device, set_threads
+from lra.options import UsageError
+from lra.records import schema
+from lra.records.record import read_labels, read_predictions, read_record, write_record
+from lra.records.stats import margin, mcnemar, paired_bootstrap
+from lra.training.train import Interrupted, train
+from lra.training.trainer import Where
+from tasks.base import SourceError
+from tasks.store.prepared import Prepared, data_identity, load, prepare
+
+
+def reproduce(args: Namespace) -> int:
+    """`reproduce RECORD`: one line per thread count; exit code 1 where a rerun differs beyond the tolerance.
+
+    The data are prepared if they are not there. The first rerun becomes a counter-record; none is overwritten.
+    """
+    record = read_record(args.record)
+    where = places(args)
+    try:
+        schema.check(record)
+        target = counter_root(args.results, args.by) / identity(record)
+        if target.exists():
+            raise UsageError(f"{target} is there already: give another --by, or remove it")
+        counts = _threads(args.threads, record)
+        prepared = _data(record, args)
+        run = run_of(record, where, prepared.manifest)
+    except (schema.Rejected, schema.Unchecked) as error:
+        raise UsageError(f"{args.record}: {error}") from error
+    training = record["training"]
+    execution = Where(pick_device(_device(args, record)), training["precision"], training["compile"])
+    print(run.summary())
+    reruns = {}
+    for threads in counts:
+        set_threads(threads)
+        with tempfile.TemporaryDirectory() as folder:
+            there = Path(folder)
+            try:
+                path, _ = train(run, prepared, results=there, runs=there / "runs", where=execution)
+            except Interrupted:
+                raise KeyboardInterrupt from None
+            again = read_record(path)
+            reruns[threads] = again, read_predictions(path, again) if again["result"] else None
+    return _report(args, record, reruns, target)
+
+
+def _report(args: Namespace, record: dict, reruns: dict[int, tuple], target: Path) -> int:
+    """Compare every rerun with the record, later ones with the first, and keep the first."""
+    original = record, read_predictions(args.record, record) if record["result"] else None
+    (first, (again, predictions)), *others = reruns.items()
+    worst = 0
+    for threads, rerun in reruns.items():
+        verdict, details = compare(original, rerun, args.results)
+        worst |= verdict == "different"
+        print(f"threads {threads}, against the record: {verdict}{details}")
+    for threads, rerun in others:
+        verdict, details = compare(reruns[first], rerun, args.results)
+        print(f"threads {threads} against {first}: {verdict}{details}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_record(target, again, predictions)
+    print(f"counter-record: {target}")
+    return worst
+
+
+def compare(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
+    """Two runs of one cell and seed, each (record, predictions): a verdict, and what differs.
+
+    "bitwise equal": initial weights, curve, probe, counts and predictions are the same. "within tolerance": the
+    probe agrees as V2 asks, and the accuracies differ by no more than V4's margin. Else "different".
+    """
+    (a, stored), (b, found) = original, rerun
+    if a["status"] != b["status"] or not a["result"]:
+        same = a["status"] == b["status"]
+        return ("bitwise equal" if same else "different"), f": {a['status']}, then {b['status']}"
+    first, second = a["result"], b["result"]
+    if first == second and stored == found and a["model"]["init_sha256"] == b["model"]["init_sha256"]:
+        return "bitwise equal", ""
+    n = first["n_test"]
+    gap = (second["n_correct"] - first["n_correct"]) / n
+    apart = unlike(first["probe"]["losses"], second["probe"]["losses"])
+    close = apart is None and abs(gap) <= margin(first["n_correct"] / n, n)
+    return ("within tolerance" if close else "different"), _details(a, stored, b, found, apart, results)
+
+
+def _details(a: dict, stored: bytes, b: dict, found: bytes, apart: int | None, results: Path) -> str:
+    """Where two runs part, in words: initial weights, probe, curve, predictions, accuracy."""
+    first, second = a["result"], b["result"]
+    parts = [] if a["model"]["init_sha256"] == b["model"]["init_sha256"] else ["other initial weights"]
+    if apart is not None:
+        parts.append(f"probe loss {apart} is {second['probe']['losses'][apart]}")
+    pairs = zip(first["curve"], second["curve"], strict=True)
+    if step := next((x for x, y in pairs if x != y), None):
+        parts.append(f"the curve parts at step {step[0]}")
+    x, y = (np.frombuffer(p, np.uint8) for p in (stored, found))
+    parts.append(f"{int((x != y).sum())} of {len(x)} predictions differ")
+    split = a["data"]["splits"]["test"]
+    labels = np.frombuffer(read_labels(results, split["labels_sha256"], split["n"]), np.uint8)
+    old, new = x == labels, y == labels
+    gap, p = paired_bootstrap(new, old), mcnemar(int((new & ~old).sum()), int((old & ~new).sum()))
+    parts.append(f"{first['n_correct']} correct became {second['n_correct']}")
+    parts.append(
+        f"{100 * gap.value:+.2f} points [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}], McNemar p {p:.3g}"
+    )
+    return ": " + "; ".join(parts)
+
+
+def _threads(text: str | None, record: dict[str, Any]) -> list[int]:
+    """1,2 -> [1, 2]; without any, the record's own."""
+    words = text.split(",") if text else [str(record["env"]["threads"])]
+    if not all(w.isdecimal() and 1 <= int(w) <= 4096 for w in words) or len(set(words)) < len(words):
+        raise UsageError(f"--threads takes different numbers of at least 1, such as 1,2; got {text!r}")
+    return [int(w) for w in words]
+
+
+def _device(args: Namespace, record: dict[str, Any]) -> str:
+    """The record's device, unless the user names one."""
+    return record["cost"]["device"] if args.device == "auto" else args.device
+
+
+def _data(record: dict[str, Any], args: Namespace) -> Prepared:
+    """The record's data, prepared where they are not there. Raises UsageError when they come out differently."""
+    task, source, expected = record["task"], record["data"]["source"], record["data"]["manifest_sha256"]
+    folder = args.data / task["name"] / task["preset"]
+    try:
+        found = load(folder)
+        if data_identity(found.manifest) == expected:
+            return found
+    except SourceError:
+        pass  # not there yet, or damaged: made again
+    found, _ = prepare(
+        registry.load_task(task["name"]),
+        task["preset"],
+        out=args.data,
+        source=None if source in ("generated", "local") else source,
+        data_dir=args.data_dir,
+        workers=os.cpu_count() or 1,
+    )
+    if data_identity(found.manifest) != expected:
+        raise UsageError(f"{folder} is not the data of {args.record}: give another --data, or --data-dir")
+    return found

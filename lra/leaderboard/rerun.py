@@ -1,0 +1,169 @@
+"""What takes the run itself to check: its model (V1), its first losses (V2), its saved weights (V3).
+
+A record names its attention. A name of the suite is built; `package.module:Class` is code of its author,
+imported only where the user said --trust.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lra.leaderboard.consistency import Places, prepared_data
+from lra.leaderboard.levels import manifest
+from lra.machine import environment, pick_device
+from lra.options import UsageError
+from lra.records.record import read_predictions
+from lra.records.schema import Rejected, Unchecked
+from lra.training import checkpoint, config
+from lra.training.config import Run
+from lra.training.evaluate import Counts, evaluate
+from lra.training.provenance import model_facts, probe, protocol
+from lra.training.train import run_folder
+from tasks.store.prepared import Prepared
+
+LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte
+AGREE = 0.999  # V3: share of predictions that must be the same
+RTOL = 1e-5, 1e-3  # V2: of the first loss and of the last, and geometric in between
+
+
+def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None = None) -> Run:
+    """The run a well-formed record describes, resolved as `train` would from its preset and overrides.
+
+    `known` is the data's manifest where the data are at hand. Raises Unchecked for outside code without
+    `trust`, Rejected for a configuration that no run can have, or that is too large to be built here.
+    """
+    task, model, training = record["task"], record["model"], record["training"]
+    name = model["attention"]
+    if ":" in name and not places.trust:
+        raise Unchecked(f"attention {name!r} is outside code: read it, then give --trust to import it")
+    _affordable(record)
+    try:
+        return config.resolve(
+            task["name"],
+            task["preset"],
+            name,
+            training["seed"],
+            known or manifest(record),
+            training["overrides"],
+            record["data"]["val_rule"],
+        )
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise Rejected(f"model: the configuration cannot be built: {error}") from error
+
+
+def model_again(record: dict[str, Any], places: Places) -> None:
+    """V1's part of the configuration: recipe, parameters and protocol. Raises Rejected at the first difference.
+
+    Initial weights are compared only with the software and processor of the record: others round otherwise.
+    """
+    run = run_of(record, places)
+    found = model_facts(run)
+    expected = {f"model.{k}": v for k, v in found.items()}
+    expected |= {
+        "training.recipe": asdict(run.recipe.train),
+        "training.budget": run.recipe.budget,
+        "training.overrides": run.overrides,
+        "task.protocol": protocol(run, found["n_params_ratio_to_softmax"]),
+        "command": run.command,
+    }
+    here = environment(torch.device("cpu"))
+    if any(record["env"][k] != here[k] for k in ("torch", "os", "cpu")):
+        del expected["model.init_sha256"]
+    for name, value in expected.items():
+        section, _, key = name.partition(".")
+        recorded = record[section][key] if key else record[section]
+        if recorded != value:
+            raise Rejected(f"{name} is {recorded}, and the preset with the overrides makes it {value}")
+
+
+def probe_again(path: Path, record: dict[str, Any], places: Places) -> None:
+    """V2: the probe's losses from the recorded configuration, on one CPU thread in fp32.
+
+    Loss k of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The data are at hand, so
+    floors and revision are compared, too. Raises Rejected, or Unchecked or SourceError without the data.
+    """
+    if not record["result"]:
+        raise Unchecked("a failed run has no probe")
+    prepared = prepared_data(record, places)
+    for key in ("floors", "revision"):
+        if record["data"][key] != prepared.manifest[key]:
+            raise Rejected(f"data.{key} is {record['data'][key]}, and the data say {prepared.manifest[key]}")
+    recorded = record["result"]["probe"]["losses"]
+    again = probe(run_of(record, places, prepared.manifest), prepared)
+    if again["batch"] != record["result"]["probe"]["batch"]:
+        raise Rejected(f"result.probe.batch must be {again['batch']}")
+    if (k := unlike(recorded, again["losses"])) is not None:
+        found = again["losses"][k]
+        raise Rejected(f"result.probe.losses[{k}] is {recorded[k]}, and running the step again gives {found}")
+
+
+def unlike(recorded: list[float | None], again: list[float | None]) -> int | None:
+    """The first of two runs' first losses that differ by more than RTOL allows; None if none does."""
+    for k, allowed in enumerate(np.geomspace(*RTOL, len(recorded))):
+        a, b = (math.nan if losses[k] is None else losses[k] for losses in (recorded, again))
+        if abs(a - b) > allowed * abs(b) or math.isnan(a) != math.isnan(b):
+            return k
+    return None
+
+
+def evaluate_again(path: Path, record: dict[str, Any], places: Places) -> None:
+    """V3: the saved weights predict what is stored. Raises Rejected, or UsageError where there are none."""
+    counts, agree = evaluate_weights(path, record, places)
+    if agree < AGREE:
+        raise Rejected(
+            f"the saved weights give {100 * agree:.2f}% of the stored predictions, below {AGREE:.1%}"
+        )
+
+
+def saved_model(path: Path, record: dict[str, Any], places: Places) -> tuple[Run, Prepared, torch.nn.Module]:
+    """The run of a well-formed record, its data, and its model with the saved weights."""
+    if not record["result"]:
+        raise Unchecked(f"{path} has no result: {record['status']}")
+    prepared = prepared_data(record, places)
+    run = run_of(record, places, prepared.manifest)
+    folder = run_folder(places.runs, run)
+    weights, state = checkpoint.load(folder / "model.safetensors")
+    if (state["digest"], state["seed"]) != (run.digest, run.seed):
+        raise UsageError(f"{folder} holds weights of another run")
+    classifier = run.build_model().to(pick_device(places.device))
+    classifier.load_state_dict(weights)
+    return run, prepared, classifier
+
+
+def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tuple[Counts, float]:
+    """A well-formed record's weights on its test split: counts, and the share of equal predictions."""
+    run, prepared, classifier = saved_model(path, record, places)
+    counts = evaluate(
+        classifier,
+        prepared.splits["test"],
+        run.meta.towers,
+        batch=2 * run.recipe.train.batch,
+        device=pick_device(places.device),
+        precision=record["training"]["precision"],
+        name="test",
+    )
+    stored = np.frombuffer(read_predictions(path, record), np.uint8)
+    if len(stored) != counts.n:
+        raise Rejected(f"{len(stored)} predictions for {counts.n} test examples")
+    return counts, float((stored == counts.predictions).mean())
+
+
+def _affordable(record: dict[str, Any]) -> None:
+    """Raise Rejected for sizes whose model would fill the memory, before anything of them is built."""
+    e, options = record["model"]["encoder"], record["model"]["attention_config"]
+    groups = {"encoder": e, "attention": options, "train": record["training"]["recipe"]}
+    for key, value in record["training"]["overrides"].items():  # from here, overrides and sizes are the same
+        group, _, option = key.partition(".")
+        if str(groups[group].get(option)) != value:
+            raise Rejected(f"training.overrides: {key}={value} is not what the run used")
+    length = max(e["max_len"], record["task"]["seq_len"])
+    widest = max([1, *(v for v in options.values() if type(v) in (int, float))])
+    layer = 4 * e["width"] ** 2 + 2 * e["width"] * e["ffn"] + e["heads"] * widest * max(length, e["width"])
+    if e["layers"] > 1000 or e["layers"] * layer + length * e["width"] > LARGEST:
+        raise Rejected(f"model: its sizes exceed the {LARGEST:,} parameters that are built to check a record")

@@ -1,0 +1,225 @@
+"""One run = one JSON file; its path is its identity, so an existing file means the run is done.
+
+results/records/<task>/<attention>/<digest>/seed<k>.json, the predictions beside it as seed<k>.pred.gz (one
+byte per test example, in the order of the split). Records hold raw counts; accuracies are computed later.
+results/labels/<sha256>.gz holds the labels of a test set, so that counts can be made again without the data,
+and results/counter/<by>/ the repetitions of runs, laid out as records/ is.
+
+Records come from anybody: files are read within limits, as strict JSON, and nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import stat
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lra import __version__
+from lra.options import UsageError
+from tasks.store.files import atomic_path, remove_temporaries
+
+SCHEMA = "lra-record/1"
+PROTOCOL = "lra-v1"  # the closed protocol; everything else is "open"
+MAX_PARAMETER_RATIO = 1.10  # to softmax; beyond it, a run is outside lra-v1's equal parameter budget
+LARGEST = 4 << 20  # bytes of a record or of packed predictions; committed ones have a few thousand
+PRESETS = ("smoke", "small", "paper", "paper-large", "path-x")
+SECTIONS = ("schema", "suite", "task", "data", "model", "training", "result", "cost", "env", "status")
+
+
+def cell_digest(
+    task: str,
+    version: int,
+    data: str,
+    recipe: dict[str, Any],
+    overrides: dict[str, str],
+    val_rule: str,
+    attention: str,
+    config: dict[str, Any],
+) -> str:
+    """sha256 that names a cell of the benchmark: task, data, recipe, overrides, validation rule and attention."""
+    parts = {
+        "task": [task, version],
+        "data": data,
+        "recipe": recipe,
+        "overrides": overrides,
+        "val_rule": val_rule,
+        "attention": [attention, config],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def record_path(results: Path, task: str, attention: str, digest: str, seed: int) -> Path:
+    """Where the record of a run lives. An outside attention `package.module:Class` becomes `package.module-Class`."""
+    return Path(results) / "records" / task / attention.replace(":", "-") / digest[:16] / f"seed{seed}.json"
+
+
+def predictions_path(record: Path) -> Path:
+    """Where the predictions of a record live."""
+    return record.with_name(record.stem + ".pred.gz")
+
+
+def labels_path(results: Path, sha256: str) -> Path:
+    """Where the labels of a test set live."""
+    return Path(results) / "labels" / f"{sha256}.gz"
+
+
+def write_record(path: Path, record: dict[str, Any], predictions: bytes | None) -> None:
+    """Write predictions, then the record, each atomically: a record never exists without its predictions."""
+    if predictions is not None:
+        _pack(predictions_path(path), predictions)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_labels(results: Path, labels: bytes) -> None:
+    """Keep the labels of a test set, one byte per example, unless they are there."""
+    path = labels_path(results, hashlib.sha256(labels).hexdigest())
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _pack(path, labels)
+        except FileNotFoundError:  # another process wrote them first, and cleared this one's temporary away
+            if not path.exists():
+                raise
+    remove_temporaries(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one record. Raises UsageError when it is missing, too large, not strict JSON or not of this schema.
+
+    Strict: no NaN or infinity, no number beyond 64 bits, no key twice, no text that UTF-8 cannot hold.
+    """
+    try:
+        text = read_limited(path).decode()
+        record = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_within_64_bits,
+            object_pairs_hook=_without_repeats,
+        )
+        json.dumps(record, ensure_ascii=False).encode()
+    except FileNotFoundError:
+        raise UsageError(f"no record at {path}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UsageError(f"{path} is not a JSON record: {error}") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise UsageError(f"{path} is not a record of schema {SCHEMA!r}: found {str(found)[:60]!r}")
+    missing = [s for s in SECTIONS if s not in record]
+    if missing:
+        raise UsageError(f"{path} lacks {', '.join(missing)}")
+    return record
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of a regular file of at most LARGEST; ValueError for a link, a device or a larger one."""
+    facts = Path(path).lstat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is no regular file")
+    if facts.st_size > LARGEST:
+        raise ValueError(f"it has {facts.st_size:,} bytes, and the limit is {LARGEST:,}")
+    return Path(path).read_bytes()
+
+
+def read_predictions(path: Path, record: dict[str, Any]) -> bytes:
+    """Predicted classes of a record, one byte per test example; checked against the record's hash."""
+    n, sha256 = record["result"]["n_test"], record["result"]["predictions_sha256"]
+    return _unpack(predictions_path(path), n, sha256, "the sha256 in its record")
+
+
+def read_labels(results: Path, sha256: str, n: int) -> bytes:
+    """The n labels of a test set. Raises UsageError when they are not kept, or not those of the hash."""
+    return _unpack(labels_path(results, sha256), n, sha256, "its name")
+
+
+def iterate_records(
+    results: Path, report: Callable[[str], None] | None = None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """All records under a results folder, in order of path; a file that is none is reported and left out."""
+    for path in sorted((Path(results) / "records").glob("*/*/*/seed*.json")):
+        try:
+            yield path, read_record(path)
+        except UsageError as error:
+            (report or report_skipped)(str(error))
+
+
+def report_skipped(line: str) -> None:
+    """Say on stderr what was left out, and why."""
+    print(f"skipped: {line}", file=sys.stderr)
+
+
+def suite_facts() -> dict[str, Any]:
+    """Version of the code that runs; commit None outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    # New records and tables do not make the code dirty.
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md")
+    return {"version": __version__, "git_commit": commit, "git_dirty": bool(dirty) if commit else None}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN: a loss that is not finite is stored as null."""
+    return value if math.isfinite(value) else None
+
+
+def _pack(path: Path, content: bytes) -> None:
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as file:  # no time stamp: same run, same bytes
+        file.write(content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(packed.getvalue())
+
+
+def _unpack(path: Path, n: int, sha256: str, what: str) -> bytes:
+    """n bytes of a gzip file; never unpacks more than n + 1, whatever the file claims."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(read_limited(path))) as file:
+            content = file.read(n + 1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UsageError(f"{path} does not match {what}")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is beyond the range of a double")
+    return value
+
+
+def _within_64_bits(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"the whole number {text[:20]}... is beyond 64 bits")
+    return int(text)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice among {repr(sorted(k for k, _ in pairs))[:200]}")
+    return found

@@ -1,0 +1,94 @@
+"""Atomic checkpoints: one safetensors file with every tensor; its header holds the plain state and a hash of all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lra.options import UsageError
+from tasks.store.files import atomic_path, one_line
+
+
+class Damaged(UsageError):
+    """A checkpoint that cannot be read, or that is not what was written."""
+
+
+def save(
+    path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any], previous: Path | None = None
+) -> None:
+    """Write under a temporary name, sync, rename: a reader sees the old file or the new one, never half of one.
+
+    The file that stood at `path` goes to `previous`, if given, once the new one is written.
+    """
+    # Copies, because safetensors refuses tensors that share memory, as tied parameters do.
+    plain = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }
+    header = {"state": json.dumps(state)}
+    header["sha256"] = _digest(plain, header["state"])
+    with atomic_path(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata=header)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(errno.EIO, one_line(error), str(path)) from error
+        if previous and path.exists():
+            os.replace(path, previous)
+
+
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint. Raises UsageError when there is none, Damaged when it fails its hash."""
+    try:
+        with open(path, "rb"):  # what a system refuses to open is not damaged
+            pass
+    except FileNotFoundError:
+        raise UsageError(f"no checkpoint at {path}") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if header["sha256"] != _digest(tensors, header["state"]):
+                raise ValueError("its content does not match its sha256")
+            return tensors, json.loads(header["state"])
+    except KeyError as error:
+        reason = f"its header has no {error}"
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = one_line(error)
+    raise Damaged(f"checkpoint {path} is damaged ({reason})")
+
+
+def _digest(tensors: dict[str, torch.Tensor], state: str) -> str:
+    """sha256 over the state and every tensor's name, type, shape and bytes, in order of name."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries whose name starts with `prefix.`, with it stripped."""
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's per-parameter tensors as `<index>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": t for i, entries in state.items() for name, t in entries.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; hyper-parameters stay those of the optimizer."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -1,0 +1,204 @@
+"""From what the user typed to one resolved run: recipe, overrides, attention options, data, and its digest."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lra.options import UsageError, construct, unknown
+from lra.records.record import cell_digest
+from lra.registry import attention_class, budget_options, build_attention, load_task
+from models.encoder import Encoder
+from models.heads import Classifier, Classify, Match
+from tasks.base import Meta, Recipe
+from tasks.store.prepared import data_identity
+
+GROUPS = ("attention", "encoder", "train")
+AT_LEAST = {  # smallest value that means something, by name of the option
+    "train": {"steps": 1, "batch": 1, "accumulate": 1, "eval_every": 1, "warmup": 0, "weight_decay": 0},
+    "encoder": {"layers": 1, "width": 1, "heads": 1, "ffn": 1, "max_len": 0},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the benchmark and one seed. `digest` names the cell: no host, no date, no seed."""
+
+    meta: Meta
+    preset: str
+    attention: str
+    attention_config: dict[str, Any]
+    recipe: Recipe
+    overrides: dict[str, str]  # what differs from the preset: {"train.lr": "0.001"}
+    val_rule: str
+    seed: int
+    manifest: dict[str, Any]  # of the prepared data
+
+    @property
+    def digest(self) -> str:
+        """sha256 over task, data, recipe, overrides, validation rule and attention."""
+        return cell_digest(
+            self.meta.name,
+            self.meta.version,
+            data_identity(self.manifest),
+            asdict(self.recipe),
+            self.overrides,
+            self.val_rule,
+            self.attention,
+            self.attention_config,
+        )
+
+    def build_model(self, attention: str | None = None) -> torch.nn.Module:
+        """The classifier, initialised from the run's seed; with `attention`, that method at its defaults instead."""
+        name = attention or self.attention
+        config = default_options(name, self.recipe) if attention else self.attention_config
+        shape = asdict(self.recipe.encoder)
+        max_len = shape.pop("max_len") or self.recipe.data.seq_len
+        heads, width = shape["heads"], shape["width"]
+
+        def build(layer, length):
+            return build_attention(
+                name,
+                heads=heads,
+                head_dim=width // heads,
+                max_len=length,
+                seed=self.seed,
+                layer=layer,
+                **config,
+            )
+
+        torch.manual_seed(self.seed)
+        encoder = Encoder(build, vocab=self.meta.vocab, max_len=max_len, **shape)
+        head = (Classify, Match)[self.meta.towers - 1](width, shape["ffn"], self.meta.classes)
+        return Classifier(encoder, head)
+
+    def summary(self) -> str:
+        """The resolved configuration, for people."""
+        lines = [
+            f"{self.meta.name} / {self.attention} / {self.preset} / seed {self.seed}  (digest {self.digest[:16]})"
+        ]
+        lines.append(f"  data       {self.manifest['dataset']}, validation {self.val_rule}")
+        for name, values in (
+            ("attention", self.attention_config),
+            ("encoder", asdict(self.recipe.encoder)),
+            ("train", asdict(self.recipe.train)),
+        ):
+            lines.append(f"  {name:<10} " + " ".join(f"{k}={v}" for k, v in values.items()))
+        return "\n".join(lines)
+
+    @property
+    def command(self) -> str:
+        """The command that repeats this run."""
+        sets = "".join(f" --set {k}={v}" for k, v in self.overrides.items())
+        rule = "" if self.val_rule == "held-out" else f" --val-rule {self.val_rule}"
+        return (
+            f"python -m lra train {self.meta.name} --attention {self.attention} --preset {self.preset} "
+            f"--seed {self.seed}{sets}{rule}"
+        )
+
+
+def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
+    """--set and --steps as one mapping: ["train.lr=1e-3"] -> {"train.lr": "1e-3"}. Raises UsageError."""
+    sets = {} if steps is None else {"train.steps": str(steps)}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        group, dot, _ = key.partition(".")
+        if not (equals and dot):
+            raise UsageError(
+                f"--set takes GROUP.OPTION=VALUE with GROUP one of {', '.join(GROUPS)}; got {pair!r}"
+            )
+        if group == "data":
+            raise UsageError(f"--set {pair}: data options are fixed when data are prepared, by the preset")
+        if group not in GROUPS:
+            raise unknown("group of --set", group, GROUPS)
+        if key in sets:
+            raise UsageError(f"{key} is given twice, as {sets[key]} and as {value}: leave one out")
+        sets[key] = value
+    return dict(sorted(sets.items()))
+
+
+def load_preset(task: ModuleType, preset: str) -> Recipe:
+    """The recipe of a preset by name."""
+    if preset not in task.RECIPES:
+        raise unknown(f"preset of {task.META.name}", preset, task.RECIPES)
+    return task.RECIPES[preset]
+
+
+def default_options(attention: str, recipe: Recipe) -> dict[str, Any]:
+    """An attention's options at their defaults, the approximation size taken from the recipe's budget."""
+    cls = attention_class(attention).Config
+    return asdict(cls(**budget_options(attention, recipe.budget)))
+
+
+def stored_options(config: Any) -> dict[str, Any]:
+    """What identifies an attention's options: all but later ones at their defaults (`option` in base.py)."""
+    later = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    return {k: v for k, v in asdict(config).items() if k not in later or v != later[k]}
+
+
+def resolve(
+    task_name: str,
+    preset: str,
+    attention: str,
+    seed: int,
+    manifest: dict[str, Any],
+    overrides: dict[str, str],
+    val_rule: str = "held-out",
+) -> Run:
+    """Check everything a run needs before it starts. Raises UsageError, one line."""
+    task = load_task(task_name)
+    recipe = load_preset(task, preset)
+    groups: dict[str, dict[str, str]] = {g: {} for g in GROUPS}
+    for key, value in overrides.items():
+        group, option = key.split(".", 1)
+        groups[group][option] = value
+    defaults = attention_class(attention).Config(**default_options(attention, recipe))
+    before = {"attention": defaults, "encoder": recipe.encoder, "train": recipe.train}
+    after = {g: construct(type(b), groups[g], where=g, base=b) for g, b in before.items()}
+    # What is set to the value it has anyway is no override, and 2e-3 is 0.002: one run has one digest.
+    changed = {
+        f"{g}.{option}": str(getattr(after[g], option))
+        for g in GROUPS
+        for option in sorted(groups[g])
+        if getattr(after[g], option) != getattr(before[g], option)
+    }
+    recipe = dataclasses.replace(recipe, encoder=after["encoder"], train=after["train"])
+    options = stored_options(after["attention"])
+    run = Run(task.META, preset, attention, options, recipe, changed, val_rule, seed, manifest)
+    _check(run)
+    return run
+
+
+def _check(run: Run) -> None:
+    train, encoder = run.recipe.train, run.recipe.encoder
+    for group, bounds in AT_LEAST.items():
+        for name, least in bounds.items():
+            if (value := getattr(getattr(run.recipe, group), name)) < least:
+                raise UsageError(f"{group}.{name} must be at least {least}; got {value}")
+    for name, value in (("train.lr", train.lr), ("train.clip", train.clip)):
+        if value <= 0:
+            raise UsageError(f"{name} must be above 0; got {value}")
+    if not 0 <= train.beta2 < 1:
+        raise UsageError(f"train.beta2 must be at least 0 and below 1; got {train.beta2}")
+    if run.seed < 0:
+        raise UsageError(f"--seed must be at least 0; got {run.seed}")
+    if train.batch % train.accumulate:
+        raise UsageError(f"train.accumulate {train.accumulate} does not divide train.batch {train.batch}")
+    n = run.manifest["splits"]["train"]["n"]
+    if train.batch > n:
+        raise UsageError(f"train.batch {train.batch} exceeds the {n} training examples")
+    longest = max(s["max_length"] for s in run.manifest["splits"].values())
+    max_len = encoder.max_len or run.recipe.data.seq_len
+    if longest > max_len:
+        raise UsageError(
+            f"prepared {run.meta.name} data has sequences of {longest} tokens, beyond the model's maximum {max_len}: "
+            f"set encoder.max_len={longest}"
+        )
+    try:
+        run.build_model()
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error

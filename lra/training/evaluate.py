@@ -1,0 +1,123 @@
+"""Evaluation: counts and predictions over a split, and how far an attention is from exact softmax."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from lra.training.batches import evaluation_batches
+from lra.training.distributed import ALONE, World
+from tasks.base import Batch, Split
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an evaluation counted: mean loss in nats, correct examples of n, and each predicted class."""
+
+    loss: float
+    n_correct: int
+    n: int
+    predictions: np.ndarray  # uint8, in the order of the split
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    move = {"device": device, "non_blocking": True}
+    mask = None if batch.mask_BTN is None else batch.mask_BTN.to(**move)
+    return Batch(batch.tokens_BTN.to(**move), mask, batch.labels_B.to(**move))
+
+
+def autocast(device: torch.device, precision: str):
+    """The context a forward pass runs in: bf16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    towers: int,
+    *,
+    batch: int,
+    device: torch.device,
+    precision: str = "fp32",
+    name: str = "",
+    world: World = ALONE,
+) -> Counts:
+    """Every example of `split` once: none dropped, none twice. The model is left in the mode it was in.
+
+    The ranks of a world share the batches, and each returns the counts of all.
+    """
+    training = model.training
+    model.eval()
+    total = len(split.labels)
+    predictions = np.zeros(total, np.uint8)
+    loss = 0.0
+    bar = tqdm(total=total, desc=f"evaluating {name}", unit="ex", disable=None, leave=False, delay=2)
+    for chosen, examples in world.take(evaluation_batches(split, towers, size=batch)):
+        examples = to_device(examples, device)
+        with autocast(device, precision):
+            logits_BC = model(examples.tokens_BTN, examples.mask_BTN)
+        loss += F.cross_entropy(logits_BC.float(), examples.labels_B, reduction="sum").item()
+        predictions[chosen] = logits_BC.argmax(-1).cpu().numpy()
+        bar.update(len(chosen))
+    bar.close()
+    model.train(training)
+    loss, predictions = sum(world.gather(loss)), sum(world.gather(predictions))
+    return Counts(loss / total, int((predictions == split.labels).sum()), total, predictions)
+
+
+@torch.no_grad()
+def capture(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, tuple, torch.Tensor]]:
+    """(attention, (q, k, v, mask), out) of each layer, in evaluation mode, on a batch."""
+    captured: list[tuple[nn.Module, tuple, torch.Tensor]] = []
+    hooks = [
+        a.register_forward_hook(lambda module, args, out: captured.append((module, args, out)))
+        for a in model.encoder.attentions
+    ]
+    training = model.training
+    model.eval()
+    model(batch.tokens_BTN, batch.mask_BTN)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return captured
+
+
+@torch.no_grad()
+def attention_report(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """How the attentions behave on a batch, averaged over layers.
+
+    `approx_err`: |out - exact| / |exact| over real tokens (Frobenius), exact = softmax attention on the same q, k, v.
+    `eff_rank`: exp of the entropy of the normalised singular values of each head's (N, D) output
+    (Roy and Vetterli, EUSIPCO 2007), between 1 and D; averaged over heads.
+    `redraws`: how often random projections were redrawn (0 for methods without any).
+    """
+    errors, ranks = [], []
+    for _, (q_BHND, k_BHND, v_BHND, mask_BN), out_BHND in capture(model, batch):
+        real_B1N1 = torch.ones_like(q_BHND[:, :1, :, :1], dtype=torch.bool)
+        if mask_BN is not None:
+            real_B1N1 = mask_BN[:, None, :, None]
+        exact_BHND = F.scaled_dot_product_attention(
+            q_BHND, k_BHND, v_BHND, attn_mask=real_B1N1.transpose(-1, -2)
+        )
+        exact_BHND, out_BHND = exact_BHND * real_B1N1, out_BHND * real_B1N1
+        errors.append(((out_BHND - exact_BHND).norm() / exact_BHND.norm()).item())
+        if not out_BHND.isfinite().all():  # a run about to be recorded as failed; svdvals would raise
+            ranks.append(float("nan"))
+            continue
+        spectrum_BHD = torch.linalg.svdvals(out_BHND.float().cpu())
+        p_BHD = spectrum_BHD / spectrum_BHD.sum(-1, keepdim=True).clamp(min=1e-30)
+        ranks.append(torch.special.entr(p_BHD).sum(-1).exp().mean().item())
+    redraws = max(int(getattr(a, "redraws", 0)) for a in model.encoder.attentions)
+    return {
+        "approx_err": float(np.mean(errors)),
+        "eff_rank": float(np.mean(ranks)),
+        "redraws": float(redraws),
+    }

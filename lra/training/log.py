@@ -1,0 +1,130 @@
+"""What a run writes while it runs: a JSONL file and TensorBoard events, with the same tags for every attention.
+
+The JSONL file is what is kept; events are made from it again whenever a run is resumed, so that they hold every
+point once, in order, however often the process died and wherever its clock jumped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lra.options import UsageError
+from lra.training.config import Run
+from tasks.store.files import atomic_path, one_line
+
+LOG = "log.jsonl"
+LAYOUT = {  # one tag a chart, so that each line is a run: TensorBoard lays the attentions over one another
+    "learning": {
+        "validation accuracy": ["Multiline", ["val/acc"]],
+        "validation loss": ["Multiline", ["val/loss"]],
+        "training loss": ["Multiline", ["train/loss"]],
+        "gradient norm": ["Multiline", ["opt/grad_norm"]],
+    },
+    "attention": {
+        "error against exact softmax": ["Multiline", ["attn/approx_err"]],
+        "effective rank": ["Multiline", ["attn/eff_rank"]],
+        "redraws": ["Multiline", ["attn/redraws"]],
+    },
+    "cost": {
+        "steps per second": ["Multiline", ["perf/steps_per_s"]],
+        "peak memory, MB": ["Multiline", ["perf/peak_mem_mb"]],
+    },
+}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; without its last one where a killed run ended in its middle. Empty when absent."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class RunLog:
+    """Scalars of one run, in `folder`. A run that starts at `step` drops what an earlier process wrote after it.
+
+    A context manager: however the run ends, what it wrote reaches the disk.
+    """
+
+    def __init__(self, folder: Path, run: Run, step: int):
+        self.run, self.folder, self.step = run, folder, step
+        self.path = folder / LOG
+
+    def __enter__(self) -> RunLog:
+        try:
+            kept = [line for line in read_log(self.path) if line["step"] <= self.step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.path} is damaged ({one_line(error)}): remove it") from None
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        for old in self.folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.file: TextIO = open(self.path, "a", buffering=1)
+        self._hook, threading.excepthook = threading.excepthook, self._quiet
+        self.writer = SummaryWriter(str(self.folder))
+        self.writer.add_custom_scalars(LAYOUT)
+        for line in kept:
+            self._events(line["step"], {tag: v for tag, v in line.items() if tag != "step"})
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.writer.close()
+            self.file.close()
+        except OSError:
+            if kind is None:  # else what ended the run is the error to report
+                raise
+        finally:
+            threading.excepthook = self._hook
+
+    def _quiet(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread; an error there is raised again here by the next flush."""
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write values under their tags at `step`."""
+        self._events(step, values)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def _events(self, step: int, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Bring everything to the disk, before a checkpoint says that it is there."""
+        self.writer.flush()
+        os.fsync(self.file.fileno())
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the run's hyper-parameters and final metrics, the same keys in every run."""
+        run, result = self.run, record["result"] or {}
+        recipe = run.recipe
+        hparams = {
+            "task": run.meta.name,
+            "dataset": run.manifest["dataset"],
+            "preset": run.preset,
+            "attention": run.attention,
+            "options": json.dumps(run.attention_config),
+            "overrides": json.dumps(run.overrides),
+            "seed": run.seed,
+            "seq_len": recipe.data.seq_len,
+            "layers": recipe.encoder.layers,
+            "width": recipe.encoder.width,
+            "heads": recipe.encoder.heads,
+            "lr": recipe.train.lr,
+            "batch": recipe.train.batch,
+            "steps": recipe.train.steps,
+        }
+        metrics = {
+            "hparam/test_acc": result["n_correct"] / result["n_test"] if result else 0.0,
+            "hparam/val_acc": result["val_n_correct"] / result["n_val"] if result else 0.0,
+        }
+        self.writer.add_hparams(hparams, metrics, run_name=".")
+        self.flush()

@@ -1,0 +1,1 @@
+"""Random features: projections, their alignment with data, and the engine that evaluates them."""

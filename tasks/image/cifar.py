@@ -1,0 +1,217 @@
+"""CIFAR-10 as it is found: python batches, binary batches, parquet or folders of pictures, read as grey.
+
+The python batches are pickles. They are read by an unpickler that knows the one structure they hold, a
+dictionary of strings, integers, lists and one uint8 array, and refuses every other name without importing it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tasks.base import SourceError
+from tasks.store.files import one_line, sha256_file
+from tasks.store.sources import find_one, hub_file, read_folder, read_parquet
+from tasks.store.threads import in_chunks
+
+SIDE = 32
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+HUB_REPO, HUB_REVISION = "uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2"
+HUB_SHA256 = {
+    "train": "8428b53a88a11ac374111006708df51469e315a22ac6d66470afd9c78d2ae883",
+    "test": "841389e6f2d64f28bf17310e430aebac20ec3ba611a3c5e231dc93c645ce84de",
+}
+WAYS_OUT = (
+    "--data-dir DIR with CIFAR-10 in it",
+    "--source embedded (1,797 digits, enough for smoke and small)",
+    "a connection with HF_HUB_OFFLINE unset",
+)
+BATCHES = {"train": "data_batch_[1-5]", "test": "test_batch"}
+LAYOUTS = (  # looked for in this order
+    "cifar-10-batches-py/{batch}",
+    "{batch}",
+    "cifar-10-batches-bin/{batch}.bin",
+    "{batch}.bin",
+    "plain_text/{half}-00000-of-00001.parquet",
+    "{half}-00000-of-00001.parquet",
+    "cifar10.parquet",
+    "{half}/*/*.png",
+)
+
+MEMBERS = (  # of an archive, whatever folder they are in
+    "data_batch_?",
+    "test_batch",
+    "data_batch_?.bin",
+    "test_batch.bin",
+    "train/*/*.png",
+    "test/*/*.png",
+)
+
+Pictures = tuple[np.ndarray, np.ndarray, bool]  # grey uint8 (n, 32, 32), labels uint8 (n,), any JPEG?
+
+
+def read_half(half: str, data_dir: Path | None, files: dict[str, str], workers: int) -> Pictures:
+    """The train or test half, from data_dir or else from the hub; its files' hashes are added to `files`.
+
+    SourceError if it is not found, unreadable, or holds anything but 32 x 32 pictures of classes 0..9.
+    """
+    if data_dir is None:
+        name = f"plain_text/{half}-00000-of-00001.parquet"
+        path = hub_file(HUB_REPO, name, revision=HUB_REVISION, sha256=HUB_SHA256[half], ways_out=WAYS_OUT)
+    else:
+        names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
+        path = find_one(data_dir, names, f"the CIFAR-10 {half} half")
+    if path.suffix == ".png":
+        return _folders(path.parents[1], files, workers)
+    if path.suffix == ".parquet":
+        files[path.name] = sha256_file(path)
+        return _parquet(path, half, workers)
+    batches = sorted(path.parent.glob(BATCHES[half] + path.suffix))
+    files.update((batch.name, sha256_file(batch)) for batch in batches)
+    read = _binary if path.suffix == ".bin" else _pickled
+    planes, labels = zip(*map(read, batches))
+    return _grey(np.concatenate(planes)), np.concatenate(labels), False
+
+
+def _grey(planes: np.ndarray) -> np.ndarray:
+    """Colour planes uint8 (n, 3072), all red then all green then all blue, to grey uint8 (n, 32, 32)."""
+    from PIL import Image
+
+    rgb = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1).reshape(-1, SIDE, 3)
+    return np.asarray(Image.fromarray(rgb).convert("L")).reshape(-1, SIDE, SIDE)
+
+
+def _decode(data: bytes, where: str) -> tuple[np.ndarray, bool]:
+    """One PNG or JPEG file to grey uint8 (32, 32), and whether it was a JPEG."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            if image.size != (SIDE, SIDE) or image.mode not in ("RGB", "L"):
+                found = "{} x {} {}".format(*image.size, image.mode)
+                raise SourceError(f"{where}: the image is {found}, expected {SIDE} x {SIDE} RGB or L")
+            return np.asarray(image.convert("L")), image.format == "JPEG"
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise SourceError(f"{where}: not readable PNG or JPEG ({one_line(error)})") from error
+
+
+def _labels(path: Path, labels: Sequence) -> np.ndarray:
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or not 0 <= label < len(CLASSES):
+            raise SourceError(f"{path}: row {row}: label is {label!r}, expected 0..{len(CLASSES) - 1}")
+    return np.array(labels, np.uint8)
+
+
+def _decode_all(pictures: Sequence[bytes], names: Sequence[str], workers: int) -> tuple[np.ndarray, bool]:
+    """All pictures of a half as grey uint8 (n, 32, 32), and whether any was a JPEG."""
+    grey, jpeg = np.empty((len(pictures), SIDE, SIDE), np.uint8), np.zeros(len(pictures), bool)
+
+    def fill(start: int, end: int) -> None:
+        for i in range(start, end):
+            grey[i], jpeg[i] = _decode(pictures[i], names[i])
+
+    in_chunks(fill, len(pictures), workers, "images")
+    return grey, bool(jpeg.any())
+
+
+def _parquet(path: Path, half: str, workers: int) -> Pictures:
+    """The hub's layout (img {bytes, path}, label), or one file of both halves (split, label, image_jpeg)."""
+    if path.name == "cifar10.parquet":
+        columns = read_parquet(path, ["split", "label", "image_jpeg"])
+        rows = [k for k, split in enumerate(columns["split"]) if split == half]
+        pictures = columns["image_jpeg"]
+    else:
+        columns = read_parquet(path, ["img", "label"])
+        rows = list(range(len(columns["label"])))
+        pictures = [img.get("bytes") if isinstance(img, dict) else img for img in columns["img"]]
+    if not rows:
+        raise SourceError(f"{path}: no images of the {half} half; fetch it again")
+    names = [f"{path}: row {k}" for k in rows]
+    grey, jpeg = _decode_all([pictures[k] for k in rows], names, workers)
+    return grey, _labels(path, columns["label"])[rows], jpeg
+
+
+def _folders(folder: Path, files: dict[str, str], workers: int) -> Pictures:
+    """Pictures in one folder per class, named as CLASSES or 0..9."""
+    pictures: list[bytes] = []
+    names: list[str] = []
+    labels: list[int] = []
+    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if child.name not in CLASSES and child.name not in map(str, range(len(CLASSES))):
+            raise SourceError(f"{child}: not a class; expected folders {', '.join(CLASSES)} or 0..9")
+        paths = sorted(child.glob("*.png"))
+        contents, files[f"{folder.name}/{child.name}/*.png"] = read_folder(paths, workers)
+        pictures += contents
+        names += map(str, paths)
+        labels += [CLASSES.index(child.name) if child.name in CLASSES else int(child.name)] * len(paths)
+    grey, jpeg = _decode_all(pictures, names, workers)
+    return grey, np.array(labels, np.uint8), jpeg
+
+
+def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A binary batch: records of one label byte and 3,072 pixel bytes."""
+    record = 1 + 3 * SIDE * SIDE
+    data = np.fromfile(path, np.uint8)
+    if not len(data) or len(data) % record:
+        raise SourceError(f"{path}: {len(data)} bytes, expected a multiple of {record}; fetch it again")
+    data = data.reshape(-1, record)
+    return data[:, 1:], _labels(path, data[:, 0].tolist())
+
+
+class _Array:
+    """What the array of a batch unpickles to: its bytes as uint8. numpy's own unpickling never runs."""
+
+    __slots__ = ("values",)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, _, fortran, raw = state
+        self.values = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class _Dtype:
+    """Stands for numpy.dtype, and only for uint8."""
+
+    __slots__ = ()
+
+    def __init__(self, code: bytes | str, *_: object) -> None:
+        if code not in (b"u1", "u1"):
+            raise pickle.UnpicklingError(f"an array of type {code!r} is not a batch of pixels")
+
+    def __setstate__(self, state: tuple) -> None:
+        pass  # byte order and alignment, which uint8 does not have
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves the names a batch contains to the stand-ins above and refuses all others."""
+
+    _NAMES = {
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),  # bytes, as Python 3 writes protocol 2
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self._NAMES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which a batch has no use for")
+        return self._NAMES[module, name]
+
+
+def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A python batch: {b"data": uint8 (n, 3072), b"labels": [0..9] * n, ...}."""
+    try:
+        with open(path, "rb") as file:
+            batch = _Unpickler(file, encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        planes, labels = batch["data"].values, list(batch["labels"])
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise SourceError(f"{path}: not a CIFAR-10 batch ({one_line(error)}); fetch it again") from error
+    if planes.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
+        found = f"{planes.shape} with {len(labels)} labels"
+        raise SourceError(f"{path}: data is {found}, expected (n, 3072) with n; fetch it again")
+    return planes, _labels(path, labels)

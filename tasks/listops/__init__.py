@@ -1,0 +1,187 @@
+"""ListOps: the value (0-9) of a nested expression of MIN, MAX, MED and SM (sum modulo 10) over digits.
+
+Nangia and Bowman 2018 (arXiv 1804.06028), in the long version of Long Range Arena (arXiv 2011.04006). A node
+at depth < max_depth (the root has 1) is an operator with probability 1/4, with 2..max_args children, else a
+uniform digit. A tree is kept if min_length < length < max_length; an operator counts 2, with its bracket.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.listops.expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits, write_tsv
+from tasks.store.archives import LRA_RELEASE
+from tasks.store.files import sha256_file
+from tasks.store.rng import below, stream, uniform
+
+_OPERATOR = 0.25  # probability that a node above max_depth is an operator
+_CHUNK = 4096  # attempts per unit of work
+_GIVE_UP = 256  # chunks in a row that yield nothing new: a million attempts
+_PUBLISHED = dict(max_depth=10, max_args=10, min_length=500, max_length=2000)
+
+META = Meta(name="listops", version=1, classes=10, vocab=len(SYMBOLS), towers=1, generated=True,
+            description="value of a nested expression of MIN, MAX, MED and SM over digits")  # fmt: skip
+
+RECIPES = {
+    "smoke": Recipe(
+        data=Data(seq_len=64, train=2000, val=200, test=400,
+                  options=dict(max_depth=10, max_args=10, min_length=8, max_length=65)),
+        train=Optim(steps=60, warmup=10, weight_decay=0.0, eval_every=30), encoder=Encoder(), budget=32),
+    "small": Recipe(
+        data=Data(seq_len=100, train=40_000, val=2000, test=4000,
+                  options=dict(max_depth=10, max_args=10, min_length=10, max_length=101)),
+        train=Optim(steps=4000, lr=2e-3, weight_decay=0.0, eval_every=1000), encoder=Encoder(dropout=0.0)),
+    "paper": Recipe(
+        data=Data(seq_len=2000, train=96_000, val=2000, test=2000, options=_PUBLISHED),
+        train=Optim(steps=5000, lr=1e-4, warmup=1000, weight_decay=0.0, eval_every=500),
+        encoder=Encoder(), budget=256),
+}  # fmt: skip
+# The encoder of the original paper (arXiv 2011.04006).
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=6, width=512, heads=8, ffn=2048))
+
+
+@njit(cache=True, nogil=True)
+def _draw(state, tokens, opened, missing, max_depth, max_args, max_length):
+    """Draw one tree into `tokens`; its length, or 0 as soon as it is known to reach max_length.
+
+    `opened` and `missing` are scratch: position and children still to come of each open operator.
+    A loop, because numba 0.68 crashes on a recursive function that it loads from its cache.
+    """
+    used, depth, length = 0, 0, 1  # length of the tree if every node still to come is a leaf
+    while True:
+        if depth + 1 < max_depth and uniform(state) <= _OPERATOR:
+            opened[depth], missing[depth] = used, 2 + below(state, max_args - 1)
+            length += missing[depth] + 1
+            if length >= max_length:
+                return 0
+            depth += 1
+        else:
+            tokens[used] = ZERO + below(state, 10)
+            while depth > 0 and missing[depth - 1] == 1:  # close every operator that this node completes
+                depth -= 1
+                used += 1
+                tokens[opened[depth]] = MIN + below(state, 4)  # drawn after its children, as published
+                tokens[used] = CLOSE
+            if depth == 0:
+                return length
+            missing[depth - 1] -= 1
+        used += 1
+
+
+@njit(cache=True, nogil=True)
+def _draw_chunk(seed, chunk, max_depth, max_args, min_length, max_length):
+    """Accepted trees of one chunk of attempts, in attempt order: tokens end to end, lengths, labels."""
+    tokens = np.empty(_CHUNK * max_length, np.uint16)  # pages never written cost no memory
+    lengths, labels = np.empty(_CHUNK, np.int64), np.empty(_CHUNK, np.uint8)
+    opened, missing = np.empty((2, max_length), np.int64)
+    used = kept = 0
+    for attempt in range(chunk * _CHUNK, (chunk + 1) * _CHUNK):
+        length = _draw(stream(seed, attempt), tokens[used:], opened, missing, max_depth, max_args, max_length)
+        if length > min_length:
+            lengths[kept], labels[kept] = length, evaluate(tokens[used : used + length])
+            used += length
+            kept += 1
+    return tokens[:used].copy(), lengths[:kept], labels[:kept]
+
+
+def generate(
+    count: int, *, seed: int, max_depth: int = 10, max_args: int = 10,
+    min_length: int = 500, max_length: int = 2000, workers: int = 1,
+) -> tuple[list[np.ndarray], np.ndarray]:  # fmt: skip
+    """`count` distinct expressions: a list of uint16 id arrays and the uint8 labels.
+
+    Attempt i is drawn from stream(seed, i), and the first `count` accepted, distinct trees are returned in
+    attempt order: the result depends neither on `workers` (threads) nor on the platform, and a larger count
+    extends a smaller one. Raises SourceError if the limits do not allow that many.
+    """
+    limits = dict(max_depth=max_depth, max_args=max_args, min_length=min_length, max_length=max_length)
+    if max_depth < 2 or max_args < 2 or not 0 <= min_length <= max_length - 2:
+        raise SourceError(f"ListOps with {limits}: use depth, args >= 2 and 0 <= min <= max - 2")
+    from tqdm import tqdm
+
+    found, last_new = {}, 0  # digest of the content -> (tokens, label), in attempt order
+    bar = tqdm(total=count, desc="listops", unit=" trees", delay=2, disable=None)  # None: not a terminal
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for start in range(0, 1 << 50, workers):
+            drawn = pool.map(lambda c: _draw_chunk(seed, c, *limits.values()), range(start, start + workers))
+            for chunk, (tokens, lengths, values) in enumerate(drawn, start):
+                for sequence, value in zip(np.split(tokens, np.cumsum(lengths)), values):
+                    content = hashlib.blake2b(sequence, digest_size=16).digest()
+                    if len(found) < count and content not in found:
+                        found[content] = sequence, value
+                        last_new = chunk
+                bar.update(len(found) - bar.n)
+                if len(found) == count:
+                    return [s for s, _ in found.values()], np.array([v for _, v in found.values()], np.uint8)
+                if chunk - last_new >= _GIVE_UP:
+                    raise SourceError(f"found {len(found)} of {count} examples: widen {limits} or ask less")
+
+
+def decode(tokens: np.ndarray) -> str:
+    """The symbols separated by spaces, padding left out: `[MAX 3 [MIN 5 1 X X`."""
+    return " ".join(SYMBOLS[token] for token in tokens if token)
+
+
+def _root(train: Split, test: Split) -> float:
+    """Accuracy on test of answering the most frequent train label among expressions with the same root."""
+    counts = np.zeros((META.vocab, META.classes), np.int64)
+    np.add.at(counts, (train.tokens[train.offsets[:-1]], train.labels), 1)
+    return float(np.mean(counts.argmax(1)[test.tokens[test.offsets[:-1]]] == test.labels))
+
+
+def _generated(data: Data, workers: int) -> dict[str, Split]:
+    options = data.options
+    if options.keys() != _PUBLISHED.keys() or not all(isinstance(value, int) for value in options.values()):
+        raise SourceError(f"ListOps options {options}: use whole numbers for {', '.join(_PUBLISHED)}")
+    if options["max_length"] > data.seq_len + 1:
+        raise SourceError(f"max_length {options['max_length']}: use seq_len + 1 = {data.seq_len + 1} or less")
+    sizes = dict(test=data.test, val=data.val, train=data.train)  # test first: more train leaves it as it is
+    if min(sizes.values()) < 1:
+        raise SourceError(f"ListOps sizes {sizes}: generated splits need 1 or more examples each")
+    tokens, labels = generate(sum(sizes.values()), seed=data.seed, workers=workers, **options)
+    parts = {name: slice(end - sizes[name], end) for name, end in zip(sizes, np.cumsum([*sizes.values()]))}
+    return {name: Split.of(tokens[part], labels[part]) for name, part in parts.items()}
+
+
+ARCHIVES = LRA_RELEASE
+
+
+def members(data: Data) -> tuple[str, ...]:
+    """The raw files in an archive of the LRA release."""
+    return tuple(NAMES.values())
+
+
+def export(splits: dict[str, Split], folder: Path) -> list[Path]:
+    """Write the published files of these splits, basic_{train,val,test}.tsv; returns their paths."""
+    paths = {name: Path(folder) / file for name, file in NAMES.items()}
+    for name, path in paths.items():
+        split = splits[name]
+        write_tsv(path, [split.sequence(i) for i in range(len(split.labels))], split.labels)
+    return list(paths.values())
+
+
+class Task:
+    """ListOps, drawn by `generate` or read from basic_{train,val,test}.tsv in `data_dir` (default: here)."""
+
+    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
+        """All three splits; "embedded" is local if `data_dir` holds any of the files, else generated."""
+        paths = find(data_dir)
+        present = data_dir is not None and any(path.exists() for path in paths.values())
+        local = source == "local" or (source == "embedded" and present)
+        if source not in ("embedded", "generated", "local"):
+            raise SourceError(f"source {source!r}: ListOps is on no hub; use --source generated or local")
+        splits = read_splits(recipe.data, paths) if local else _generated(recipe.data, workers)
+        train, test = splits["train"], splits["test"]
+        return Built(
+            splits=splits, dataset="ListOps", substitute=False, source="local" if local else "generated",
+            revision="local files" if local else f"generator {META.version}",
+            licence="that of the local files" if local else "generated, no third-party data",
+            files={path.name: sha256_file(path) for path in paths.values()} if local else {},
+            floors={"majority": majority(train.labels, test.labels), "root operator": _root(train, test)},
+            report={"mean length": round(float(np.diff(train.offsets).mean()), 1)},
+        )  # fmt: skip

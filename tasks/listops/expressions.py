@@ -1,0 +1,125 @@
+"""ListOps expressions: their vocabulary, their value, and the files they are published in.
+
+    basic_train.tsv, basic_val.tsv, basic_test.tsv: a header `Source<tab>Target`, then expression and value
+
+An expression is written as left-nested pairs, `( ( ( [MAX 3 ) 5 ) ] )`; its symbols without the parentheses are
+what a model reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from tasks.base import SPLITS, Data, SourceError, Split
+from tasks.store.files import atomic_path
+from tasks.store.sources import ROOTS, open_text
+
+# The vocabulary: a symbol's id is its position. `]` is written X; parentheses are dropped, brackets kept.
+SYMBOLS = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "X")
+ZERO, MIN, CLOSE = SYMBOLS.index("0"), SYMBOLS.index("[MIN"), SYMBOLS.index("X")
+_ID = {symbol: i for i, symbol in enumerate(SYMBOLS[:CLOSE]) if i} | {"]": CLOSE}  # as files spell them
+_HEADER = "Source\tTarget\n"
+NAMES = {split: f"basic_{split}.tsv" for split in SPLITS}
+FOLDERS = ("", "listops-1000/")  # of --data-dir and of the LRA release
+
+
+@njit(cache=True, nogil=True)
+def evaluate(tokens):
+    """Value of an expression (its ids), or -1 if the ids are not exactly one well-formed expression."""
+    operators, first, values = np.empty((3, len(tokens)), np.int64)
+    top = depth = 0
+    for i in range(len(tokens)):
+        token = np.int64(tokens[i])
+        if token < ZERO or token > CLOSE or (i > 0 and depth == 0):
+            return -1
+        if token < MIN:
+            values[top] = token - ZERO
+            top += 1
+        elif token < CLOSE:
+            operators[depth], first[depth] = token - MIN, top
+            depth += 1
+        else:
+            depth -= 1
+            if depth < 0 or first[depth] == top:
+                return -1
+            args = np.sort(values[first[depth] : top])
+            median = (args[(len(args) - 1) // 2] + args[len(args) // 2]) // 2  # truncated, as published
+            values[first[depth]] = (args[0], args[-1], median, args.sum() % 10)[operators[depth]]
+            top = first[depth] + 1
+    return values[0] if top == 1 and depth == 0 else -1
+
+
+def to_text(tokens: np.ndarray) -> str:
+    """The published notation of a well-formed expression: left-nested pairs, `( ( ( [MAX 3 ) 5 ) ] )`."""
+    parts, arity = [], [0]
+    for token in reversed(tokens.tolist()):  # from the right: an operator's arity is known on reaching it
+        if token == CLOSE:
+            parts.append("] ) )")
+            arity.append(0)
+        else:
+            parts.append(f"{SYMBOLS[token]} )" if token < MIN else "( " * (arity.pop() + 1) + SYMBOLS[token])
+            arity[-1] += 1
+    return " ".join(reversed(parts)).removesuffix(" )")  # the root is nobody's child
+
+
+def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """Read a file of the published format, plain or .gz: a list of uint16 id arrays and the uint8 labels.
+
+    Every row is parsed and evaluated; SourceError names the file and line of the first that does not hold.
+    """
+    from tqdm import tqdm
+
+    sequences, labels = [], []
+    with open_text(path) as file:
+        if (line := next(file, "")) != _HEADER:
+            raise SourceError(f"{path}, line 1: {line[:40]!r} is not {_HEADER!r}; fetch the file again")
+        for number, line in enumerate(tqdm(file, Path(path).name, unit=" rows", delay=2, disable=None), 2):
+            source, _, target = line.removesuffix("\n").partition("\t")
+            symbols = source.replace("( ", "").replace(" )", "").split(" ")
+            tokens = np.array([_ID.get(symbol, 0) for symbol in symbols], np.uint16)
+            value = evaluate(tokens)
+            malformed = value < 0 or to_text(tokens) != source  # parentheses and spaces, too
+            if malformed or target != str(value):
+                problem = "malformed expression" if malformed else f"label {target[:9]!r} but value {value}"
+                raise SourceError(f"{path}, line {number}: {problem}; fetch the file again")
+            sequences.append(tokens)
+            labels.append(value)
+    return sequences, np.array(labels, np.uint8)
+
+
+def write_tsv(path: Path, tokens: list[np.ndarray], labels: np.ndarray) -> None:
+    """Write expressions in the published format. SourceError for one that is cut short or not of its label."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
+        file.write(_HEADER)
+        for number, (ids, label) in enumerate(zip(tokens, labels, strict=True), 2):
+            if evaluate(ids) != label:
+                problem = f"not a whole expression of value {label}: export uncut data"
+                raise SourceError(f"{path}, line {number}: {problem}")
+            file.write(f"{to_text(ids)}\t{label}\n")
+
+
+def find(data_dir: Path | None) -> dict[str, Path]:
+    """Where the three files are in data_dir (default: here), or would be: the first folder with any of them."""
+    folders = [Path(data_dir or ".") / root / folder for root in ROOTS for folder in FOLDERS]
+    present = [folder for folder in folders if any((folder / name).exists() for name in NAMES.values())]
+    return {split: (present or folders)[0] / name for split, name in NAMES.items()}
+
+
+def read_splits(data: Data, paths: dict[str, Path]) -> dict[str, Split]:
+    """As many examples of each file as `data` asks for, from its top, cut on the right to seq_len."""
+    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+        raise SourceError(f"missing {', '.join(missing)}: add what is missing, or use --source generated")
+    splits = {}
+    for name, path in paths.items():
+        tokens, labels = read_tsv(path)
+        size = getattr(data, name) or max(len(labels), 1)
+        if size > len(labels):
+            raise SourceError(
+                f"{path}: {len(labels)} examples, but the preset takes {size}; "
+                "give all of them, or use a smaller preset"
+            )
+        splits[name] = Split.of([ids[: data.seq_len] for ids in tokens[:size]], labels[:size])
+    return splits

@@ -1,0 +1,102 @@
+"""Reading Pathfinder from the layout of the LRA release.
+
+    pathfinder32/curv_contour_length_14/imgs/K/sample_I.png
+    pathfinder32/curv_contour_length_14/metadata/K.npy
+
+The metadata are text in the release and numpy arrays of strings as the published program writes them; a row
+starts with folder, file, index and label. Nothing is unpickled, and names must be of this very form.
+"""
+
+import hashlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+
+from tasks.base import Data, SourceError
+from tasks.store.files import one_line, sha256_file
+from tasks.store.sources import ROOTS, seeded_order
+from tasks.store.threads import in_chunks
+
+# By dashes per curve
+FOLDERS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
+EMPTY = {("curv_baseline", "imgs/0", "sample_172.png")}  # files the release is known to hold empty
+
+
+def find(data_dir: Path | None, size: int, contour_length: int) -> Path | None:
+    """The folder of the LRA release that holds these images, None if data_dir has nothing of this size."""
+    if data_dir is None or contour_length not in FOLDERS:
+        return None
+    roots = [Path(data_dir) / root / f"pathfinder{size}" for root in ROOTS]
+    if not (present := [root for root in roots if root.is_dir()]):
+        return None
+    folder = present[0] / FOLDERS[contour_length]
+    if not any((folder / "metadata").glob("*.npy")):
+        raise SourceError(f"{folder}/metadata: no .npy files; add them, or leave out --data-dir to generate")
+    return folder
+
+
+def members(size: int, contour_length: int) -> tuple[str, ...]:
+    """The files of these images in an archive of the release, as _archives.extract takes them."""
+    if contour_length not in FOLDERS:
+        return ()
+    folder = f"pathfinder{size}/{FOLDERS[contour_length]}"
+    return f"{folder}/metadata/*.npy", f"{folder}/imgs/*/*.png"
+
+
+def _rows(path: Path) -> list[tuple[str, str, int]]:
+    """(folder, file, label) of each row of a metadata file: text, or a numpy array of strings."""
+    try:
+        raw = path.read_bytes()
+        if raw.startswith(b"\x93NUMPY"):
+            table = np.load(io.BytesIO(raw), allow_pickle=False).astype(str).tolist()
+        else:
+            table = [line.split() for line in raw.decode("ascii").splitlines()]
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise SourceError(f"{path}: not readable metadata ({one_line(error)}); fetch it again") from error
+    form = re.compile(r"imgs/\d+ sample_\d+\.png \d+ [01]", re.ASCII)
+    for number, row in enumerate(table, 1):
+        if not isinstance(row, list) or not form.fullmatch(" ".join(row[:4])):
+            raise SourceError(f"{path}, row {number}: {str(row)[:60]} is not `imgs/K sample_I.png I 0|1 ...`")
+    return [(folder, file, int(label)) for folder, file, _, label, *_ in table]
+
+
+def _pixels(path: Path, size: int) -> tuple[np.ndarray, bytes]:
+    """Grey levels (size, size) of a PNG file, and its sha256."""
+    from PIL import Image
+
+    try:
+        raw = path.read_bytes()
+        with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
+            if image.size != (size, size):
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            return np.asarray(image.convert("L")), hashlib.sha256(raw).digest()
+    except Exception as error:  # Pillow's errors for malformed files are of many kinds
+        raise SourceError(
+            f"{path}: not a readable PNG image of {size} x {size} pixels ({one_line(error)}); fetch it again"
+        ) from error
+
+
+def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Images, labels and hashes of as many files of a release folder as `data` asks for, in seeded order."""
+    metadata = sorted((folder / "metadata").glob("*.npy"))
+    rows = sorted({row for path in metadata for row in _rows(path) if (folder.name, *row[:2]) not in EMPTY})
+    asked = data.test + data.val + max(data.train, 1)
+    if asked > len(rows):
+        raise SourceError(
+            f"{folder}: {len(rows)} images, but the preset takes {asked}; give all of them, or use a smaller preset"
+        )
+    names = [f"{imgs}/{file}".encode() for imgs, file, _ in rows]
+    order = seeded_order(names, np.array([label for _, _, label in rows]), data.seed)
+    rows = [rows[i] for i in order[: asked if data.train else None]]
+    images, digests = np.empty((len(rows), size, size), np.uint8), [b""] * len(rows)
+
+    def fill(start: int, end: int) -> None:
+        for i in range(start, end):
+            images[i], digests[i] = _pixels(folder / rows[i][0] / rows[i][1], size)
+
+    in_chunks(fill, len(rows), workers, "images")
+    files = {f"{folder.name}/metadata/{path.name}": sha256_file(path) for path in metadata}
+    files[f"{folder.name}/imgs ({len(rows)} read)"] = hashlib.sha256(b"".join(digests)).hexdigest()
+    return images, np.array([row[2] for row in rows], np.uint8), files

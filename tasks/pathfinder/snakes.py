@@ -1,0 +1,247 @@
+"""Kernels that draw Pathfinder images: two long dashed curves, short distractors, two discs.
+
+Outline and parameters are those of the published generator (Linsley et al. 2018, arXiv 1805.08315; program
+drewlinsley/pathfinder at ab9c130), written anew; terms are those of tasks/pathfinder/paddles.py. A *snake* is a dashed
+curve, here rows (heading, row and column of the paddle's outer end, row and column of its pivot). Odd traits
+of the published program are kept where they shape its images, and marked "published".
+"""
+
+import numpy as np
+from numba import njit
+
+from tasks.pathfinder.canvas import copy, normalise, stamp, turn
+from tasks.pathfinder.paddles import DEGREES
+from tasks.store.rng import below, stream, uniform
+
+TRIALS = 3  # attempts at placing one paddle
+SNAKE_TRIALS = 5  # attempts at placing one distractor
+TAKEN = 0.3  # occupancy above this is not free
+CLASH = 1.8  # two occupancies that add up to this overlap
+
+
+@njit(cache=True)
+def _inside(n, y, x):
+    return 0 <= y < n and 0 <= x < n
+
+
+@njit(cache=True)
+def _clashes(mask, shape, y, x):
+    """Does `shape` centred on (y, x) overlap what is occupied?"""
+    n, half = mask.shape[0], shape.shape[0] // 2
+    for i in range(max(0, half - y), min(shape.shape[0], n - y + half)):
+        for j in range(max(0, half - x), min(shape.shape[0], n - x + half)):
+            if mask[y + i - half, x + j - half] + shape[i, j] >= CLASH:
+                return True
+    return False
+
+
+@njit(cache=True)
+def _free(mask, stencil, taken, blocked, spots):
+    """Number of pixels from which the stencil, as far as it is inside, meets nothing; in order, in `spots`.
+
+    One step of the stencil at a time over whole rows: the compiler turns that into vector instructions.
+    """
+    n = len(mask)
+    for y in range(n):
+        for x in range(n):
+            taken[y, x] = mask[y, x] > TAKEN
+            blocked[y, x] = 0
+    for i in range(len(stencil)):
+        dy, dx = stencil[i, 0], stencil[i, 1]
+        left, right = max(0, -dx), min(n, n - dx)
+        for y in range(max(0, -dy), min(n, n - dy)):
+            to, of = blocked[y, left:right], taken[y + dy, left + dx : right + dx]
+            for x in range(len(to)):
+                to[x] |= of[x]
+    free = 0
+    for y in range(n):
+        for x in range(n):
+            if blocked[y, x] == 0:
+                spots[free] = y * n + x
+                free += 1
+    return free
+
+
+@njit(cache=True)
+def _plant(snake, ahead, behind, heading, y, x, n):
+    """Start a snake with a paddle at tail (y, x); False if it would leave the image."""
+    head_y, head_x = y + ahead[heading, 0], x + ahead[heading, 1]
+    pivot_y, pivot_x = head_y + behind[heading, 0], head_x + behind[heading, 1]
+    snake[0], snake[1], snake[2], snake[3], snake[4] = heading, y, x, pivot_y, pivot_x
+    return _inside(n, head_y, head_x) and _inside(n, pivot_y, pivot_x)
+
+
+@njit(cache=True)
+def _first(snake, t, rng):
+    """Start the first target snake in the empty image, `t.border` pixels off the edge; False: start again."""
+    for _ in range(TRIALS):
+        heading = below(rng, DEGREES)
+        if not t.plantable[heading]:
+            return False
+        top, left, height, width = t.room[heading]
+        spot = below(rng, height * width)
+        y, x = top + spot // width, left + spot % width
+        if _plant(snake, t.ahead, t.behind, heading, y, x, t.size):
+            return True
+    return False
+
+
+@njit(cache=True)
+def _seed(snake, mask, t, taken, blocked, spots, rng):
+    """Start a distractor anywhere free; False when nothing was found."""
+    for _ in range(TRIALS):
+        heading = below(rng, DEGREES)
+        if not t.plantable[heading]:
+            return False
+        free = _free(mask, t.stencil[heading], taken, blocked, spots)
+        if free == 0:
+            return False
+        y, x = divmod(spots[below(rng, free)], t.size)
+        if _plant(snake, t.ahead, t.behind, heading, y, x, t.size):
+            return True
+    return False
+
+
+@njit(cache=True)
+def _taken(mask, near, y, x):
+    """Highest occupancy within a margin of (y, x)."""
+    n, highest = mask.shape[0], 0.0
+    for i in range(len(near)):
+        row, col = y + near[i, 0], x + near[i, 1]
+        if 0 <= row < n and 0 <= col < n:
+            highest = max(highest, mask[row, col])
+    return highest
+
+
+@njit(cache=True)
+def _extend(old, new, mask, weight, reach, slip, candidates, near, area, cumulative, rng):
+    """Draw the paddle `new` that follows `old`, which becomes occupied; False when there is no room."""
+    heading, total, n = old[0], 0.0, mask.shape[0]
+    pivot_y = old[3] + reach[heading, 0] + (old[3] < slip[heading, 0])
+    pivot_x = old[4] + reach[heading, 1] + (old[4] < slip[heading, 1])
+    for k in range(len(candidates)):
+        y, x = pivot_y + candidates[k, 0], pivot_x + candidates[k, 1]
+        if weight[heading, k] > 0.0 and _inside(n, y, x) and mask[y, x] < 1.0:
+            total += weight[heading, k] * (1.0 - _taken(mask, near, y, x))
+        cumulative[k] = total
+    if total < 1e-4:
+        return False
+    for _ in range(TRIALS):
+        draw, k = uniform(rng) * total, 0
+        while cumulative[k] <= draw:
+            k += 1
+        y, x = pivot_y + candidates[k, 0], pivot_x + candidates[k, 1]
+        if not _clashes(mask, area[DEGREES + k], y, x):
+            stamp(mask, area[heading], old[1], old[2])
+            new[0], new[1], new[2], new[3], new[4] = DEGREES + k, y, x, pivot_y, pivot_x
+            return True
+    return False
+
+
+@njit(cache=True)
+def _grow(path, i, mask, t, cumulative, rng):
+    """Add paddle i to a snake; False when there is no room."""
+    return _extend(
+        path[i - 1], path[i], mask, t.weight, t.reach, t.slip, t.candidates, t.near, t.area, cumulative, rng
+    )
+
+
+@njit(cache=True)
+def _targets(paths, mask, t, cumulative, rng):
+    """Grow the two target snakes by turns into an empty image; False to start again."""
+    for row in mask:
+        for x in range(len(row)):
+            row[x] = 0.0
+    for k in range(t.size):  # one pixel of padding all around
+        mask[0, k] = mask[-1, k] = mask[k, 0] = mask[k, -1] = 1.0
+    if not _first(paths[0, 0], t, rng):
+        return False
+    placed = False
+    for _ in range(TRIALS):
+        heading, spoke = below(rng, DEGREES), below(rng, DEGREES)
+        y, x = paths[0, 0, 1] + t.ring[spoke, 0], paths[0, 0, 2] + t.ring[spoke, 1]
+        placed = _plant(paths[1, 0], t.ahead, t.behind, heading, y, x, t.size)
+        if placed:
+            break
+    if not placed:
+        return False
+    for i in range(1, paths.shape[1]):
+        for s in range(2):
+            if not _grow(paths[s], i, mask, t, cumulative, rng):
+                return False
+    last = paths[1, -1]  # published: the first snake's last paddle is left out
+    stamp(mask, t.area[last[0]], last[1], last[2])
+    return True
+
+
+@njit(cache=True)
+def _distractor(path, mask, before, t, taken, blocked, spots, cumulative, rng):
+    """Grow one short snake where there is room; False leaves the mask as it was."""
+    for _ in range(SNAKE_TRIALS):
+        if not _seed(path[0], mask, t, taken, blocked, spots, rng):
+            continue
+        copy(mask, before)
+        grown = True
+        for i in range(1, len(path)):
+            grown = grown and _grow(path, i, mask, t, cumulative, rng)
+        if grown:
+            stamp(mask, t.area[path[-1, 0]], path[-1, 1], path[-1, 2])
+            return True
+        copy(before, mask)
+    return False
+
+
+@njit(cache=True)
+def _matched(paths):
+    """Whether both snakes end at the same offset from where the first one starts, up to turns and mirrors."""
+    y, x = paths[0, 0, 1], paths[0, 0, 2]
+    dy0, dx0 = abs(paths[0, -1, 1] - y), abs(paths[0, -1, 2] - x)
+    dy1, dx1 = abs(paths[1, -1, 1] - y), abs(paths[1, -1, 2] - x)
+    return (dy0 == dy1 and dx0 == dx1) or (dy0 == dx1 and dx0 == dy1)
+
+
+@njit(cache=True)
+def _curves(t, distractors, matched, paths, rng):
+    """Draw all snakes of an image; fills `paths` with those of the targets and returns the canvas."""
+    mask, before = np.empty((t.size, t.size)), np.empty((t.size, t.size))
+    taken, blocked = np.empty((2, t.size, t.size), np.uint8)
+    spots, cumulative = np.empty(t.size * t.size, np.int64), np.empty(len(t.candidates))
+    while not _targets(paths, mask, t, cumulative, rng) or (matched and not _matched(paths)):
+        pass
+    canvas = np.zeros((t.size, t.size))
+    for s in range(2):
+        for i in range(paths.shape[1]):
+            stamp(canvas, t.target[paths[s, i, 0]], paths[s, i, 1], paths[s, i, 2])
+    path = np.zeros((paths.shape[1] // 3, 5), np.int64)
+    for _ in range(distractors):
+        if _distractor(path, mask, before, t, taken, blocked, spots, cumulative, rng):
+            for i in range(len(path)):
+                stamp(canvas, t.distractor[path[i, 0]], path[i, 1], path[i, 2])
+    return canvas
+
+
+@njit(cache=True, nogil=True)
+def draw(seed, start, tables, distractors, matched, images, labels, paths, discs):
+    """Draw images start, start + 1, ... of a seed, as many as the arrays to fill are long (n).
+
+    `tables` is a tuple of equally likely geometries. Filled: `images` (n, size, size) uint8; `labels` (n,)
+    uint8, 1 if one snake joins the discs; `paths` (n, 2, contour_length, 5) int64, the paddles of either
+    target snake from first to last; `discs` (n, 2, 2) int64, the centre of each disc. With `matched`, one
+    disc is where the first snake starts, both snakes end at the same offset from it (up to the symmetries of
+    the square) and the image, it alone, is turned about it at random: only the curves tell the label.
+    """
+    for i in range(len(images)):
+        rng = stream(seed, start + i)
+        label = below(rng, 2)
+        canvas = _curves(tables[below(rng, len(tables))], distractors, matched, paths[i], rng)
+        first = 0 if matched else below(rng, 2)
+        last = first if label else 1 - first
+        labels[i] = label
+        for axis in range(2):
+            discs[i, 0, axis] = paths[i, first, 0, 1 + axis]
+            discs[i, 1, axis] = paths[i, last, -1, 1 + axis]
+        for k in range(2):
+            stamp(canvas, tables[0].marker, discs[i, k, 0], discs[i, k, 1])
+        normalise(canvas, images[i])
+        if matched:
+            turn(images[i], below(rng, 8), discs[i, 0, 0], discs[i, 0, 1])

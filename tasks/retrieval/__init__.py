@@ -1,0 +1,249 @@
+"""Retrieval: are two documents related? Each is read byte by byte by the same encoder.
+
+ACL Anthology Network (Radev et al. 2013), as in Long Range Arena (Tay et al. 2021, arXiv:2011.04006, section
+2.2.3): does one paper cite the other? Both texts are bytes as given, id = byte + 1, cut on the right to
+seq_len; the head sees the two pooled vectors only. LRA's files are `new_aan_pairs.{train,eval,test}.tsv`:
+no header, tab separated, nothing quoted, `label id1 id2 text1 text2`, the label sometimes printed as 1.0.
+
+The embedded substitute asks whether one Python file of the installed packages imports another: see
+tasks/retrieval/imports.py, also for why neither text tells the label.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tasks.base import PAD, SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.retrieval import imports
+from tasks.store.archives import LRA_RELEASE
+from tasks.store.files import one_line, sha256_file
+from tasks.store.sources import check_source, find_one, hub_file, seeded_order
+
+META = Meta(
+    name="retrieval", version=1, classes=2, vocab=257, towers=2, reads="bytes",
+    description="two documents as bytes: related (citation; import) or not",
+)  # fmt: skip
+
+ALL = ",".join(imports.PACKAGES)
+RECIPES = {
+    "smoke": Recipe(
+        data=Data(seq_len=256, train=600, val=100, test=200, options={"packages": "pandas,scikit-learn"}),
+        encoder=Encoder(),
+        train=Optim(steps=30, batch=8, warmup=10, eval_every=15),
+        budget=32,
+    ),
+    "small": Recipe(
+        data=Data(seq_len=128, train=0, val=0, test=0, options={"packages": ALL}),
+        encoder=Encoder(dropout=0.0),
+        train=Optim(steps=500, batch=32, lr=2e-3, warmup=100, eval_every=125),
+        budget=64,
+    ),
+    "paper": Recipe(
+        data=Data(seq_len=4000, train=0, val=0, test=0, source="hub", options={"packages": ALL}),
+        encoder=Encoder(),
+        train=Optim(steps=30_000, batch=32, lr=1e-4, warmup=800, weight_decay=0.0, eval_every=1000),
+        budget=256,
+    ),
+}
+# Encoder and steps of the original paper (arXiv 2011.04006).
+RECIPES["paper-large"] = replace(
+    RECIPES["paper"],
+    encoder=Encoder(layers=4, width=128, heads=4, ffn=512),
+    train=replace(RECIPES["paper"].train, steps=5000),
+)
+
+SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}  # of LRA's files
+FILES = {"train": "train", "val": "eval", "test": "test"}  # LRA's names of the splits
+FOLDERS = ("", "retrieval_aan/", "tsv_data/")
+ENDINGS = ("", ".gz", ".xz")
+ARCHIVES = LRA_RELEASE
+COLUMNS = ("label", "id1", "id2", "text1", "text2")
+LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
+HUB_REPO, HUB_REVISION = "OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775"
+FITTED = 10_000  # pairs that floors are fitted on, and baselines of the report measured on
+
+Pairs = tuple[list[bytes], np.ndarray]  # texts, the two of a pair adjacent, and labels
+
+
+def members(data: Data) -> tuple[str, ...]:
+    """The raw files in an archive of the LRA release."""
+    return tuple(f"new_aan_pairs.{name}.tsv{end}" for name in FILES.values() for end in ENDINGS)
+
+
+class Task:
+    """Pairs of byte sequences of at most `recipe.data.seq_len` tokens each."""
+
+    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
+        """Read all three splits from `source`: embedded, hub or local (which needs data_dir).
+
+        `workers` is not used. SourceError if a file or package is missing or malformed.
+        """
+        check_source(source, data_dir)
+        data = recipe.data
+        files: dict[str, str] = {}
+        report: dict[str, float | int | str] = {}
+        if source == "embedded":
+            pairs, dataset, revision = _embedded(data, files, report)
+        else:
+            pairs, dataset, revision = _aan(data, data_dir, files, report)
+        splits = {name: _pack(*pairs.pop(name)) for name in SPLITS}
+        train, test = splits["train"], splits["test"]
+        lengths = np.diff(train.offsets)
+        report["share of train documents cut to seq_len"] = float(np.mean(lengths == data.seq_len))
+        return Built(
+            splits=splits,
+            dataset=dataset,
+            substitute=source == "embedded",
+            source=source,
+            revision=revision,
+            licence="BSD licences of the packages" if source == "embedded" else "ACL Anthology; research use",
+            files=files,
+            floors={
+                "majority": majority(train.labels, test.labels),
+                "byte overlap": byte_overlap(train, test),
+            },
+            report=report | _baselines(train, test),
+        )
+
+
+def byte_overlap(train: Split, test: Split) -> float:
+    """Test accuracy of a threshold, fitted on train, on the overlap of the two byte histograms."""
+    return _threshold(_overlaps(train, FITTED), train, _overlaps(test, len(test.labels)), test)
+
+
+def _overlaps(split: Split, limit: int) -> np.ndarray:
+    """Intersection of the two texts' byte frequencies, in [0, 1]: float64 (examples,)."""
+
+    def frequencies(i: int) -> np.ndarray:
+        sequence = split.sequence(i)
+        return np.bincount(sequence, minlength=META.vocab) / len(sequence)
+
+    pairs = range(min(limit, len(split.labels)))
+    return np.array([np.minimum(frequencies(2 * i), frequencies(2 * i + 1)).sum() for i in pairs])
+
+
+def _threshold(train_scores: np.ndarray, train: Split, test_scores: np.ndarray, test: Split) -> float:
+    """Test accuracy of `score > t`, with the t of the highest train accuracy."""
+    order = np.argsort(train_scores)
+    ranked, labels = train_scores[order], train.labels[: len(order)][order].astype(np.int64)
+    # with t = ranked[k], the examples up to k are answered 0: right where the label is 0
+    right = np.cumsum(1 - labels) + labels.sum() - np.cumsum(labels)
+    last_of_ties = np.append(ranked[1:] != ranked[:-1], True)
+    t = ranked[np.argmax(np.where(last_of_ties, right, -1))]
+    return float(np.mean((test_scores > t) == test.labels[: len(test_scores)]))
+
+
+def _baselines(train: Split, test: Split) -> dict[str, float]:
+    """TF-IDF of words on test: both documents' cosine, and the better of the two documents alone (chance)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    def towers(split: Split) -> list[list[str]]:
+        n = min(FITTED, len(split.labels))
+        ids = [split.sequence(i) - 1 for i in range(2 * n)]
+        texts = [i.astype(np.uint8).tobytes().decode("latin-1") for i in ids]
+        return [texts[0::2], texts[1::2]]
+
+    fit, held_out = towers(train), towers(test)
+    vectorizer = TfidfVectorizer(token_pattern=r"[A-Za-z]+", sublinear_tf=True, dtype=np.float32)
+    try:
+        vectorizer.fit(fit[0] + fit[1])
+    except ValueError:  # texts without a single word
+        return {}
+    x, y = [[vectorizer.transform(texts) for texts in half] for half in (fit, held_out)]
+    cosines = [np.asarray(a.multiply(b).sum(1)).ravel() for a, b in (x, y)]
+    result = {"tfidf_cosine": _threshold(cosines[0], train, cosines[1], test)}
+    labels = train.labels[: len(fit[0])]
+    if len(np.unique(labels)) == 2:
+        answers = test.labels[: len(held_out[0])]
+        alone = [LogisticRegression().fit(x[k], labels).score(y[k], answers) for k in (0, 1)]
+        result["one document"] = float(max(alone))
+    return result
+
+
+def _pack(texts: list[bytes], labels: np.ndarray) -> Split:
+    """Byte strings as token ids. (Split.of would hold the paper's 1.4 GB several times.)"""
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    tokens = np.add(np.frombuffer(b"".join(texts), np.uint8), PAD + 1, dtype=np.uint16)
+    return Split(tokens, offsets, labels)
+
+
+def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], str, str]:
+    """Pairs of Python files, with dataset name and revision; other package versions get another name."""
+    corpus = imports.read(str(data.options.get("packages", ALL)).split(","))
+    files |= corpus.files
+    squares = imports.squares(corpus, data.seed)
+    result, same_package = {}, []
+    for name in SPLITS:
+        wanted, found = getattr(data, name), 4 * len(squares[name])
+        if max(wanted, 1) > found:
+            raise SourceError(f"data.{name}={wanted}: there are {found} pairs; lower it (0: all)")
+        kept = squares[name][: -(-(wanted or found) // 4)]  # whole squares, so that files stay balanced
+        pairs = [pair for square in kept for pair in square.pairs()][: wanted or None]
+        names, labels = [f"{a} {b}".encode() for a, b, _ in pairs], np.array([p[2] for p in pairs])
+        pairs = [pairs[i] for i in seeded_order(names, labels, data.seed)]
+        texts = [corpus.texts[module][: data.seq_len] for a, b, _ in pairs for module in (a, b)]
+        result[name] = texts, np.array([label for *_, label in pairs], np.uint8)
+        report[f"{name} files"] = len({module for a, b, _ in pairs for module in (a, b)})
+        same_package = [(a.split(".")[0] == b.split(".")[0]) == label for a, b, label in pairs]
+    report["same package (an oracle, names are not in the text)"] = float(np.mean(same_package))
+    other = [f"{k} {v}" for k, v in corpus.versions.items() if v != imports.PACKAGES[k][1]]
+    dataset = f"Python imports (substitute for AAN{''.join(f'; {o}' for o in other)})"
+    return result, dataset, ", ".join(f"{k} {v}" for k, v in corpus.versions.items())
+
+
+def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[dict[str, Pairs], str, str]:
+    """Pairs of LRA's files, from data_dir or else from the hub, with dataset name and revision."""
+    result, whole, empty = {}, True, 0
+    for name in SPLITS:
+        if data_dir is None:
+            path = hub_file(HUB_REPO, f"data/aan/new_aan_pairs.{FILES[name]}.tsv", revision=HUB_REVISION)
+        else:
+            stem = f"new_aan_pairs.{FILES[name]}.tsv"
+            names = [folder + stem + end for folder in FOLDERS for end in ENDINGS]
+            path = find_one(data_dir, names, f"the AAN {name} file")
+        files[path.name] = sha256_file(path)
+        rows = list(_rows(path, data.seq_len))
+        labels = np.array([row[0] for row in rows], np.uint8)
+        wanted = getattr(data, name)
+        if max(wanted, 1) > len(rows):
+            raise SourceError(f"data.{name}={wanted}: {path} has {len(rows)} pairs; lower it (0: all)")
+        whole &= len(rows) == SIZES[name]
+        order = seeded_order([row[1] for row in rows], labels, data.seed)[: wanted or None]
+        texts = [text for i in order for text in rows[i][2:]]
+        empty += sum(not text for text in texts)
+        result[name] = [text or b" " for text in texts], labels[order]  # a sequence has at least one token
+    report["empty texts"] = empty
+    revision = HUB_REVISION if data_dir is None else "as found in --data-dir"
+    return result, "AAN" if whole else "AAN (local pairs)", revision
+
+
+def _rows(path: Path, seq_len: int) -> Iterator[tuple[int, bytes, bytes, bytes]]:
+    """(label, ids, text1, text2) of each line; texts are bytes, never decoded, cut to seq_len."""
+    from tqdm import tqdm
+
+    opener: Callable = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            bar = tqdm(file, path.name, unit=" pairs", disable=not sys.stderr.isatty(), leave=False)
+            for number, line in enumerate(bar, 1):
+                cells = line.rstrip(b"\r\n").split(b"\t")
+                if len(cells) != len(COLUMNS):
+                    wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
+                    raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
+                if cells[0] not in LABELS:
+                    label = cells[0][:40].decode(errors="replace")
+                    raise SourceError(f"{path}: line {number}: label is {label!r}, expected 0 or 1")
+                ids, texts = b" ".join(cells[1:3]), [cell[:seq_len] for cell in cells[3:]]
+                yield LABELS[cells[0]], ids, *texts
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise SourceError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from error

@@ -1,0 +1,51 @@
+"""Files written whole or not at all, their hashes, and errors on one line: what every other room uses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`: on success synced and renamed onto `path`, on failure removed.
+
+    The temporary name keeps the suffix, because np.save and others append a missing one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of `atomic_path(path)`. The caller keeps others from writing it."""
+    for left in path.parent.glob(f".{path.stem}-{12 * '[0-9a-f]'}{path.suffix}"):
+        left.unlink(missing_ok=True)

@@ -1,0 +1,208 @@
+"""Raw data: finding it, fetching it, checking it, and splitting it the same way everywhere.
+
+Whatever is missing, unreachable, corrupt or of an unexpected shape becomes a one-line SourceError that
+names the value and the way out. Nothing here unpickles or executes what it reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import hashlib
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from tasks.base import Data, SourceError
+from tasks.store.files import one_line, sha256_file
+from tasks.store.threads import in_chunks
+
+SOURCES = ("embedded", "hub", "local")
+ROOTS = ("", "lra_release/", "lra_release/lra_release/")  # folders below --data-dir that are looked into
+WAYS_OUT = (
+    "--data-dir DIR with a copy of it",
+    "--source embedded",
+    "a connection with HF_HUB_OFFLINE unset",
+)
+
+
+def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = SOURCES) -> None:
+    """Raise SourceError for a source the task does not have, or a data_dir that would be ignored."""
+    if source not in accepted:
+        near = difflib.get_close_matches(source, accepted, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SourceError(f"source {source!r} is not one of {', '.join(accepted)}{hint}")
+    if (source == "local") != (data_dir is not None):
+        given = "no --data-dir" if data_dir is None else f"--data-dir {data_dir}"
+        raise SourceError(f"--source {source} with {given}: it goes with --source local alone")
+
+
+def read_folder(paths: Sequence[Path], workers: int) -> tuple[list[bytes], str]:
+    """Contents of many small files of one folder, and one hex sha256: over the sorted `name sha256` lines."""
+    contents = [b""] * len(paths)
+
+    def read(start: int, end: int) -> None:
+        contents[start:end] = [path.read_bytes() for path in paths[start:end]]
+
+    in_chunks(read, len(paths), workers, "files")
+    digests = [hashlib.sha256(content).hexdigest() for content in contents]
+    lines = sorted(f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True))
+    return contents, hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def hub_file(
+    repo: str,
+    filename: str,
+    *,
+    revision: str,
+    sha256: str | None = None,
+    ways_out: Sequence[str] = WAYS_OUT,
+) -> Path:
+    """Path of one file of a Hugging Face dataset repository at a pinned revision, in the hub's cache.
+
+    SourceError if it cannot be had (the ways out are listed) or if its content is not that of `sha256`: by
+    default what the revision itself says, for the hub keeps a large file under the sha256 its commit names.
+    """
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.hf_hub_download(repo, filename, repo_type="dataset", revision=revision)
+    except Exception as error:  # offline, absent, refused: the HTTP library's errors differ by hub version
+        raise SourceError(
+            f"{repo}/{filename} at {revision[:12]}: cannot be fetched ({one_line(error)}); use "
+            + ", or ".join(ways_out)
+        ) from error
+    blob = Path(path).resolve().name
+    sha256 = sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
+    if sha256 is not None and (found := sha256_file(Path(path))) != sha256:
+        raise SourceError(f"{path}: sha256 is {found}, expected {sha256}; delete it and fetch it again")
+    return Path(path)
+
+
+def find_one(data_dir: Path | None, names: Sequence[str], what: str) -> Path:
+    """The first of several names or glob patterns that exists in data_dir (file or folder)."""
+    if data_dir is None or not Path(data_dir).is_dir():
+        looked_for = ", ".join(names)
+        raise SourceError(f"--data-dir {data_dir}: no such folder; {what} is looked for as {looked_for}")
+    for name in names:
+        for root in ROOTS:
+            if found := sorted(Path(data_dir).glob(root + name)):
+                return found[0]
+    raise SourceError(f"--data-dir {data_dir}: {what} not found; looked for {', '.join(names)}")
+
+
+def package_file(package: str, version: str, relative: str) -> Path:
+    """Path of a file of an installed PyPI package, which is not imported (`relative` to site-packages)."""
+    way_out = f"run: pip install {package}=={version}"
+    try:
+        found = metadata.distribution(package)
+    except metadata.PackageNotFoundError as error:
+        raise SourceError(f"package {package} is not installed; {way_out}") from error
+    if found.version != version:
+        raise SourceError(f"package {package} is {found.version}, expected {version}; {way_out}")
+    path = Path(str(found.locate_file(relative)))
+    if not path.is_file():
+        raise SourceError(f"{path}: missing from package {package}; {way_out} --force-reinstall")
+    return path
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open UTF-8 text, plain, .gz or .xz, for reading; lines end at "\\n" alone and are not translated.
+
+    Whatever goes wrong while reading inside the `with` block (truncated, not UTF-8) becomes a SourceError.
+    """
+    path = Path(path)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from error
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list]:
+    """Some columns of a parquet file as Python lists."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(path, columns, file.schema_arrow.names)
+            table = file.read(columns=list(columns))
+        return {name: table.column(name).to_pylist() for name in columns}
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: not readable parquet ({one_line(error)}); fetch it again") from error
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Some columns of a csv file (plain, .gz or .xz) with a header line, as strings."""
+    with open_text(path) as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, [])
+            _check_columns(path, columns, header)
+            table = [row for row in rows if row]
+        except csv.Error as error:
+            raise SourceError(f"{path}: line {rows.line_num}: {one_line(error)}; fetch it again") from error
+    for k, row in enumerate(table):
+        if len(row) != len(header):
+            raise SourceError(f"{path}: row {k}: {len(row)} cells, header has {len(header)}; fetch it again")
+    return {name: [row[header.index(name)] for row in table] for name in columns}
+
+
+def _check_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in present]:
+        raise SourceError(f"{path}: no column {', '.join(missing)}; it has {', '.join(present) or 'none'}")
+
+
+def seeded_order(contents: Sequence[bytes], labels: np.ndarray, seed: int) -> np.ndarray:
+    """Indices 0..n-1 in a random order given by the seed and by the examples, not by where they stood.
+
+    An example's place is the sha256 of (seed, label, content), so the order needs no random generator, is
+    the same on every platform, and identical examples stand next to each other. Classes are then
+    interleaved: any prefix holds each in its overall proportion, to within an example or so.
+    """
+    labels = np.asarray(labels)
+    salt = hashlib.sha256(f"split {seed}".encode())
+    keys = []
+    for content, label in zip(contents, labels, strict=True):
+        digest = salt.copy()
+        digest.update(b"%d " % label + content)
+        keys.append(digest.digest())
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    quantile = np.empty(len(order))
+    for label in np.unique(labels):
+        members = labels[order] == label
+        quantile[members] = (np.arange(members.sum()) + 0.5) / members.sum()
+    return order[np.argsort(quantile, kind="stable")]
+
+
+def choose(train: np.ndarray, test: np.ndarray, data: Data) -> dict[str, np.ndarray]:
+    """Indices of the three splits out of the orders of two disjoint pools; validation is held out of `train`.
+
+    `data.val` come first, then `data.train` (0 = all the rest); `data.test` are of `test` (0 = all).
+    """
+    if data.val < 1:
+        raise SourceError(f"data.val={data.val}: validation is held out of train, at least 1 example")
+    if (asked := data.val + max(data.train, 1)) > len(train):
+        raise SourceError(
+            f"data.train={data.train} and data.val={data.val} need {asked} examples, there are {len(train)}; "
+            "lower them (data.train=0: all that validation leaves) or use another source"
+        )
+    if data.test > len(test):
+        raise SourceError(f"data.test={data.test}: there are {len(test)} test examples; lower it (0: all)")
+    rest = train[data.val :]
+    return {
+        "train": rest[: data.train or None],
+        "val": train[: data.val],
+        "test": test[: data.test or None],
+    }

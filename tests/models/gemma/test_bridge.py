@@ -1,0 +1,216 @@
+"""The bridge into Gemma 1, 2 and 3, on tiny random configs: exact where it must be, causal everywhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from lra.registry import attention_class, attention_names, build_attention
+from models.gemma import bridge
+
+WINDOW = 7
+SHAPE = dict(
+    vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=10, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+)  # fmt: skip
+WINDOWS = dict(
+    sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+)
+DECODING = [
+    n
+    for n in attention_names()
+    if attention_class(n).causal and (attention_class(n).recurrent or n == "softmax")
+]
+CAUSAL = [n for n in attention_names() if attention_class(n).causal]
+
+
+def gemma(kind, **changes):
+    """A random model whose logits depend strongly on what its attention does."""
+    config, model = {
+        "gemma1": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+        "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    }[kind]
+    torch.manual_seed(5)
+    shape = SHAPE | ({} if kind == "gemma1" else WINDOWS | {"query_pre_attn_scalar": 16}) | changes
+    made = model(config(**shape, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.q_proj.weight.mul_(20)
+            layer.self_attn.o_proj.weight.mul_(20)
+    return made
+
+
+def plug(model, name="softmax", layers="all", ignore_window=None, ignore_softcap=False, **config):
+    def build(**shape):
+        return build_attention(name, seed=3, **shape, **config)
+
+    chosen = bridge.select_layers(model, layers)
+    return bridge.attach(model, build, chosen, ignore_window=ignore_window, ignore_softcap=ignore_softcap)
+
+
+def prompt(length=17):
+    """Tokens and a left-padded mask."""
+    ids = torch.randint(3, 53, (3, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    mask[2, :11] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize("layers", ["all", "full", "0,2"])
+@pytest.mark.parametrize("kind", ["gemma1", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_softmax_bridge_is_eager_gemma_with_left_padding_windows_and_soft_cap(kind, layers):
+    model = gemma(kind)
+    ids, mask = prompt()
+    for given in (None, mask):
+        model.set_attn_implementation("eager")
+        expected = model(ids, attention_mask=given).logits
+        plug(model, layers=layers)
+        found = model(ids, attention_mask=given).logits
+        real = mask.bool() if given is not None else torch.ones_like(mask).bool()
+        torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=0)
+        bridge.detach(model)
+
+
+@torch.no_grad()
+def test_windows_and_heads_matter_in_this_test():
+    model = gemma("gemma3")
+    ids, _ = prompt()
+    plug(model)
+    kept = model(ids).logits
+    bridge.detach(model)
+    plug(model, ignore_window=True)
+    assert (model(ids).logits - kept)[:, WINDOW:].abs().max() > 1e-2
+    bridge.detach(model)
+    plug(model, "constant")
+    assert (model(ids).logits - kept).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["gemma1", "gemma2", "gemma3"])
+def test_generate_with_a_cache_is_eager_generate(kind):
+    ids, mask = prompt()
+    options = dict(attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    model = gemma(kind)
+    expected = model.generate(ids, **options)
+    plug(model)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_generate_with_a_cache_is_generate_without_one(name):
+    ids, mask = prompt()
+    options = dict(attention_mask=mask, max_new_tokens=9, min_new_tokens=9, do_sample=False)
+    model = gemma("gemma3")
+    plug(model, name)
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("kind", ["gemma1", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_later_tokens_change_no_earlier_logit(kind, name):
+    model = gemma(kind)
+    plug(model, name, ignore_softcap=True)
+    ids, _ = prompt()
+    changed = ids.clone()
+    changed[:, 9:] = (changed[:, 9:] + 17) % 50 + 3
+    before, after = model(ids).logits, model(changed).logits
+    torch.testing.assert_close(after[:, :9], before[:, :9], atol=1e-5, rtol=0)
+    assert (after[:, 9:] - before[:, 9:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(set(CAUSAL) - set(DECODING)))
+def test_what_needs_earlier_queries_refuses_to_decode_from_a_cache(name):
+    ids, mask = prompt()
+    model = gemma("gemma3")
+    plug(model, name)
+    options = dict(attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(ids, **options)
+    assert model.generate(ids, use_cache=False, **options).shape == (3, 20)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CAUSAL if n != "random"]
+)  # its logits belong to places, not tokens
+@torch.no_grad()
+def test_left_padding_changes_no_logit_of_a_real_token(name):
+    model = gemma("gemma1")
+    plug(model, name)
+    ids, mask = prompt()
+    alone = model(ids[2:, 11:]).logits
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(ids, attention_mask=mask, position_ids=position).logits[2:, 11:]
+    torch.testing.assert_close(padded, alone, atol=1e-4, rtol=0)
+
+
+def test_only_kernels_see_gradients_when_the_rest_is_frozen_and_taps_see_the_exact_model():
+    model = gemma("gemma3")
+    plug(model)
+    ids, _ = prompt()
+    seen = {}
+    bridge.watch(model, ids, {1: lambda q, k, v, mask, scale: seen.update(q=q, k=k, scale=scale)})
+    assert seen["q"].shape == seen["k"].shape == (3, 4, 17, 10) and seen["scale"] == 0.25
+    assert all(not s.exact and s.tap is None for s in bridge.sockets(model).values())
+
+
+@pytest.mark.parametrize(
+    "kind, options, message",
+    [
+        ("gemma3", dict(layers="1,3"), "layer 3 does not exist: the model has layers 0 to 2"),
+        ("gemma3", dict(layers="first"), "give all, full, or indices"),
+        ("gemma3", dict(name="linformer"), "no causal form"),
+        ("gemma2", dict(name="constant"), "--ignore-softcap"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_way_out(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        plug(gemma(kind), **options)
+
+
+def test_a_model_that_is_no_gemma_is_refused():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)
+    with pytest.raises(ValueError, match="gpt2"):
+        plug(transformers.GPT2LMHeadModel(config))
+
+
+def test_a_kernel_asked_to_keep_a_window_shorter_than_the_text_says_so():
+    model = gemma("gemma3")
+    plug(model, "constant", ignore_window=False)
+    ids, _ = prompt()
+    model(ids[:, :WINDOW])
+    with pytest.raises(ValueError, match=f"window of {WINDOW} over 17 tokens"):
+        model(ids)
+
+
+# Real weights, where they have been fetched
+
+REAL = Path(__file__).parents[3] / "data" / "gemma" / "gemma-3-270m"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no weights here: python -m lra gemma weights fetches them")
+@torch.no_grad()
+def test_softmax_bridge_is_eager_gemma_on_real_weights_beyond_the_window_with_padding_and_cache():
+    model = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+    text = "The film begins in a small town by the sea, where nobody has seen a stranger for forty years. "
+    ids = transformers.AutoTokenizer.from_pretrained(REAL)(text * 40)["input_ids"]
+    length, padding = model.config.sliding_window + 41, 29
+    ids = torch.tensor([model.config.bos_token_id, *ids])[:length]
+    ids = torch.stack([ids, torch.cat([torch.zeros(padding, dtype=ids.dtype), ids[:-padding]])])
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    options = dict(attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    logits, tokens = [], []
+    for plugged in (False, True):
+        if plugged:
+            plug(model)
+        else:
+            model.set_attn_implementation("eager")
+        logits.append(model(ids, attention_mask=mask, logits_to_keep=64).logits)
+        tokens.append(model.generate(ids, **options))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+    assert torch.equal(tokens[1], tokens[0])
