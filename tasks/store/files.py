@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 
 def one_line(error: BaseException) -> str:
@@ -49,3 +50,14 @@ def remove_temporaries(path: Path) -> None:
     """Remove what killed processes left of `atomic_path(path)`. The caller keeps others from writing it."""
     for left in path.parent.glob(f".{path.stem}-{12 * '[0-9a-f]'}{path.suffix}"):
         left.unlink(missing_ok=True)
+
+
+def source_sha256(module: ModuleType) -> str:
+    """Hex sha256 of a plug-in's own source: its file, or every .py file of its folder in order of name.
+
+    Shared code that the plug-in imports is not part of it. Two checkouts of the same source give the same hash.
+    """
+    file = Path(module.__file__)
+    files = sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
+    lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
