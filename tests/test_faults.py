@@ -1,4 +1,4 @@
-"""A small dose of every fault; `python -m tests.faults --kills 50` is the whole (results/bench/faults.json)."""
+"""A small dose of every fault. `python -m tests.faults --kills 50` is the whole: results/reference/bench/faults.json."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def test_faults_lose_nothing(tmp_path):
 
 
 def test_committed_summary_is_of_fifty_kills_and_no_loss():
-    found = json.loads((ROOT / "results" / "bench" / "faults.json").read_text())
+    found = json.loads((ROOT / "results" / "reference" / "bench" / "faults.json").read_text())
     assert found["kills"] >= 50 and found["losses_of_data"] == 0
     assert {"SIGKILL", *found["faults"]} == set(FAULTS) and not found["skipped"]
     assert found["command"].startswith("python -m tests.faults --kills ")

@@ -204,7 +204,7 @@ def test_top_level_holds_what_the_architecture_names_and_nothing_else():
 
 def test_results_holds_no_code():
     allowed = {".json", ".gz", ".md", ".csv", ".tex", ".html", ".svg", ".png", ".gitkeep", ""}
-    for path in (ROOT / "results").rglob("*"):
+    for path in (ROOT / "results" / "reference").rglob("*"):
         if path.is_file():
             assert path.suffix in allowed and not path.stat().st_mode & 0o111, path.relative_to(ROOT)
 
@@ -247,18 +247,18 @@ def test_readme_results_are_what_the_records_say():
     block = re.search("<!-- results:begin -->(.*)<!-- results:end -->", text, re.DOTALL)
     if not (block and block[1].strip()):
         pytest.skip("README.md has no results yet")
-    made = table.render(ROOT / "results", "md", ["small"], pytest.fail)
+    made = table.render(ROOT / "results" / "reference", "md", ["small"], pytest.fail)
     assert table.refresh_block(text, "results", made) == text, (
-        "run: python -m lra table --preset small --write README.md"
+        "run: python -m lra table --results results/reference --preset small --write README.md"
     )
 
 
 def test_readme_gemma_results_are_what_the_records_say():
-    text, made = readme(), lra.gemma.table.summary(ROOT / "results")
+    text, made = readme(), lra.gemma.table.summary(ROOT / "results" / "reference")
     assert table.refresh_block(text, "gemma", made) == text, (
-        "run: python -m lra gemma table --write README.md"
+        "run: python -m lra gemma table --results results/reference --write README.md"
     )
-    for kind, made in lra.gemma.table.render(ROOT / "results").items():
-        assert (ROOT / "results" / "gemma" / f"{kind}.md").read_text() == made, (
-            "run: python -m lra gemma table"
+    for kind, made in lra.gemma.table.render(ROOT / "results" / "reference").items():
+        assert (ROOT / "results" / "reference" / "gemma" / f"{kind}.md").read_text() == made, (
+            "run: python -m lra gemma table --results results/reference"
         )

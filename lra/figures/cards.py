@@ -1,4 +1,4 @@
-"""`cards`: the numbers of tasks/DATA.md, from what `inspect --out results/data` wrote. No torch."""
+"""`cards`: the numbers of tasks/DATA.md, from what `inspect --out results/reference/data` wrote. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lra.records.table import refresh_block
 from tasks.base import SPLITS
 from tasks.store.files import atomic_path
 
-FROM_CARDS = "../results/data"  # the folder of the figures as tasks/DATA.md links to it
+FROM_CARDS = "../results/reference/data"  # the folder of the figures as tasks/DATA.md links to it
 
 
 def cards(args: Namespace) -> None:

@@ -69,8 +69,8 @@ class Machine:
 
     @staticmethod
     def read(results: Path) -> Machine:
-        """As `cost --calibrate` left it in results/bench, or in the suite's own where there is none."""
-        ours = Path(__file__).parents[2] / "results"
+        """As `cost --calibrate` left it in RESULTS/bench, or in results/reference where there is none."""
+        ours = Path(__file__).parents[2] / "results" / "reference"
         paths = [Path(folder) / "bench" / "cost.json" for folder in (results, ours)]
         path = next((p for p in paths if p.exists()), None)
         if path is None:

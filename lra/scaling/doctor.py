@@ -38,7 +38,7 @@ QUICK = 0.5  # seconds of a committed point that is measured again
 ROUNDS = 3
 
 
-def report(results: Path = Path("results")) -> str:
+def report(results: Path = Path("results/reference")) -> str:
     """One fact per line; nothing here fails. Takes some ten seconds, most of them to measure speed."""
     device = pick_device("auto")
     env = environment(device)
@@ -104,7 +104,7 @@ def disk_speed(folder: Path) -> str:
 
 
 def committed(results: Path, what: str) -> dict[str, Any] | None:
-    """The report results/bench/WHAT.json; None when there is none to read."""
+    """The report RESULTS/bench/WHAT.json; None when there is none to read."""
     try:
         found = json.loads((results / "bench" / f"{what}.json").read_text())
     except (OSError, ValueError):

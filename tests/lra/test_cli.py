@@ -168,7 +168,7 @@ def test_doctor_measures_the_committed_points_again(capsys, quick_doctor, monkey
         {"name": "another", "N": 11, "seconds": 0.4, **sizes},
     ]
     env = {"env": {"cpu": "Some CPU", "threads": 3}, "date": "2026-01-02"}
-    folder = Path("results") / "bench"
+    folder = Path("results/reference/bench")
     folder.mkdir(parents=True)
     (folder / "attention.json").write_text(json.dumps(env | {"points": points}))
     (folder / "encoder.json").write_text(json.dumps(env | {"matmul_rates": {"one": 4e9, "other": 5e9}}))

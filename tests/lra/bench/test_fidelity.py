@@ -11,7 +11,7 @@ from tasks.listops.expressions import SYMBOLS
 from tests.conftest import ROOT
 
 REFERENCE = ROOT.parent / "shared" / "data"
-REPORT = ROOT / "results" / "bench" / "fidelity.json"
+REPORT = ROOT / "results" / "reference" / "bench" / "fidelity.json"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs shared/data beside the checkout")
 
 
@@ -92,7 +92,7 @@ def test_probes_learn_what_can_be_learned_and_nothing_else(monkeypatch):
     )
 
 
-@pytest.mark.skipif(not REPORT.is_file(), reason="results/bench/fidelity.json is not there")
+@pytest.mark.skipif(not REPORT.is_file(), reason="results/reference/bench/fidelity.json is not there")
 def test_the_committed_report_says_that_all_is_well_and_is_of_this_code(monkeypatch):
     report = json.loads(REPORT.read_text())
     assert report["listops"]["passed"] and all(found["passed"] for found in report["pathfinder"].values())

@@ -18,7 +18,7 @@ from tasks.base import SPLITS, Meta, Split
 from tasks.store.prepared import load
 from tests.conftest import ROOT
 
-FACTS = cards.read_facts(ROOT / "results" / "data")
+FACTS = cards.read_facts(ROOT / "results" / "reference" / "data")
 DATA = ROOT / "tasks" / "DATA.md"
 
 
@@ -98,7 +98,7 @@ def test_cards_refuse_files_that_hold_no_facts(tmp_path, error_line):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "x.json").write_text('{"schema": "other"}')
     assert "x.json holds no facts of `inspect`" in error_line("cards", f"--results={tmp_path}")
-    shutil.copy(ROOT / "results" / "data" / "image-small.json", tmp_path / "data" / "x.json")
+    shutil.copy(ROOT / "results" / "reference" / "data" / "image-small.json", tmp_path / "data" / "x.json")
     (tmp_path / "cards.md").write_text("no markers\n")
     line = error_line("cards", f"--results={tmp_path}", f"--write={tmp_path / 'cards.md'}")
     assert "image:begin" in line and (tmp_path / "cards.md").read_text() == "no markers\n"
@@ -109,8 +109,10 @@ def test_every_task_has_a_card_with_the_numbers_of_what_was_inspected():
     assert set(FACTS) == {name for name in task_names() if name != "tiny"}
     for task, presets in FACTS.items():
         assert {"small", "paper"} <= set(presets), task
-        made = cards.block(list(presets.values()), ROOT / "results" / "data")
-        assert refresh_block(text, task, made) == text, "run: python -m lra cards --write tasks/DATA.md"
+        made = cards.block(list(presets.values()), ROOT / "results" / "reference" / "data")
+        assert refresh_block(text, task, made) == text, (
+            "run: python -m lra cards --results results/reference --write tasks/DATA.md"
+        )
     for target in re.findall(r"\]\((\.\./[^)]+)\)", text):
         assert (DATA.parent / target).is_file(), target
 
@@ -120,7 +122,7 @@ def test_inspected_data_are_those_of_the_present_recipes(task):
     made = load_task(task)
     for preset, facts in FACTS[task].items():
         data = made.RECIPES[preset].data
-        again = f"python -m lra inspect {task} --preset {preset} --out results/data"
+        again = f"python -m lra inspect {task} --preset {preset} --out results/reference/data"
         assert facts["version"] == made.META.version, again
         wanted = {"seq_len": data.seq_len, "seed": data.seed, "options": dict(data.options)}
         assert facts["recipe"] == wanted, again
@@ -138,4 +140,6 @@ def test_inspecting_again_finds_the_same(task, tmp_path):
     made = sorted(path for path in tmp_path.iterdir() if path.is_file())
     assert len(made) == (4 if task == "image" else 3)
     for path in made:
-        assert path.read_bytes() == (ROOT / "results" / "data" / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (ROOT / "results" / "reference" / "data" / path.name).read_bytes(), (
+            path.name
+        )

@@ -355,7 +355,7 @@ def test_schema_names_every_section_of_a_record(lab):
 
 
 def test_every_committed_record_is_verified_at_v1():
-    results = ROOT / "results"
+    results = ROOT / "results" / "reference"
     records = list(iterate_records(results, pytest.fail))
     context, places = Context(results / "records", records), Places(results, ROOT / "no-data")
     found = {path: verify(path, 1, places, context) for path, _ in records}
@@ -363,16 +363,16 @@ def test_every_committed_record_is_verified_at_v1():
 
 
 def test_badges_of_the_committed_records_are_those_of_their_bytes():
-    found = verified(ROOT / "results")
+    found = verified(ROOT / "results" / "reference")
     low = {str(place): v.reason for place, v in found.items() if not set(v.levels) >= {0, 1}}
     assert found and not low, "run: python -m lra leaderboard verify"
 
 
 def test_first_losses_of_two_committed_records_are_repeated(tmp_path):
     assert main(["prepare", "image", "--preset=small", f"--out={tmp_path}", "--workers=1"]) == 0
-    places = Places(ROOT / "results", tmp_path)
+    places = Places(ROOT / "results" / "reference", tmp_path)
     for attention, seed in (("softmax", 0), ("performer", 1)):
-        made = (ROOT / "results" / "records" / "image" / attention).glob(f"*/seed{seed}.json")
+        made = (ROOT / "results" / "reference" / "records" / "image" / attention).glob(f"*/seed{seed}.json")
         (path,) = (p for p in made if read_record(p)["task"]["preset"] == "small")
         found = verify(path, 2, places)
         assert found.levels == {0, 1, 2}, found.reason

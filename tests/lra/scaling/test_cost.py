@@ -110,7 +110,7 @@ def test_fit_finds_prices_that_are_there_and_none_below_zero():
 
 
 def test_committed_calibration_keeps_its_promise_on_steps_it_had_not_seen():
-    measured = json.loads((ROOT / "results" / "bench" / "cost.json").read_text())
+    measured = json.loads((ROOT / "results" / "reference" / "bench" / "cost.json").read_text())
     errors = measured["held_out_errors"]
     assert errors["traffic"]["median"] <= 0.15 and errors["both"]["median"] <= 0.15
     assert errors["traffic"]["median"] < errors["flops"]["median"]
