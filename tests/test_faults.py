@@ -1,4 +1,4 @@
-"""A small dose of every fault. `python -m tests.faults --kills 50` is the whole: results/reference/bench/faults.json."""
+"""A small dose of every fault; all of it: `python -m tests.faults --kills 50` (results/reference/bench/faults.json)."""
 
 import json
 import subprocess
