@@ -1,4 +1,4 @@
-"""Typed options: every value a user gives is checked against the dataclass that documents it."""
+"""Options: what a user may give to a command, and values checked against the dataclass that documents them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 STOPPED = 85  # exit code of a command that saved its state and can be repeated to go on
 BUSY = 75  # exit code of a command that left a run to the other process that is at it
@@ -65,12 +66,15 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
     raise UsageError(f"{name} must be {kind.__name__}; got {value!r}")
 
 
-def at_least(least: int):
-    """An argparse type: a whole number not below `least`."""
+def at_least(least: int, most: int | None = None):
+    """An argparse type: a whole number from `least` to `most`."""
 
     def number(text: str) -> int:
-        if (value := int(text)) < least:
+        value = int(text)
+        if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}; got {value}")
         return value
 
     return number
@@ -82,3 +86,57 @@ def size(text: str) -> int:
     if not number.isascii() or not number.isdecimal() or not int(number):
         raise argparse.ArgumentTypeError(f"must be a number of bytes, such as 6000000000 or 6G; got {text}")
     return int(number) * 1000 ** " KMGT".index(unit or " ")
+
+
+class Command(NamedTuple):
+    """A command of the command line: its code as module:function, its options, its line in --help."""
+
+    run: str
+    options: tuple = ()
+    help: str = ""  # only of an action such as `leaderboard submit`; lra/cli.py has the others
+
+
+def option(
+    name: str, help: str, kind: Any = str, default: Any = None, **more: Any
+) -> tuple[str, dict[str, Any]]:
+    """One option of a command, as the arguments of argparse's add_argument.
+
+    `kind`: an argparse type; a tuple of choices; bool, a switch; list, an option that may be repeated.
+    """
+    if kind is bool:
+        return name, {"help": help, "action": "store_true", **more}
+    if kind is list:
+        return name, {"help": f"{help} (may be repeated)", "action": "append", "default": default, **more}
+    facts = {"choices": kind} if isinstance(kind, tuple | range) else {"type": kind}
+    return name, {"help": help, "default": default, **facts, **more}
+
+
+# Options that commands of several rooms share.
+
+PRESETS = {
+    "smoke": "minutes on a CPU, whole grid",
+    "small": "real learning on a CPU",
+    "paper": "LRA's lengths, GPU",
+    "paper-large": "those, with LRA's encoders of 3 to 6 layers, GPU",
+    "path-x": "pathfinder alone, 128 px, GPU",
+}
+TASK = option("task", "a name of `list tasks`")
+PRESET = option("--preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()), default="small")
+DATA = option("--data", "folder of prepared data", Path, Path("data"))
+RESULTS = option("--results", "folder of records", Path, Path("results"))
+RUNS = option("--runs", "folder of logs, checkpoints and weights", Path, Path("runs"))
+DEVICE = option("--device", "auto, cpu, cuda or mps", default="auto")
+THREADS = option("--threads", "CPU threads; 0 = PyTorch's choice", at_least(0), 0)
+PORT = option("--port", "on 127.0.0.1; 0 = any that is free", at_least(0, 65535), 8000)
+PLACES = (DATA, RESULTS, RUNS, DEVICE)
+TRUST = option("--trust", "import the attention package.module:Class of a record: code of its author", bool)
+
+COMMANDS = {
+    "list": Command(
+        "lra.registry:show",
+        (
+            option("what", "default: all three", ("tasks", "attentions", "presets"), nargs="?"),
+            option("--json", "names alone, as JSON", bool),
+        ),
+    )
+}

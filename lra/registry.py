@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
+import re
+from argparse import Namespace
 from types import ModuleType
 from typing import Any
 
 import models.attention
 import tasks
-from lra.options import UsageError, construct, unknown
+from lra.options import PRESETS, UsageError, construct, unknown
+from tasks.store.files import one_line
 
 NOT_TASKS = frozenset({"base", "store"})
 TRAITS = ("exact", "random", "causal", "recurrent", "linear", "fixed_length", "reads_qk")
-CONTRACT = (
-    "Config",
-    "forward",
-    *TRAITS,
-    "adapts",
-    "flops",
-    "state_bytes",
-    "before_step",
-    "tie",
-    "step",
-    "calibrate",
-    "add_alibi",
-)
+METHODS = ("forward", "flops", "state_bytes", "before_step", "tie", "step", "calibrate", "add_alibi")
+CONTRACT = ("Config", *TRAITS, "adapts", *METHODS)
 
 
 def attention_names() -> list[str]:
@@ -39,18 +32,56 @@ def task_names() -> list[str]:
     return _names(tasks, NOT_TASKS)
 
 
+def _names(package: ModuleType, skip: frozenset[str] = frozenset()) -> list[str]:
+    files = (m.name for m in pkgutil.iter_modules(package.__path__))
+    return sorted(n for n in files if not n.startswith("_") and n not in skip)
+
+
 def attention_class(name: str) -> type:
-    """The class of an attention in the folder, or of `package.module:Class` outside it."""
-    if ":" in name:
-        return _outside(name)
-    if name not in attention_names():
-        raise unknown("attention", name, attention_names())
-    return importlib.import_module(f"models.attention.{name}").Attention
+    """The class of an attention in the folder, or of `package.module:Class` outside it.
+
+    Raises UsageError, one line, for an unknown name and for code that cannot be imported or is no attention.
+    """
+    module, colon, class_name = name.partition(":")
+    if not colon:
+        if name not in attention_names():
+            raise unknown("attention", name, attention_names())
+        module, class_name = f"models.attention.{name}", "Attention"
+    plug_in = f"attention {name!r}"
+    cls = getattr(_imported(module, plug_in, (class_name,)), class_name)
+    if missing := [part for part in CONTRACT if not hasattr(cls, part)]:
+        raise UsageError(f"{plug_in} lacks {', '.join(missing)}: subclass models.base.AttentionBase")
+    return cls
 
 
 def attention_module(name: str) -> ModuleType:
-    """The file of an attention in the folder: Config, Attention and naive_<name>."""
+    """The module that defines an attention: Config, Attention and naive_<name> where it is in the folder."""
     return importlib.import_module(attention_class(name).__module__)
+
+
+def load_task(name: str) -> ModuleType:
+    """The task's module. Raises UsageError, one line, for an unknown name and for code that is no task."""
+    if name not in task_names():
+        raise unknown("task", name, task_names())
+    task = _imported(f"tasks.{name}", f"task {name!r}", ("META", "RECIPES"))
+    if task.META.name != name:
+        raise UsageError(f"task {name!r}: its META.name is {task.META.name!r}; make it the name of the file")
+    return task
+
+
+def _imported(module: str, plug_in: str, parts: tuple[str, ...]) -> ModuleType:
+    try:
+        code = importlib.import_module(module)
+    except Exception as error:  # a plug-in's own code may raise anything
+        if isinstance(error, ModuleNotFoundError) and module.partition(".")[0] == error.name:
+            hint = "; run from the folder that holds it, or add that folder to PYTHONPATH"
+        else:
+            hint = ""
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UsageError(f"{plug_in} cannot be imported: {kind}{one_line(error)}{hint}") from error
+    if missing := [part for part in parts if not hasattr(code, part)]:
+        raise UsageError(f"{plug_in} cannot be imported: {module} has no {', '.join(missing) or 'class'}")
+    return code
 
 
 def build_attention(
@@ -76,32 +107,37 @@ def choose(kind: str, text: str, known: list[str]) -> list[str]:
 def budget_options(name: str, size: int) -> dict[str, int]:
     """The option that holds an attention's approximation size (features, landmarks, ...), set to `size`; nothing
     where it has none."""
-    return {
-        f.name: size for f in dataclasses.fields(attention_class(name).Config) if f.metadata.get("budget")
+    fields = dataclasses.fields(attention_class(name).Config)
+    return {f.name: size for f in fields if f.metadata.get("budget")}
+
+
+def show(args: Namespace) -> None:
+    """`list`: each name with a line about it; a plug-in that cannot be imported has its error there."""
+    kinds = {
+        "attentions": (attention_names, attention_line),
+        "tasks": (task_names, lambda name: load_task(name).META.description),
+        "presets": (lambda: list(PRESETS), PRESETS.get),
     }
+    chosen = [args.what] if args.what else list(kinds)
+    if args.json:
+        names = {kind: kinds[kind][0]() for kind in chosen}
+        print(json.dumps(names[args.what] if args.what else names))
+        return
+    for kind in chosen:
+        names, line = kinds[kind]
+        if not args.what:
+            print(f"{kind}:")
+        for name in names():
+            try:
+                about = line(name)
+            except UsageError as error:
+                about = f"broken: {error}"
+            print(f"{'' if args.what else '  '}{name:<12} {about}".rstrip())
 
 
-def load_task(name: str) -> ModuleType:
-    """The task's file: META, RECIPES and Task."""
-    if name not in task_names():
-        raise unknown("task", name, task_names())
-    return importlib.import_module(f"tasks.{name}")
-
-
-def _names(package: ModuleType, skip: frozenset[str] = frozenset()) -> list[str]:
-    found = (m.name for m in pkgutil.iter_modules(package.__path__))
-    return sorted(n for n in found if not n.startswith("_") and n not in skip)
-
-
-def _outside(name: str) -> type:
-    module_name, _, class_name = name.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UsageError(f"attention {name!r} cannot be imported: {error}") from error
-    missing = [part for part in CONTRACT if not hasattr(cls, part)]
-    if missing:
-        raise UsageError(
-            f"attention {name!r} lacks {', '.join(missing)}: subclass models.base.AttentionBase"
-        )
-    return cls
+def attention_line(name: str) -> str:
+    """The paper of an attention, from its docstring, and the traits it claims."""
+    cls = attention_class(name)
+    paper = re.search(r"arXiv (\d{4}\.\d{4,5})", f"{cls.__doc__} {attention_module(name).__doc__}")
+    traits = [trait for trait in TRAITS if trait != "reads_qk" and getattr(cls, trait)]
+    return f"{'arXiv ' + paper[1] if paper else '':<17} {', '.join(traits)}"

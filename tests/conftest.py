@@ -102,7 +102,7 @@ def tiny_data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         plug_in(patch)
         for preset in ("smoke", "small"):
-            assert main(["prepare", "tiny", "--preset", preset, "--out", str(out), "--workers", "1"]) == 0
+            assert main(["prepare", "tiny", "--preset", preset, "--data", str(out), "--workers", "1"]) == 0
     return out
 
 

@@ -286,7 +286,7 @@ def read_only(suite: Suite) -> int:
         suite.finish(lab, f"read-only {which}")
     lab = suite.lab("read-only-data")
     with unwritable(lab.data):
-        done = run(lab, ["prepare", "tiny", "--preset=smoke", "--workers=1", f"--out={lab.data}"])
+        done = run(lab, ["prepare", "tiny", "--preset=smoke", "--workers=1", f"--data={lab.data}"])
         suite.expect(done.code == 0, f"read-only data: prepare ended with {done.code}: {done.err}")
         suite.finish(lab, "read-only data")
     return 3
@@ -484,7 +484,7 @@ def mount(*words) -> None:
 def run_suite(folder: Path, kills: int, seed: int, only: list[str]) -> Suite:
     """The faults named; a line for each on stdout."""
     suite = Suite(folder, random.Random(seed), kills)
-    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", f"--out={folder / 'data'}"]
+    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", f"--data={folder / 'data'}"]
     prepared = run(Lab(folder, folder, folder), words)
     assert prepared.code == 0, prepared.err
     lab = suite.lab("undisturbed")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lra.figures.inspection import SCHEMA, TOKENS
-from lra.options import UsageError
+from lra.options import PRESETS, UsageError
 from lra.records.markup import Grid, markdown
-from lra.records.record import PRESETS
 from lra.records.table import refresh_block
 from tasks.base import SPLITS
 from tasks.store.files import atomic_path

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lra.figures.style import GREY, HANDLE, color, dashes, drawing, marker, plain_ticks, save, subplots
-from lra.options import UsageError
+from lra.options import PRESETS, UsageError
 from lra.records import measured
 from lra.records.cells import Cell, Column, Table, build
 from lra.records.measured import BASELINE, Curves
-from lra.records.record import PRESETS, report_skipped
+from lra.records.record import report_skipped
 from lra.records.stats import Estimate, average, mean_sd
 from lra.records.table import row_name
 from lra.variance.report import features_figure

@@ -7,6 +7,7 @@ imported only where the user said --trust.
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lra.leaderboard.consistency import Places, prepared_data
+from lra.leaderboard.consistency import Places, places, prepared_data
 from lra.leaderboard.levels import manifest
 from lra.machine import environment, pick_device
 from lra.options import UsageError
-from lra.records.record import read_predictions
-from lra.records.schema import Rejected, Unchecked
+from lra.records.record import read_predictions, read_record
+from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
 from lra.training.config import Run
 from lra.training.evaluate import Counts, evaluate
@@ -167,3 +168,18 @@ def _affordable(record: dict[str, Any]) -> None:
     layer = 4 * e["width"] ** 2 + 2 * e["width"] * e["ffn"] + e["heads"] * widest * max(length, e["width"])
     if e["layers"] > 1000 or e["layers"] * layer + length * e["width"] > LARGEST:
         raise Rejected(f"model: its sizes exceed the {LARGEST:,} parameters that are built to check a record")
+
+
+def show(args: Namespace) -> None:
+    """`evaluate`: the saved weights of a record, on its test split, against its stored predictions."""
+    record = read_record(args.record)
+    try:
+        check(record)
+        counts, agree = evaluate_weights(args.record, record, places(args))
+    except (Rejected, Unchecked) as error:
+        raise UsageError(f"{args.record}: {error}") from error
+    r = record["result"]
+    print(
+        f"test {counts.n_correct}/{counts.n}; record {r['n_correct']}/{r['n_test']}; "
+        f"predictions agree {100 * agree:.2f}%"
+    )

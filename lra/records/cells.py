@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lra.options import unknown
+from lra.options import PRESETS, unknown
 from lra.records import measured
 from lra.records.entries import TASKS, Column, Entry, read_entry
-from lra.records.record import PRESETS, iterate_records, report_skipped
+from lra.records.record import iterate_records, report_skipped
 from lra.records.stats import Estimate, over_seeds
 
 

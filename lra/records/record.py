@@ -31,7 +31,6 @@ SCHEMA = "lra-record/1"
 PROTOCOL = "lra-v1"  # the closed protocol; everything else is "open"
 MAX_PARAMETER_RATIO = 1.10  # to softmax; beyond it, a run is outside lra-v1's equal parameter budget
 LARGEST = 4 << 20  # bytes of a record or of packed predictions; committed ones have a few thousand
-PRESETS = ("smoke", "small", "paper", "paper-large", "path-x")
 SECTIONS = ("schema", "suite", "task", "data", "model", "training", "result", "cost", "env", "status")
 
 

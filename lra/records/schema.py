@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lra.records.record import PRESETS, PROTOCOL, SCHEMA
+from lra.options import PRESETS
+from lra.records.record import PROTOCOL, SCHEMA
 from tasks.base import SPLITS, Encoder, Optim
 
 Spec = Callable[[Any, str], None] | dict

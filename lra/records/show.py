@@ -1,24 +1,11 @@
-"""What `list` and `table` do, with the arguments that commandline.py parses; answers at once, without torch."""
+"""`table`, from its options to its output."""
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 
-from lra import registry
 from lra.records import table
-from lra.records.record import PRESETS, report_skipped
-
-
-def list_names(args: Namespace) -> None:
-    """`list`: names, one a line or as JSON."""
-    known = {
-        "tasks": registry.task_names,
-        "attentions": registry.attention_names,
-        "presets": lambda: list(PRESETS),
-    }
-    names = known[args.what]()
-    print(json.dumps(names) if args.json else "\n".join(names))
+from lra.records.record import report_skipped
 
 
 def show_table(args: Namespace) -> int:

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,11 @@ BLOCK, BLOCKS = 1 << 20, 64  # bytes, and how many of them the disk is tried wit
 COMPARED = ("softmax", "performer", "performer bf16")
 QUICK = 0.5  # seconds of a committed point that is measured again
 ROUNDS = 3
+
+
+def doctor(args: Namespace) -> None:
+    """`doctor`: what this machine offers."""
+    print(report())
 
 
 def report(results: Path = Path("results/reference")) -> str:

@@ -1,4 +1,4 @@
-"""What `prepare`, `train`, `evaluate` and `doctor` do, with the arguments that commandline.py parses."""
+"""`prepare` and `train`, from their options to their output."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from argparse import Namespace
 from dataclasses import replace
 
 from lra import registry
-from lra.leaderboard import rerun
-from lra.leaderboard.consistency import places
 from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
-from lra.records import schema
 from lra.records.record import read_record
 from lra.training import config, distributed
 from lra.training.train import Interrupted
@@ -32,14 +29,14 @@ def prepare(args: Namespace) -> None:
     prepared, reused = prepare_task(
         task,
         args.preset,
-        out=args.out,
+        out=args.data,
         source=args.source,
         data_dir=args.data_dir,
         workers=workers,
         verify=args.verify,
     )
     done = ("reused, every hash verified" if args.verify else "reused") if reused else "prepared"
-    print(f"{args.out / args.task / args.preset}: {done}")
+    print(f"{args.data / args.task / args.preset}: {done}")
     print(describe(prepared))
     if args.export:
         print("exported: " + ", ".join(map(str, task.export(prepared.splits, args.export))))
@@ -111,25 +108,3 @@ def execution(args: Namespace) -> Where:
     if args.debug and distributed.processes() > 1:  # the first that stops would leave the others waiting
         raise UsageError("--debug looks into one process: leave it out, or torchrun")
     return Where(device, precision, args.compile, args.debug)
-
-
-def evaluate(args: Namespace) -> None:
-    """`evaluate`: the saved weights of a record, on its test split, against its stored predictions."""
-    record = read_record(args.record)
-    try:
-        schema.check(record)
-        counts, agree = rerun.evaluate_weights(args.record, record, places(args))
-    except (schema.Rejected, schema.Unchecked) as error:
-        raise UsageError(f"{args.record}: {error}") from error
-    r = record["result"]
-    print(
-        f"test {counts.n_correct}/{counts.n}; record {r['n_correct']}/{r['n_test']}; "
-        f"predictions agree {100 * agree:.2f}%"
-    )
-
-
-def doctor(args: Namespace) -> None:
-    """`doctor`: what this machine offers."""
-    from lra.scaling.doctor import report
-
-    print(report())

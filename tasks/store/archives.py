@@ -191,7 +191,7 @@ def _write(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, target:
         raise SourceError(f"{archive}: {target.name} occurs twice; extract the one to use yourself") from None
     except OSError as error:
         why = f"{member.name} cannot be written ({one_line(error)})"
-        raise SourceError(f"{archive}: {why}; free space or give another --out") from error
+        raise SourceError(f"{archive}: {why}; free space or give another --data") from error
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:

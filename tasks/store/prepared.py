@@ -75,7 +75,7 @@ def prepare(
             if {k: before[k] for k in origin} != origin:
                 raise SourceError(
                     f"{folder} holds data from {_origin(before)}, and {_origin(origin)} was asked for: "
-                    f"give another --out, or remove the folder"
+                    f"give another --data, or remove the folder"
                 )
         with archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
             built = task.Task().build(recipe, source=source, data_dir=raw, workers=workers, **resumed)
@@ -227,6 +227,6 @@ def _write(folder: Path, splits: dict[str, Split], manifest: dict[str, Any]) -> 
         temporary.rename(folder)
     except OSError as error:
         problem = f"cannot be written ({one_line(error)})"
-        raise SourceError(f"{folder}: {problem}; free space or give another --out") from error
+        raise SourceError(f"{folder}: {problem}; free space or give another --data") from error
     finally:
         _clear(folder)

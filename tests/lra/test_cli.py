@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lra.__main__ import main, parser
+from lra.cli import main, parser
+from lra.options import PRESETS
 from lra.registry import attention_names, task_names
 from tasks.store.prepared import load
 from tests.conftest import ROOT
@@ -64,7 +65,7 @@ def test_help_of_every_command_explains_every_option_and_shows_its_default(name,
         ["train", "listops", "--att", "softmax"],
         ["train", "listops", "--attention", "softmax", "--pre", "smoke"],
         ["sweep", "--task", "listops"],
-        ["prepare", "listops", "--data", "x"],  # of --data-dir
+        ["prepare", "listops", "--data-d", "x"],
         ["table", "--res", "results"],
     ],
 )
@@ -111,17 +112,68 @@ def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypa
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["prepare", "listops", "--out=x"], "--out=x (see python -m lra prepare --help)"),
+        (
+            ["leaderboard", "serve", "--prt=9"],
+            "did you mean --port? (see python -m lra leaderboard serve --help)",
+        ),
+        (["sweep", "--attentions", "softmax,", "performer"], "a list takes no space: softmax,performer (see"),
+        (["sweep", "--attentions=softmax", ",performer"], "a list takes no space: softmax,performer (see"),
+        (["sweep", "--tasks=a,", "b,", "c"], "a list takes no space: a,b,c (see python -m lra sweep --help)"),
+        (["leaderboard", "serve", "--port=65536"], "must be at most 65535; got 65536"),
+        (["tensorboard", "--port=99999"], "must be at most 65535; got 99999"),
+        (
+            ["gemma", "swap", "--attention=softmax", "--features=64,0"],
+            "whole numbers from 1, as 64,256; got 64,0",
+        ),
+    ],
+)
+def test_mistyped_arguments_are_one_line_with_the_way_out(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and line.startswith("error: ") and said in line
+
+
+def test_a_command_imports_the_options_of_its_own_room_alone():
+    """Neither torch nor the options of another room are loaded to parse `train`, and all rooms to list all."""
+    code = """
+import sys
+from lra.cli import parser
+parser({called})
+print(*sorted(name for name in sys.modules if name == "torch" or name.endswith(".options")))
+"""
+    for called, expected in (
+        ("['train']", "lra.options lra.training.options"),
+        ("['sweep']", "lra.options lra.scaling.options lra.training.options"),
+        ("[]", "lra.options"),
+    ):
+        command = [sys.executable, "-c", code.replace("{called}", called)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.split() == expected.split()
+
+
 # Lists
 
 
-def test_list_prints_names_one_a_line_or_as_json(capsys):
-    for what, names in (("tasks", task_names()), ("attentions", attention_names())):
+def test_list_prints_a_line_for_each_name_or_names_as_json(capsys):
+    kinds = {"attentions": attention_names(), "tasks": task_names(), "presets": list(PRESETS)}
+    for what, names in kinds.items():
         assert main(["list", what]) == 0
-        assert capsys.readouterr().out.split() == names
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == names and all(len(line.split()) > 2 for line in lines)
         assert main(["list", what, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == names
-    assert main(["list", "presets"]) == 0
-    assert capsys.readouterr().out.split() == ["smoke", "small", "paper", "paper-large", "path-x"]
+    assert main(["list", "attentions"]) == 0
+    assert re.search(r"^performer +arXiv 2009.14794 +random, .*linear", capsys.readouterr().out, re.MULTILINE)
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{kind}:\n  {names[0]}" in text for kind, names in kinds.items())
+    assert main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == kinds
 
 
 @pytest.fixture
@@ -219,7 +271,7 @@ def test_unknown_name_is_one_line_with_the_nearest(words, nearest, lab, error_li
     if words[0] == "train":
         words = [*words, *lab.places, *([] if any("--preset" in w for w in words) else ["--preset=smoke"])]
     elif words[0] == "prepare":
-        words = [*words, f"--out={tmp_path}"]
+        words = [*words, f"--data={tmp_path}"]
     else:
         words = [*words, *lab.places]
     line = error_line(*words)
@@ -287,7 +339,7 @@ def test_data_folder_without_the_files_names_what_is_looked_for(task, exists, er
     raw = tmp_path / "raw"
     if exists:
         raw.mkdir()
-    line = error_line("prepare", task, "--preset=smoke", "--out", tmp_path / "out", "--data-dir", raw)
+    line = error_line("prepare", task, "--preset=smoke", "--data", tmp_path / "out", "--data-dir", raw)
     assert str(raw) in line and "looked for" in line
     assert not (tmp_path / "out" / task / "smoke").exists()
 
@@ -295,7 +347,7 @@ def test_data_folder_without_the_files_names_what_is_looked_for(task, exists, er
 @pytest.mark.parametrize("task", ["listops", "pathfinder"])
 def test_generated_task_asked_for_local_files_that_are_not_there(task, error_line, tmp_path):
     (tmp_path / "raw").mkdir()
-    words = ["--preset=smoke", "--source=local", "--out", tmp_path / "out", "--data-dir", tmp_path / "raw"]
+    words = ["--preset=smoke", "--source=local", "--data", tmp_path / "out", "--data-dir", tmp_path / "raw"]
     assert str(tmp_path / "raw") in error_line("prepare", task, *words)
 
 
@@ -308,7 +360,7 @@ def test_truncated_parquet_is_one_line(error_line, tmp_path):
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"imdb_{half}.parquet")
     path = tmp_path / "imdb_train.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    line = error_line("prepare", "text", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path)
+    line = error_line("prepare", "text", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path)
     assert "imdb_train.parquet" in line and "fetch it again" in line
 
 
@@ -321,7 +373,9 @@ def test_corrupt_image_is_one_line(error_line, tmp_path):
             Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / half / name / "0001.png")
     path = tmp_path / "train" / "cat" / "0001.png"
     path.write_bytes(path.read_bytes()[:60])
-    line = error_line("prepare", "image", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path)
+    line = error_line(
+        "prepare", "image", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path
+    )
     assert "0001.png" in line
 
 
@@ -329,7 +383,7 @@ def test_listops_row_with_missing_columns_names_the_line(error_line, tmp_path):
     row = "( ( ( [MAX 3 ) 5 ) ] )"
     for split in ("train", "val", "test"):
         (tmp_path / f"basic_{split}.tsv").write_text(f"Source\tTarget\n{row}\t5\n{row}\n")
-    words = ["--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path]
+    words = ["--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path]
     line = error_line("prepare", "listops", *words)
     assert "basic_train.tsv" in line and "line 3" in line
 
@@ -341,7 +395,7 @@ def test_retrieval_row_with_missing_columns_names_the_line(error_line, tmp_path)
             rows[2] = "1.0\tonly\ttwo"
         with lzma.open(tmp_path / f"new_aan_pairs.{split}.tsv.xz", "wt") as file:
             file.write("\n".join(rows) + "\n")
-    words = ("prepare", "retrieval", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path)
+    words = ("prepare", "retrieval", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path)
     assert "new_aan_pairs.train.tsv.xz" in error_line(*words)
     assert "line 3" in error_line(*words)
 
@@ -352,18 +406,18 @@ def test_unreachable_source_lists_the_ways_out(task, error_line, tmp_path, monke
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    line = error_line("prepare", task, "--preset=smoke", "--out", tmp_path / "out", "--source=hub")
+    line = error_line("prepare", task, "--preset=smoke", "--data", tmp_path / "out", "--source=hub")
     assert "--data-dir" in line and "--source embedded" in line
 
 
 def test_source_and_data_dir_that_contradict_each_other_are_refused(error_line, tmp_path):
-    words = ["--preset=smoke", "--source=embedded", "--out", tmp_path / "out", "--data-dir", tmp_path]
+    words = ["--preset=smoke", "--source=embedded", "--data", tmp_path / "out", "--data-dir", tmp_path]
     assert "--source" in error_line("prepare", "text", *words)
 
 
 def test_unwritable_data_folder_is_one_line(error_line, plugins, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file" in error_line("prepare", "tiny", "--preset=smoke", "--out", tmp_path / "file" / "out")
+    assert "file" in error_line("prepare", "tiny", "--preset=smoke", "--data", tmp_path / "file" / "out")
 
 
 # Bad records
@@ -476,7 +530,7 @@ def test_module_runs_from_the_repository_and_its_exit_code_is_the_shells(tmp_pat
 
 def test_prepare_says_what_it_made_and_then_that_it_is_reused(plugins, tmp_path, capsys):
     for said in ("prepared", "reused"):
-        assert main(["prepare", "tiny", "--preset=smoke", "--out", str(tmp_path)]) == 0
+        assert main(["prepare", "tiny", "--preset=smoke", "--data", str(tmp_path)]) == 0
         out = capsys.readouterr().out
         assert f"{tmp_path / 'tiny' / 'smoke'}: {said}" in out and "train 61" in out and "majority" in out
     assert load(tmp_path / "tiny" / "smoke").manifest["dataset"] == "tiny"

@@ -1,6 +1,7 @@
 """Names to code: files found by name, outside code by package.module:Class, and what one new file brings."""
 
 import shutil
+import sys
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_outside_class_is_imported_by_its_path():
         ("models.attention.softmax:Nothing", "Nothing"),
         ("pathlib:Path", "AttentionBase"),
         (":Class", "cannot be imported"),
-        ("models.attention.softmax:", "cannot be imported"),
+        ("models.attention.softmax:", "has no class"),
         (".softmax:Attention", "cannot be imported"),
         ("a b:C", "cannot be imported"),
     ],
@@ -81,6 +82,63 @@ def test_outside_attention_trains_and_its_record_is_found_by_name(lab):
     assert record["model"]["attention"] == name and record["model"]["attention_config"] == {"by": 1}
     assert "tests.plugins.attention.shift-Attention" in lab.records()[0].as_posix()
     assert main(["evaluate", str(lab.records()[0]), "--device=cpu", "--trust", *lab.places]) == 0
+
+
+@pytest.mark.parametrize("name", ["mypackage.attention:Class", "mypackage:Class"])
+def test_outside_module_that_is_not_found_names_the_path_to_set(name):
+    with pytest.raises(UsageError, match="No module named 'mypackage'; .*PYTHONPATH"):
+        attention_class(name)
+
+
+# Broken files
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """`broken(package, name, text)`: add a file to models.attention or tasks."""
+
+    def add(package, name, text):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.py").write_text(text)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / name)])
+        sys.modules.pop(f"{package.__name__}.{name}", None)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def f(:", "SyntaxError"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("x = 1", "has no Attention"),
+        ("class Attention: pass", "lacks Config, exact"),
+    ],
+)
+def test_broken_attention_is_one_line_and_others_are_listed(text, said, broken, error_line, lab, capsys):
+    broken(models.attention, "broken_one", text)
+    assert main(["list", "attentions"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(lines) == attention_names() and said in lines["broken_one"]
+    assert sum("broken: " in line for line in lines.values()) == 1
+    assert said in error_line(*lab.words(attention="broken_one"))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def f(:", "SyntaxError"),
+        ("META = 1", "has no RECIPES"),
+        ((PLUGINS / "tasks" / "tiny.py").read_text(), "META.name is 'tiny'"),
+    ],
+)
+def test_broken_task_is_one_line_and_others_are_listed(text, said, broken, error_line, capsys, tmp_path):
+    broken(tasks, "broken_two", text)
+    assert main(["list", "tasks"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(lines) == task_names() and said in lines["broken_two"]
+    assert said in error_line("prepare", "broken_two", f"--data={tmp_path}")
 
 
 # One file, zero edits
@@ -109,7 +167,7 @@ def test_adding_a_task_is_one_file(lab, tmp_path, monkeypatch, capsys):
     (tmp_path / "plugin" / "brand_new.py").write_text(text)
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "plugin")])
     lab.task, lab.data = "brand_new", tmp_path / "data"
-    assert main(["prepare", "brand_new", "--preset", "smoke", "--out", str(lab.data), "--workers", "1"]) == 0
+    assert main(["prepare", "brand_new", "--preset", "smoke", "--data", str(lab.data), "--workers", "1"]) == 0
     assert lab.train()["task"]["name"] == "brand_new"
     capsys.readouterr()
     assert main(["table", "--results", str(lab.results)]) == 0

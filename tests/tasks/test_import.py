@@ -149,19 +149,19 @@ def test_files_deep_in_other_folders_do_not_hide_an_archive(tmp_path, monkeypatc
 def test_an_archive_without_the_files_says_what_was_looked_for(tmp_path, error_line):
     lra_texts(tmp_path / "raw", 5)
     packed = archive_of(tmp_path / "raw", tmp_path / "lra_release.gz", "tsv_data")
-    line = error_line("prepare", "text", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", packed)
+    line = error_line("prepare", "text", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", packed)
     assert str(packed) in line and "IMDb train half not found" in line and ".smoke." not in line
 
 
 def test_a_task_without_archives_says_so(tmp_path, plugins, error_line):
     (tmp_path / "a.tar").write_bytes(b"")
-    words = ("prepare", "tiny", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path / "a.tar")
+    words = ("prepare", "tiny", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path / "a.tar")
     assert "tiny reads no archives; give a folder" in error_line(*words)
 
 
 @pytest.mark.parametrize("name", ["listops", "pathfinder"])
 def test_a_data_dir_that_is_not_there_does_not_mean_to_generate(tmp_path, error_line, name):
-    words = ("prepare", name, "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path / "absent")
+    words = ("prepare", name, "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path / "absent")
     assert "absent: no such folder or archive" in error_line(*words)
     assert [p.name for p in (tmp_path / "out" / name).iterdir()] == ["smoke.lock"]
 
@@ -207,7 +207,7 @@ def hostile(tmp_path, damage):
 def test_a_bad_archive_is_one_line_and_leaves_nothing(tmp_path, error_line, monkeypatch, damage, says):
     monkeypatch.setattr(archives, "FREE_BYTES", 1 << 20)
     path = hostile(tmp_path, damage)
-    line = error_line("prepare", "text", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", path)
+    line = error_line("prepare", "text", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", path)
     assert says in line and "aclImdb_v1.tar.gz" in line
     assert [p.name for p in (tmp_path / "out" / "text").iterdir()] == ["smoke.lock"]
     assert {p.name for p in tmp_path.iterdir()} == {"raw", "out", "aclImdb_v1.tar.gz"}
@@ -221,7 +221,7 @@ def test_a_malformed_row_in_an_archive_is_named_by_its_line(tmp_path, error_line
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:4], "1\tnonsense\n", *lines[4:]]))
     packed = archive_of(tmp_path / "raw", tmp_path / archive, ".")
-    words = ("prepare", name, "--preset=smoke", "--out", tmp_path / "out", "--data-dir", packed)
+    words = ("prepare", name, "--preset=smoke", "--data", tmp_path / "out", "--data-dir", packed)
     line = error_line(*words)
     assert f"{packed}/{path.name}" in line and "line 5" in line
 
@@ -234,7 +234,7 @@ def test_a_pickle_that_is_not_cifar_s_is_one_line_and_nothing_runs(tmp_path, err
     cifar(tmp_path / "raw", 5, "py")
     (tmp_path / "raw" / "test_batch").write_bytes(pickle.dumps(Evil(), protocol=2))
     packed = archive_of(tmp_path / "raw", tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py")
-    line = error_line("prepare", "image", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", packed)
+    line = error_line("prepare", "image", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", packed)
     assert "test_batch: not a CIFAR-10 batch (it names" in line and not (tmp_path / "trace").exists()
 
 
@@ -242,7 +242,7 @@ def test_a_picture_of_another_size_is_one_line(tmp_path, error_line):
     for half in ("train", "test"):
         (tmp_path / half / "cat").mkdir(parents=True)
         Image.new("RGB", (32, 31 if half == "test" else 32)).save(tmp_path / half / "cat" / "7.png")
-    words = ("prepare", "image", "--preset=smoke", "--out", tmp_path / "out", "--data-dir", tmp_path)
+    words = ("prepare", "image", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path)
     line = error_line(*words)
     assert "test/cat/7.png: the image is 32 x 31 RGB, expected 32 x 32" in line
 

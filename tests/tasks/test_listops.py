@@ -228,7 +228,7 @@ def test_published_files_prepared_and_exported_are_the_same_bytes(tmp_path, monk
     for name, part in parts.items():
         (tmp_path / f"basic_{name}.tsv").write_text(header + "".join(part), newline="\n")
     monkeypatch.setitem(RECIPES, "paper", shrink(RECIPES["paper"], train=0, val=0, test=0))
-    words = ["prepare", "listops", "--preset=paper", f"--data-dir={tmp_path}", f"--out={tmp_path / 'out'}"]
+    words = ["prepare", "listops", "--preset=paper", f"--data-dir={tmp_path}", f"--data={tmp_path / 'out'}"]
     assert main([*words, f"--export={tmp_path / 'again'}"]) == 0
     for name in parts:
         file = f"basic_{name}.tsv"
@@ -238,8 +238,8 @@ def test_published_files_prepared_and_exported_are_the_same_bytes(tmp_path, monk
 def test_generated_data_exported_and_prepared_again_are_the_same_splits(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "smoke", shrink(RECIPES["smoke"], train=211, val=23, test=31))
     words = ["prepare", "listops", "--preset=smoke"]
-    assert main([*words, f"--out={tmp_path / 'one'}", f"--export={tmp_path / 'raw'}"]) == 0
-    assert main([*words, f"--out={tmp_path / 'two'}", f"--data-dir={tmp_path / 'raw'}"]) == 0
+    assert main([*words, f"--data={tmp_path / 'one'}", f"--export={tmp_path / 'raw'}"]) == 0
+    assert main([*words, f"--data={tmp_path / 'two'}", f"--data-dir={tmp_path / 'raw'}"]) == 0
     one, two = (load(tmp_path / which / "listops" / "smoke") for which in ("one", "two"))
     assert (one.manifest["source"], two.manifest["source"]) == ("generated", "local")
     assert one.manifest["splits"] == two.manifest["splits"]

@@ -1,6 +1,5 @@
 """bench sweep: the same grid on one core and on several, in turns."""
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -9,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import lra.bench.sweep
-from lra.__main__ import main
-from lra.bench.options import sweep_options
+from lra.cli import main, parser
 from tests.conftest import ROOT
 
 CORES = {3, 5, 7}
@@ -97,9 +95,8 @@ def test_an_interrupted_sweep_is_asked_to_end_its_cells(lab, machine, monkeypatc
 
 
 def test_the_grid_is_that_of_run_all():
-    parser = argparse.ArgumentParser()
-    sweep_options(parser.add_argument)
-    assert f"attentions={parser.get_default('attentions')} " in (ROOT / "run_all.sh").read_text()
+    args = parser(["bench"]).parse_args(["bench", "sweep"])
+    assert f"attentions={args.attentions} " in (ROOT / "run_all.sh").read_text()
 
 
 @pytest.mark.parametrize(

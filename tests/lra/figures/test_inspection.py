@@ -134,7 +134,7 @@ def test_inspected_data_are_those_of_the_present_recipes(task):
 
 @pytest.mark.parametrize("task", ["image", "listops"])
 def test_inspecting_again_finds_the_same(task, tmp_path):
-    where = [f"--out={tmp_path / 'data'}", "--preset=small"]
+    where = [f"--data={tmp_path / 'data'}", "--preset=small"]
     assert main(["prepare", task, *where, "--workers=1"]) == 0
     assert main(["inspect", task, "--preset=small", f"--data={tmp_path / 'data'}", f"--out={tmp_path}"]) == 0
     made = sorted(path for path in tmp_path.iterdir() if path.is_file())

@@ -369,7 +369,7 @@ def test_badges_of_the_committed_records_are_those_of_their_bytes():
 
 
 def test_first_losses_of_two_committed_records_are_repeated(tmp_path):
-    assert main(["prepare", "image", "--preset=small", f"--out={tmp_path}", "--workers=1"]) == 0
+    assert main(["prepare", "image", "--preset=small", f"--data={tmp_path}", "--workers=1"]) == 0
     places = Places(ROOT / "results" / "reference", tmp_path)
     for attention, seed in (("softmax", 0), ("performer", 1)):
         made = (ROOT / "results" / "reference" / "records" / "image" / attention).glob(f"*/seed{seed}.json")

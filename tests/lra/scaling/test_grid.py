@@ -19,7 +19,7 @@ def grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     lab = Lab(folder / "data", folder / "results", folder / "runs")
     for task in task_names():
-        assert main(["prepare", task, "--preset=smoke", "--out", str(lab.data), "--workers=1"]) == 0
+        assert main(["prepare", task, "--preset=smoke", "--data", str(lab.data), "--workers=1"]) == 0
         for attention in attention_names():
             lab.task = task
             sets = [word for pair in SMALL for word in ("--set", pair)]

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lra.options import UsageError
-from lra.records.record import PRESETS
+from lra.options import PRESETS, UsageError
 from lra.registry import attention_names, load_task, task_names
 from lra.training.config import default_options, overrides, resolve
 from lra.training.provenance import protocol
@@ -173,7 +172,7 @@ def test_command_repeats_the_run(resolved):
     run = resolved("train.lr=2e-3", attention="performer", seed=3, val_rule="legacy")
     words = run.command.split()
     assert words[:5] == ["python", "-m", "lra", "train", "tiny"]
-    from lra.__main__ import parser
+    from lra.cli import parser
 
     args = parser().parse_args(words[3:])
     assert (args.attention, args.preset, args.seed, args.val_rule) == ("performer", "smoke", 3, "legacy")

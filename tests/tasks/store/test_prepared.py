@@ -230,7 +230,7 @@ numpy.save = save
 
 @pytest.mark.parametrize("nth", [1, 7])
 def test_the_same_command_after_sigkill_makes_the_same_data(lab, task, tmp_path, nth):
-    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--out", str(tmp_path)]
+    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
     killed = subprocess.run([*lab.driver(DIE.replace("NTH", str(nth))), *words], cwd=ROOT, timeout=60)
     folder = tmp_path / "tiny" / "smoke"
     assert killed.returncode == -signal.SIGKILL and not folder.exists() and hidden(folder) == [".smoke.new"]
@@ -240,7 +240,7 @@ def test_the_same_command_after_sigkill_makes_the_same_data(lab, task, tmp_path,
 
 
 def test_two_processes_at_once_make_the_data_once(lab, tmp_path):
-    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--out", str(tmp_path)]
+    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
     slow = "import time, numpy; save = numpy.save; numpy.save = lambda *a: (time.sleep(0.2), save(*a))"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     running = [subprocess.Popen([*lab.driver(slow), *words], **pipes) for _ in range(2)]
@@ -257,7 +257,7 @@ def test_a_disk_that_is_really_full_is_one_line_and_leaves_nothing(lab, tmp_path
     mount = f"mount -t tmpfs -o size=16k none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system lets no user mount a tmpfs")
-    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--out", str(tmp_path)]
+    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
     script = f"{mount} && {shlex.join([*lab.driver(), *words])}; echo $?; ls -A {tmp_path}/tiny"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -326,7 +326,7 @@ def test_a_change_of_size_or_time_is_noticed_by_itself(task, tmp_path, damage):
 
 
 def test_verify_notices_what_size_and_time_hide_and_makes_the_data_again(lab, task, tmp_path, capsys):
-    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--out", str(tmp_path)]
+    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
     main(words)
     folder = tmp_path / "tiny" / "smoke"
     age(folder)
@@ -394,7 +394,7 @@ def seeded(tmp_path, name, seed):
 def test_another_source_into_the_same_folder_is_refused(task, tmp_path):
     before, _ = prepare(task, "smoke", out=tmp_path / "out")
     local = seeded(tmp_path, "raw", 1)
-    with pytest.raises(SourceError, match="holds data from source 'embedded'.*raw.*another --out"):
+    with pytest.raises(SourceError, match="holds data from source 'embedded'.*raw.*another --data"):
         prepare(task, "smoke", out=tmp_path / "out", data_dir=local)
     assert load(tmp_path / "out" / "tiny" / "smoke").manifest == before.manifest
 

@@ -1,0 +1,38 @@
+"""Options of `inspect`, `cards`, `plot` and `tensorboard`; answers --help without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lra.options import DATA, PRESET, RESULTS, RUNS, TASK, Command, at_least, option
+
+COMMANDS = {
+    "inspect": Command(
+        "lra.figures.inspection:inspect",
+        (
+            TASK,
+            PRESET,
+            DATA,
+            option("--out", "folder for facts (JSON), lengths (SVG, PNG) and a contact sheet (PNG)", Path),
+        ),
+    ),
+    "cards": Command(
+        "lra.figures.cards:cards",
+        (
+            option("--results", "its data/ holds what `inspect --out` wrote", Path, Path("results")),
+            option(
+                "--write", "a file such as tasks/DATA.md: only the text between its markers changes", Path
+            ),
+        ),
+    ),
+    "plot": Command("lra.figures.plots:plot", (RESULTS,)),
+    "tensorboard": Command(
+        "lra.figures.tensorboard:tensorboard",
+        (
+            RUNS,
+            option("--task", "only this task: its attentions overlay one another (default: all tasks)"),
+            option("--port", "on 127.0.0.1", at_least(1, 65535), 6006),
+            option("--start", "start TensorBoard, instead of only printing the command", bool),
+        ),
+    ),
+}

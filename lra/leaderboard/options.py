@@ -1,0 +1,57 @@
+"""Options of `leaderboard ...`, `evaluate` and `reproduce`; answers --help without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lra.options import PLACES, PORT, RESULTS, TRUST, Command, option
+
+RECORD = option("record", "its JSON file", Path)
+LEVELS = (
+    "0 form and identity, 1 agrees with itself, 2 first losses repeated (needs --data), "
+    "3 saved weights evaluated (needs --data and --runs), 4 equivalent to somebody else's runs"
+)
+THREADS_TRIED = "CPU threads, e.g. 1,2: one run each, compared; the first becomes the counter-record"
+
+COMMANDS = {
+    "evaluate": Command("lra.leaderboard.rerun:show", (RECORD, TRUST, *PLACES)),
+    "reproduce": Command(
+        "lra.leaderboard.reproduce:reproduce",
+        (
+            RECORD,
+            option("--by", "whose counter-record it becomes: results/counter/BY/", default="rerun"),
+            option("--threads", f"{THREADS_TRIED} (default: the record's)", metavar="N[,N...]"),
+            option("--data-dir", "folder with raw data, where the record's are local", Path),
+            TRUST,
+            *PLACES,
+        ),
+    ),
+    "leaderboard submit": Command(
+        "lra.leaderboard.submit:submit",
+        (
+            option("files", "JSON files of records, their predictions beside them", Path, nargs="+"),
+            option("--by", "add them as counter-records of this name, to results/counter/BY/"),
+            TRUST,
+            *PLACES,
+        ),
+        "verify records from elsewhere at V1 and add them",
+    ),
+    "leaderboard verify": Command(
+        "lra.leaderboard.submit:verify_all",
+        (
+            option("files", "JSON files of records (default: all of --results)", Path, nargs="*"),
+            option("--level", LEVELS, range(5), 1),
+            TRUST,
+            *PLACES,
+        ),
+        "check records, and keep how far each was verified",
+    ),
+    "leaderboard build": Command(
+        "lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html, with its figures"
+    ),
+    "leaderboard serve": Command(
+        "lra.leaderboard.page:serve",
+        (RESULTS, PORT),
+        "show the results folder to a browser on this machine alone",
+    ),
+}

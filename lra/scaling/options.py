@@ -1,0 +1,53 @@
+"""Options of `sweep`, `cost` and `doctor`; answers --help without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lra.options import PLACES, PRESET, Command, at_least, option, size
+from lra.training.options import SOURCE, TRAINING
+
+GRID = (
+    option("--tasks", "comma-separated names", default="all"),
+    option("--attentions", "comma-separated names", default="all"),
+    option("--seeds", "seeds 0..N-1 of each cell", at_least(1), 1),
+    option("--jobs", "runs at a time, sharing the threads; 0 = one per CPU core, 1 on a GPU", at_least(0), 0),
+    option("--memory", "bytes all runs together may hold, such as 6G (default: what is free)", size),
+)
+EXECUTOR = (
+    option(
+        "--executor",
+        "here: processes of this command; slurm: an array of jobs; local, debug: the same without Slurm",
+        ("here", "slurm", "local", "debug"),
+        "here",
+    ),
+    option(
+        "--slurm",
+        "of every job, such as partition=gpu, gpus_per_node=1, mem=8G",
+        list,
+        [],
+        metavar="KEY=VALUE",
+    ),
+    option(
+        "--job-minutes",
+        "time limit of a job, which then saves its state and is queued again",
+        at_least(1),
+        240,
+    ),
+    option(
+        "--time-limit",
+        "minutes until runs save their state and the sweep ends with 85 (default: none)",
+        at_least(1),
+    ),
+)
+COST = (
+    option("--calibrate", "measure this machine, about a minute: results/bench/cost.json", bool),
+    option("--gpu", "predict for GPUs from their data sheets, comma-separated: A100, H100, L4, RTX4090"),
+    option("--write", "a Markdown file; only the text between its cost markers changes", Path),
+)
+
+COMMANDS = {
+    "sweep": Command("lra.scaling.sweep:sweep", (*GRID, *EXECUTOR, PRESET, *SOURCE, *TRAINING, *PLACES)),
+    "cost": Command("lra.scaling.cost:cost", (*GRID, PRESET, *COST, *TRAINING, *PLACES)),
+    "doctor": Command("lra.scaling.doctor:doctor"),
+}

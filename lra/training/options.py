@@ -1,0 +1,61 @@
+"""Options of `prepare` and `train`; answers --help without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lra.options import DATA, PLACES, PRESET, TASK, THREADS, Command, at_least, option
+
+SOURCE = (
+    option("--source", "embedded, hub or local (default: local with --data-dir, else the preset's)"),
+    option("--data-dir", "folder with raw data, or a tar archive of it (.tar, .gz, .bz2, .xz)", Path),
+)
+TRAINING = (
+    option(
+        "--set",
+        "override: attention.*, encoder.* or train.*",
+        list,
+        [],
+        metavar="GROUP.OPTION=VALUE",
+        dest="sets",
+    ),
+    option("--steps", "optimizer steps; the same as --set train.steps=N (default: the preset's)", int),
+    option(
+        "--val-rule",
+        "legacy: select on the test split, as some earlier suites did",
+        ("held-out", "legacy"),
+        "held-out",
+    ),
+    option("--precision", "bf16: autocast; auto: bf16 on cuda, else fp32", ("auto", "fp32", "bf16"), "auto"),
+    option("--compile", "torch.compile the model (needs a C++ compiler on a CPU)", bool),
+    option("--debug", "stop where an attention first gets or gives a value that is not finite", bool),
+    THREADS,
+)
+
+COMMANDS = {
+    "prepare": Command(
+        "lra.training.commands:prepare",
+        (
+            TASK,
+            PRESET,
+            *SOURCE,
+            DATA,
+            option("--workers", "threads of generators and readers; 0 = all cores", at_least(0), 0),
+            option("--verify", "hash every byte of data that are there, not only of changed files", bool),
+            option(
+                "--export", "write the data there as published, too (listops: TSV)", Path, metavar="FOLDER"
+            ),
+        ),
+    ),
+    "train": Command(
+        "lra.training.commands:train",
+        (
+            TASK,
+            option("--attention", "a name of `list attentions`, or package.module:Class", required=True),
+            option("--seed", "of initialisation, batches, dropout and projections", at_least(0), 0),
+            PRESET,
+            *TRAINING,
+            *PLACES,
+        ),
+    ),
+}
