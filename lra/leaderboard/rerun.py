@@ -19,7 +19,7 @@ from lra.leaderboard.consistency import Places, places, prepared_data
 from lra.leaderboard.levels import manifest
 from lra.machine import environment, pick_device
 from lra.options import UsageError
-from lra.records.record import read_predictions, read_record
+from lra.records.record import read_predictions, read_record, record_path
 from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
 from lra.training.config import Run
@@ -129,7 +129,12 @@ def saved_model(path: Path, record: dict[str, Any], places: Places) -> tuple[Run
     prepared = prepared_data(record, places)
     run = run_of(record, places, prepared.manifest)
     folder = run_folder(places.runs, run)
-    weights, state = checkpoint.load(folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    if not file.exists():
+        own = record_path(places.results, run.meta.name, run.attention, run.digest, run.seed)
+        command = run.command + (" --again" if own.exists() else "")
+        raise UsageError(f"no weights of {path}, looked for {file}: `{command}` trains the cell")
+    weights, state = checkpoint.load(file)
     if (state["digest"], state["seed"]) != (run.digest, run.seed):
         raise UsageError(f"{folder} holds weights of another run")
     classifier = run.build_model().to(pick_device(places.device))

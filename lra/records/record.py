@@ -171,8 +171,9 @@ def suite_facts() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    # New records and tables do not make the code dirty.
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!README.md")
+    # A new file is an edit, as of an attention that is being developed; records, data and tables are none.
+    made = [f":!{name}" for name in ("results", "data", "runs", "README.md")]
+    dirty = git("status", "--porcelain", "--untracked-files=normal", "--", ".", *made)
     return {"version": __version__, "git_commit": commit, "git_dirty": bool(dirty) if commit else None}
 
 

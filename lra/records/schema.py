@@ -19,6 +19,7 @@ Spec = Callable[[Any, str], None] | dict
 
 MANY = 10**12  # beyond any count of examples, tokens or parameters
 FINITE = 1e300  # any number: the reader refuses infinities
+OPTIONAL = {"source_sha256"}  # fields that records of before they were introduced lack
 WORD = "[A-Za-z_][A-Za-z0-9_]{0,59}"
 
 
@@ -46,6 +47,8 @@ def _check(value: Any, spec: Spec, name: str) -> None:
         if key not in spec:
             raise Rejected(f"unknown field {f'{name}.{key}'.lstrip('.')[:90]!r}")
     for key, inner in spec.items():
+        if key not in value and key in OPTIONAL:
+            continue
         if key not in value:
             raise Rejected(f"field {f'{name}.{key}'.lstrip('.')} is missing")
         _check(value[key], inner, f"{name}.{key}".lstrip("."))
@@ -188,6 +191,7 @@ RECORD: dict[str, Spec] = {
         "seq_len": whole(1, 10**7),
         "dataset": text,
         "substitute": FLAG,
+        "source_sha256": SHA256,
     },
     "data": {
         "source": one_of("embedded", "hub", "local", "generated"),
@@ -205,6 +209,7 @@ RECORD: dict[str, Spec] = {
         "n_params": whole(1),
         "n_params_ratio_to_softmax": real(),
         "init_sha256": SHA256,
+        "source_sha256": SHA256,
     },
     "training": {
         "seed": whole(0, 10**6),

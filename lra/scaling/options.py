@@ -40,6 +40,7 @@ EXECUTOR = (
         at_least(1),
     ),
 )
+AGAIN = option("--again", "train anew cells whose source was edited, and keep their old records", bool)
 COST = (
     option("--calibrate", "measure this machine, about a minute: results/bench/cost.json", bool),
     option("--gpu", "predict for GPUs from their data sheets, comma-separated: A100, H100, L4, RTX4090"),
@@ -47,7 +48,9 @@ COST = (
 )
 
 COMMANDS = {
-    "sweep": Command("lra.scaling.sweep:sweep", (*GRID, *EXECUTOR, PRESET, *SOURCE, *TRAINING, *PLACES)),
+    "sweep": Command(
+        "lra.scaling.sweep:sweep", (*GRID, *EXECUTOR, PRESET, *SOURCE, AGAIN, *TRAINING, *PLACES)
+    ),
     "cost": Command("lra.scaling.cost:cost", (*GRID, PRESET, *COST, *TRAINING, *PLACES)),
     "doctor": Command("lra.scaling.doctor:doctor"),
 }

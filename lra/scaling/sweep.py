@@ -29,8 +29,12 @@ def sweep(args: Namespace) -> int:
     if args.time_limit and args.executor != "here":
         raise UsageError("--time-limit is for --executor here; --job-minutes limits a job")
     cells, unprepared = grid(args)
-    missing = [cell for cell in cells if not cell.record.exists()]
-    print(f"{len(cells)} cells, {len(cells) - len(missing)} done, {len(missing)} to run")
+    missing, changed = to_run(cells, args.again)
+    done = len(cells) - len(missing) - len(changed)
+    print(
+        f"{len(cells)} cells, {done} done, {len(missing)} to run"
+        + f", {len(changed)} changed" * bool(changed)
+    )
     outcome = Outcome()
     if missing:
         cpu = pick_device(args.device).type == "cpu"
@@ -45,8 +49,10 @@ def sweep(args: Namespace) -> int:
         else:
             commands = [command(cell.run, args, threads) for cell in missing]
             outcome = cluster.run(missing, commands, args, jobs, threads)
-    elif not unprepared:
+    elif not unprepared and not changed:
         print("nothing to do: every record is there")
+    for line in changed:
+        print(f"changed: {line}", file=sys.stderr)
     for cell, why in outcome.failed:
         print(f"failed: {cell}: {why}", file=sys.stderr)
     for name, error in unprepared.items():
@@ -56,7 +62,19 @@ def sweep(args: Namespace) -> int:
     if outcome.stopped:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return STOPPED
-    return 1 if outcome.failed or unprepared else BUSY if outcome.held else 0
+    return 1 if outcome.failed or unprepared or changed else BUSY if outcome.held else 0
+
+
+def to_run(cells: list[Cell], again: bool) -> tuple[list[Cell], list[str]]:
+    """Cells without a record, with `again` those of an edited source too; and else a line for each of the latter."""
+    missing, changed = [], []
+    for cell in cells:
+        state, why = config.standing(cell.run, cell.record)
+        if state == "changed" and not again:
+            changed.append(f"{cell}: {why}")
+        elif state != "done":
+            missing.append(cell)
+    return missing, changed
 
 
 def grid(args: Namespace) -> tuple[list[Cell], dict[str, Exception]]:
@@ -109,6 +127,7 @@ def command(run: config.Run, args: Namespace, threads: int) -> list[str]:
     words += ["--device", args.device, "--precision", args.precision, "--threads", str(threads)]
     words += ["--compile"] if args.compile else []
     words += ["--debug"] if args.debug else []
+    words += ["--again"] if args.again else []
     return words + ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
 
 

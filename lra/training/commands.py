@@ -6,17 +6,25 @@ import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from lra import registry
 from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
-from lra.records.record import read_record
+from lra.records.record import predictions_path, read_record, record_path
+from lra.records.stats import wilson
 from lra.training import config, distributed
-from lra.training.train import Interrupted
+from lra.training.train import WEIGHTS, Interrupted, run_folder
 from lra.training.train import train as train_run
 from lra.training.trainer import Where
+from tasks.store.files import sha256_file
 from tasks.store.prepared import Prepared, load
 from tasks.store.prepared import prepare as prepare_task
+
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"  # the authors' records
 
 
 def prepare(args: Namespace) -> None:
@@ -76,26 +84,77 @@ def train(args: Namespace) -> int:
     run = config.resolve(
         args.task, args.preset, args.attention, args.seed, prepared.manifest, overrides, args.val_rule
     )
+    path = record_path(args.results, args.task, args.attention, run.digest, args.seed)
+    state, edited = config.standing(run, path)
+    if state == "changed" and not args.again:
+        raise UsageError(edited)
     optim = run.recipe.train
-    with distributed.join(where.device, optim.batch, optim.accumulate) as (world, device):
+    with distributed.process_group(where.device, optim.batch, optim.accumulate) as (world, device):
         where = replace(where, world=world, device=device)
-        world.main_only(print, run.summary())
+        if world.is_main:
+            threads = f"{torch.get_num_threads()} threads"
+            print(f"{run.summary()}\n  runs on    {device}, {where.precision}, {threads}")
+            warn_of_gap(path, args.seed)
+            if args.again:
+                set_aside(path)
+        world.barrier()
         try:
-            path, new = train_run(run, prepared, results=args.results, runs=args.runs, where=where)
+            _, new = train_run(run, prepared, results=args.results, runs=args.runs, where=where)
         except Interrupted as stopped:
-            world.main_only(print, stopped, file=sys.stderr)
+            if world.is_main:
+                print(stopped, file=sys.stderr)
             return STOPPED
-    if world.rank:
-        return 0
-    record = read_record(path)
-    if not new:
-        print(f"already done: {path}")
-    elif record["result"]:
-        r = record["result"]
-        print(f"test {100 * r['n_correct'] / r['n_test']:.2f}% ({r['n_correct']}/{r['n_test']}): {path}")
-    else:
-        print(f"{record['status']}: {path}")
+    if world.is_main:
+        print(report(read_record(path), path, run_folder(args.runs, run)) if new else f"already done: {path}")
     return 0
+
+
+def warn_of_gap(path: Path, seed: int) -> None:
+    """Say before training that `leaderboard submit` takes seeds 0 to n-1, where a smaller seed has no record."""
+    if missing := [k for k in range(seed) if not path.with_name(f"seed{k}.json").exists()]:
+        print(
+            f"note: seed {missing[0]} has no record, and submit takes seeds 0, 1, ... only", file=sys.stderr
+        )
+
+
+def set_aside(path: Path) -> None:
+    """Rename a record and its predictions to earlier-seed<k>-<first 8 digits of its sha256>: no table reads them."""
+    if path.exists():
+        earlier = path.with_name(f"earlier-{path.stem}-{sha256_file(path)[:8]}.json")
+        path.replace(earlier)
+        if predictions_path(path).exists():
+            predictions_path(path).replace(predictions_path(earlier))
+
+
+def report(record: dict[str, Any], path: Path, folder: Path) -> str:
+    """What a run came to: selected step, time and memory, where its files are, what to do next, test accuracy."""
+    training, cost, result = record["training"], record["cost"], record["result"]
+    memory = f", peak memory {cost['peak_bytes'] / 1e6:,.0f} MB" if cost["peak_bytes"] is not None else ""
+    lines = [
+        f"  time       {cost['wall_s']:.1f} s of training, {cost['steps_per_s']:.3g} steps/s{memory}",
+        f"  record     {path}",
+        f"  curves     {folder}: python -m lra tensorboard --runs {folder.parents[3]} --start",
+        f"  next       python -m lra table --results {path.parents[4]}",
+    ]
+    if result is None:
+        return "\n".join([*lines, record["status"]])
+    step = f"step {training['selected_step']} of {training['steps']}"
+    validation = share(result["val_n_correct"], result["n_val"])
+    lines.insert(0, f"  selected   {step}, by validation: {validation}")
+    lines.insert(3, f"  weights    {folder / WEIGHTS}")
+    low, high = wilson(result["n_correct"], result["n_test"])
+    floors = ", ".join(f"{name} {100 * floor:.1f}" for name, floor in record["data"]["floors"].items())
+    reference = REFERENCE / path.relative_to(path.parents[4])
+    line = f"test {share(result['n_correct'], result['n_test'])}, 95% interval [{100 * low:.1f}, {100 * high:.1f}]"
+    line += f"; floors: {floors}"
+    if reference.exists() and (other := read_record(reference)["result"]):
+        line += f"; reference: {share(other['n_correct'], other['n_test'])}"
+    return "\n".join([*lines, line])
+
+
+def share(n_correct: int, n: int) -> str:
+    """`45.25% (181/400)`."""
+    return f"{100 * n_correct / n:.2f}% ({n_correct}/{n})"
 
 
 def execution(args: Namespace) -> Where:
@@ -105,6 +164,6 @@ def execution(args: Namespace) -> Where:
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    if args.debug and distributed.processes() > 1:  # the first that stops would leave the others waiting
+    if args.debug and distributed.world_size() > 1:  # the first that stops would leave the others waiting
         raise UsageError("--debug looks into one process: leave it out, or torchrun")
     return Where(device, precision, args.compile, args.debug)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lra.options import UsageError, construct, unknown
-from lra.records.record import cell_digest
-from lra.registry import attention_class, budget_options, build_attention, load_task
+from lra.records.record import cell_digest, read_record
+from lra.registry import attention_class, attention_module, budget_options, build_attention, load_task
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
-from tasks.base import Meta, Recipe
+from tasks.base import Encoder as EncoderRecipe
+from tasks.base import Meta, Optim, Recipe
+from tasks.store.files import source_sha256
 from tasks.store.prepared import data_identity
 
 GROUPS = ("attention", "encoder", "train")
@@ -52,6 +55,12 @@ class Run:
             self.attention_config,
         )
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """sha256 of the task's and the attention's own source, by section of the record; not part of the digest."""
+        modules = {"task": load_task(self.meta.name), "model": attention_module(self.attention)}
+        return {section: source_sha256(module) for section, module in modules.items()}
+
     def build_model(self, attention: str | None = None) -> torch.nn.Module:
         """The classifier, initialised from the run's seed; with `attention`, that method at its defaults instead."""
         name = attention or self.attention
@@ -87,7 +96,10 @@ class Run:
             ("encoder", asdict(self.recipe.encoder)),
             ("train", asdict(self.recipe.train)),
         ):
-            lines.append(f"  {name:<10} " + " ".join(f"{k}={v}" for k, v in values.items()))
+            if values:
+                lines.append(f"  {name:<10} " + " ".join(f"{k}={v}" for k, v in values.items()))
+        n_params = sum(p.numel() for p in self.build_model().parameters())
+        lines.append(f"  model      {n_params:,} parameters")
         return "\n".join(lines)
 
     @property
@@ -108,9 +120,9 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
         key, equals, value = pair.partition("=")
         group, dot, _ = key.partition(".")
         if not (equals and dot):
-            raise UsageError(
-                f"--set takes GROUP.OPTION=VALUE with GROUP one of {', '.join(GROUPS)}; got {pair!r}"
-            )
+            hint = f": did you mean {group_of(key)}.{pair}?" if equals and key.isidentifier() else ""
+            groups = ", ".join(GROUPS)
+            raise UsageError(f"--set takes GROUP.OPTION=VALUE with GROUP one of {groups}; got {pair!r}{hint}")
         if group == "data":
             raise UsageError(f"--set {pair}: data options are fixed when data are prepared, by the preset")
         if group not in GROUPS:
@@ -119,6 +131,13 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
             raise UsageError(f"{key} is given twice, as {sets[key]} and as {value}: leave one out")
         sets[key] = value
     return dict(sorted(sets.items()))
+
+
+def group_of(option: str) -> str:
+    """The group that an option of --set belongs to: what is no option of train or encoder is the attention's."""
+    groups = {"train": Optim, "encoder": EncoderRecipe}
+    names = {group: {f.name for f in dataclasses.fields(cls)} for group, cls in groups.items()}
+    return next((group for group in names if option in names[group]), "attention")
 
 
 def load_preset(task: ModuleType, preset: str) -> Recipe:
@@ -202,3 +221,25 @@ def _check(run: Run) -> None:
         run.build_model()
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error).splitlines()[0]) from error
+
+
+def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "changed"], str]:
+    """Whether the run's record at `path` is missing, done, or of a source that was edited since; and what was edited.
+
+    A record without the hash of a source counts as unchanged. So does a file that is no record: whoever reads it
+    says what is wrong with it.
+    """
+    if not path.exists():
+        return "missing", ""
+    sources = run.sources
+    try:
+        record = read_record(path)
+        recorded = {section: record[section].get("source_sha256") for section in sources}
+    except (UsageError, AttributeError):
+        return "done", ""
+    names = {"task": f"task {run.meta.name}", "model": f"attention {run.attention}"}
+    edited = [names[k] for k, sha256 in recorded.items() if sha256 not in (None, sources[k])]
+    if not edited:
+        return "done", ""
+    what = f"the source of {' and of '.join(edited)} has changed since {path}"
+    return "changed", f"{what}: --again trains the cell anew and keeps the old record beside it"

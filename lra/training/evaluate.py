@@ -60,7 +60,7 @@ def evaluate(
     predictions = np.zeros(total, np.uint8)
     loss = 0.0
     bar = tqdm(total=total, desc=f"evaluating {name}", unit="ex", disable=None, leave=False, delay=2)
-    for chosen, examples in world.take(evaluation_batches(split, towers, size=batch)):
+    for chosen, examples in world.shard_items(evaluation_batches(split, towers, size=batch)):
         examples = to_device(examples, device)
         with autocast(device, precision):
             logits_BC = model(examples.tokens_BTN, examples.mask_BTN)
@@ -69,7 +69,7 @@ def evaluate(
         bar.update(len(chosen))
     bar.close()
     model.train(training)
-    loss, predictions = sum(world.gather(loss)), sum(world.gather(predictions))
+    loss, predictions = sum(world.all_gather(loss)), sum(world.all_gather(predictions))
     return Counts(loss / total, int((predictions == split.labels).sum()), total, predictions)
 
 

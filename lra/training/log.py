@@ -1,4 +1,6 @@
-"""What a run writes while it runs: a JSONL file and TensorBoard events, with the same tags for every attention.
+"""What a run writes and shows while it runs: a JSONL file, TensorBoard events, a bar or lines on the terminal.
+
+Every attention has the same tags.
 
 The JSONL file is what is kept; events are made from it again whenever a run is resumed, so that they hold every
 point once, in order, however often the process died and wherever its clock jumped.
@@ -9,16 +11,19 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from lra.options import UsageError
 from lra.training.config import Run
 from tasks.store.files import atomic_path, one_line
 
 LOG = "log.jsonl"
+INTERVAL = 10.0  # seconds between two lines of a run without a terminal
 LAYOUT = {  # one tag a chart, so that each line is a run: TensorBoard lays the attentions over one another
     "learning": {
         "validation accuracy": ["Multiline", ["val/acc"]],
@@ -128,3 +133,43 @@ class RunLog:
         }
         self.writer.add_hparams(hparams, metrics, run_name=".")
         self.flush()
+
+
+class Display:
+    """What a run shows while it trains: a bar on a terminal; elsewhere a line at a validation, at most one in 10 s."""
+
+    def __init__(self, title: str, step: int, steps: int, *, shown: bool):
+        self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None if shown else True)
+        self.shown, self.title, self.first, self.now, self.steps = shown, title, step, step, steps
+        self.begun, self.printed = time.monotonic(), float("-inf")
+        self.facts: dict[str, str] = {}
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        self.now += 1
+        self.bar.update()
+
+    def trained(self, loss: float) -> None:
+        """The training loss of the newest step that was read back."""
+        self.facts["loss"] = f"{loss:.3f}"
+        self.bar.set_postfix(self.facts, refresh=False)
+
+    def validated(self, accuracy: float, best: float) -> None:
+        """The validation accuracy of this step, and of the step selected so far."""
+        self.facts |= {"val_acc": f"{accuracy:.3f}", "best": f"{best:.3f}"}
+        self.bar.set_postfix(self.facts)
+        now = time.monotonic()
+        if self.shown and self.bar.disable and now - self.printed >= INTERVAL:
+            self.printed = now
+            left = (self.steps - self.now) * (now - self.begun) / max(1, self.now - self.first)
+            facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+            print(
+                f"{self.title}: step {self.now} of {self.steps}, {facts}, {left / 60:.1f} min left",
+                flush=True,
+            )

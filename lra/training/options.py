@@ -54,6 +54,9 @@ COMMANDS = {
             option("--attention", "a name of `list attentions`, or package.module:Class", required=True),
             option("--seed", "of initialisation, batches, dropout and projections", at_least(0), 0),
             PRESET,
+            option(
+                "--again", "train anew what has a record, and keep the old record beside the new one", bool
+            ),
             *TRAINING,
             *PLACES,
         ),

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from lra.machine import StopSignals
 from lra.options import Held, UsageError
@@ -23,7 +23,7 @@ from lra.training import checkpoint
 from lra.training.batches import collate, example_lengths
 from lra.training.config import Run
 from lra.training.evaluate import Counts, attention_report, to_device
-from lra.training.log import LOG, RunLog
+from lra.training.log import LOG, Display, RunLog
 from lra.training.optim import learning_rate
 from lra.training.provenance import build_record, outcome, probe, step_ratio
 from lra.training.trainer import Diverged, Progress, Trainer, Where
@@ -47,21 +47,23 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
     saved, and Held when another process is at this run.
     """
     path, world = record_path(results, run.meta.name, run.attention, run.digest, run.seed), where.world
-    if any(world.gather(path.exists())):
+    if any(world.all_gather(path.exists())):
         return path, False
     folder = run_folder(runs, run)
-    world.main_only(open_folders, path, folder)
+    if world.is_main:
+        open_folders(path, folder)
     try:
-        with world.main_only(FileLock, folder / "lock", timeout=0):
-            if any(world.gather(path.exists())):  # another process finished it meanwhile
+        with FileLock(folder / "lock", timeout=0) if world.is_main else nullcontext():
+            if any(world.all_gather(path.exists())):  # another process finished it meanwhile
                 return path, False
-            world.main_only(tidy, path, folder)
+            if world.is_main:
+                tidy(path, folder)
             clocks = datetime.now(timezone.utc), time.perf_counter()
             trainer = Trainer(run, prepared, where)
             resume(trainer, folder)
             world.check_equal("checkpoints", lambda: str(trainer.progress.step))
             counts = failure = None
-            with world.main_only(RunLog, folder, run, trainer.progress.step) as log:
+            with RunLog(folder, run, trainer.progress.step) if world.is_main else nullcontext() as log:
                 try:
                     fit(trainer, folder, log)
                 except Diverged as error:
@@ -69,9 +71,11 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
                 peak = trainer.memory.read()
                 if failure is None:
                     counts = test(trainer)
-                record = world.main_only(conclude, trainer, folder, counts, failure, peak, clocks)
-                log.finish(record)
-            world.main_only(publish, record, path, folder, results, prepared, counts)
+                if log:
+                    record = conclude(trainer, folder, counts, failure, peak, clocks)
+                    log.finish(record)
+            if log:
+                publish(record, path, folder, results, prepared, counts)
     except Timeout:
         raise Held(f"another process is training this cell: {folder / 'lock'} is held") from None
     return path, True
@@ -136,13 +140,12 @@ def run_folder(runs: Path, run: Run) -> Path:
     return Path(runs) / run.meta.name / run.attention.replace(":", "-") / preset / f"seed{run.seed}"
 
 
-def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
+def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
     """Optimizer steps until done. Every `eval_every` steps: validate, select, checkpoint."""
     p, o, run, world = trainer.progress, trainer.optim, trainer.run, trainer.where.world
-    what = f"{run.meta.name} {run.attention}"
-    bar = tqdm(total=o.steps, initial=p.step, desc=what, unit="step", disable=world.rank > 0 or None)
+    display = Display(f"{run.meta.name} {run.attention}", p.step, o.steps, shown=world.is_main)
     pending: list[tuple[torch.Tensor, ...]] = []
-    with StopSignals() as stop, bar:
+    with StopSignals() as stop, display:
         start = time.perf_counter()
         while p.step < o.steps:
             try:
@@ -151,21 +154,23 @@ def fit(trainer: Trainer, folder: Path, log: RunLog) -> None:
                 p.seconds += time.perf_counter() - start
                 raise
             p.step += 1
-            bar.update()
+            display.step()
             validate = p.step % o.eval_every == 0 or p.step == o.steps
-            stopping = world.stopping(stop.requested, p.step)
+            stopping = world.any_stops(stop.requested, p.step)
             regular = p.step % FLUSH == 0 or validate
             if regular or stopping:
                 try:
                     scalars = flush(trainer, pending)
                 finally:
                     p.seconds += time.perf_counter() - start
-                if regular:  # and not where a signal happened to come: a log tells nothing of interruptions
+                display.trained(scalars["train/loss"])
+                if log and regular:  # not where a signal came: a log tells nothing of interruptions
                     log.scalars(p.step, scalars)
                 if validate:
-                    select(trainer, log, bar)
+                    select(trainer, log, display)
                 if validate or stopping:
-                    log.flush()
+                    if log:
+                        log.flush()
                     save(trainer, folder)
                 if stopping:
                     raise Interrupted(
@@ -193,7 +198,7 @@ def flush(trainer: Trainer, pending: list[tuple[torch.Tensor, ...]]) -> dict[str
     }
 
 
-def select(trainer: Trainer, log: RunLog, bar: tqdm) -> None:
+def select(trainer: Trainer, log: RunLog | None, display: Display) -> None:
     """Validate; keep the weights of the step with most validation examples correct, the earliest on a tie."""
     p, run = trainer.progress, trainer.run
     loss_sum, correct, steps = p.window
@@ -212,8 +217,9 @@ def select(trainer: Trainer, log: RunLog, bar: tqdm) -> None:
     first = collate(val, run.meta.towers, np.arange(min(REPORT, len(val.labels))), longest)
     report = attention_report(trainer.model, to_device(first, trainer.where.device))
     report = {f"attn/{name}": value for name, value in report.items()}
-    log.scalars(p.step, {"val/loss": counts.loss, "val/acc": accuracy} | perf | report)
-    bar.set_postfix(val_acc=f"{accuracy:.3f}")
+    if log:
+        log.scalars(p.step, {"val/loss": counts.loss, "val/acc": accuracy} | perf | report)
+    display.validated(accuracy, p.best_correct / counts.n)
 
 
 def validation_split(run: Run) -> str:
@@ -229,13 +235,14 @@ def save(trainer: Trainer, folder: Path) -> None:
         "best": trainer.best,
         "optim": checkpoint.optimizer_tensors(trainer.optimizer),
     }
-    for rank, states in enumerate(world.gather(_random_states(trainer.where.device))):
+    for rank, states in enumerate(world.all_gather(_random_states(trainer.where.device))):
         groups[f"rng.{rank}"] = states
     tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
     state = {"digest": trainer.run.digest, "seed": trainer.run.seed, "world_size": world.size}
-    state["progress"] = asdict(trainer.progress)
+    state["progress"], state["sources"] = asdict(trainer.progress), trainer.run.sources
     newest, previous = (folder / name for name in CHECKPOINTS)
-    world.main_only(checkpoint.save, newest, tensors, state, previous)
+    if world.is_main:
+        checkpoint.save(newest, tensors, state, previous)
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -272,6 +279,8 @@ def restore(trainer: Trainer, path: Path) -> None:
         raise UsageError(
             f"{path} was made with another recipe or other data: remove it, or give another --runs"
         )
+    if state.get("sources", trainer.run.sources) != trainer.run.sources:
+        raise UsageError(f"{path} was made with another source of the attention or the task: remove it")
     world = trainer.where.world
     if state["world_size"] != world.size:
         raise UsageError(

@@ -12,7 +12,7 @@ from torch import nn
 from lra.machine import PeakMemory
 from lra.training.batches import Batches
 from lra.training.config import Run
-from lra.training.distributed import ALONE, World, not_yet
+from lra.training.distributed import ALONE, World, gradient_sync
 from lra.training.evaluate import Counts, autocast, evaluate, to_device
 from lra.training.optim import build_optimizer, learning_rate, micro_batches
 from tasks.base import Batch, Optim
@@ -60,8 +60,8 @@ class Trainer:
         if where.debug:
             for layer, attention in enumerate(self.model.encoder.attentions):
                 attention.register_forward_hook(finite(layer, self))
-        self.forward = where.world.wrap(torch.compile(self.model) if where.compiled else self.model)
-        where.world.differ(run.seed)
+        self.forward = where.world.data_parallel(torch.compile(self.model) if where.compiled else self.model)
+        where.world.reseed(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
         train_split = prepared.splits["train"]
         self.batches = Batches(train_split, run.meta.towers, size=self.optim.batch, seed=run.seed)
@@ -73,7 +73,7 @@ class Trainer:
         o, device, world = self.optim, self.where.device, self.where.world
         for attention in self.model.encoder.attentions:
             if attention.adapts:
-                world.agree(attention)
+                world.broadcast_buffers(attention)
             attention.before_step(step)
         if step % o.eval_every == 0:
             world.check_equal("weights or projections", lambda: tensors_sha256(self.model.state_dict()))
@@ -81,9 +81,9 @@ class Trainer:
             group["lr"] = learning_rate(step, o)
         batch = self.batches.batch(step)
         self.progress.tokens += batch.tokens_BTN.numel()
-        mine = to_device(world.share(batch), device)
+        mine = to_device(world.shard(batch), device)
         loss, correct, norm = update(self.forward, self.optimizer, mine, o, self.where.precision)
-        return world.total(loss / world.size), world.total(correct), norm
+        return world.all_reduce(loss / world.size), world.all_reduce(correct), norm
 
     def evaluate(self, split: str) -> Counts:
         """Counts over a split, in batches twice the training size."""
@@ -126,7 +126,7 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
     for number, part in enumerate(micro_batches(batch, optim.accumulate), 1):
-        with not_yet(forward, last=number == optim.accumulate):
+        with gradient_sync(forward, last=number == optim.accumulate):
             with autocast(device, precision):
                 logits_BC = forward(part.tokens_BTN, part.mask_BTN)
             part_loss = F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum") / examples

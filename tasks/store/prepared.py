@@ -136,7 +136,10 @@ def load(folder: Path, *, full: bool = False) -> Prepared:
             raise ValueError
         arrays = manifest["arrays"]
     except FileNotFoundError:
-        raise SourceError(f"no prepared data in {folder}: run `python -m lra prepare` first") from None
+        task, preset = path.parent.parts[-2:]
+        command = f"python -m lra prepare {task} --preset {preset}"
+        command += f" --data {path.parents[2]}" if path.parents[2] != Path("data") else ""
+        raise SourceError(f"no prepared data in {folder}: run `{command}`") from None
     except (ValueError, KeyError, TypeError):
         raise SourceError(f"{path} is damaged: {remedy}") from None
     if manifest["schema"] != SCHEMA:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lra.training.distributed import ALONE, World, _Silent
+from lra.training.distributed import ALONE, World
 from tasks.base import Batch
 from tests.conftest import ROOT
 
@@ -100,7 +100,7 @@ def test_projections_fitted_to_data_and_redrawn_every_step_stay_equal_on_all_ran
 
 def test_projections_that_differ_stop_the_run(lab, torchrun):
     alone = (
-        "import os, lra.training.distributed as d; d.World.agree = lambda *_: None"  # each rank fits to its own share
+        "import os, lra.training.distributed as d; d.World.broadcast_buffers = lambda *_: None"  # each rank fits to its own share
     )
     process = torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", extra=alone)
     out, _ = process.communicate(timeout=80)
@@ -110,17 +110,19 @@ def test_projections_that_differ_stop_the_run(lab, torchrun):
 
 def test_shares_make_up_the_batch_and_one_process_gets_all_of_it():
     batch = Batch(torch.arange(7 * 2 * 3).view(7, 2, 3), None, torch.arange(7))
-    shares = [World(rank, 3).share(batch) for rank in range(3)]
+    shares = [World(rank, 3).shard(batch) for rank in range(3)]
     assert sorted(torch.cat([s.labels_B for s in shares]).tolist()) == list(range(7))
     assert torch.equal(shares[1].tokens_BTN, batch.tokens_BTN[[1, 4]])
-    assert torch.equal(ALONE.share(batch).tokens_BTN, batch.tokens_BTN)
-    assert list(World(1, 2).take("abcde")) == ["b", "d"]
+    assert torch.equal(ALONE.shard(batch).tokens_BTN, batch.tokens_BTN)
+    assert list(World(1, 2).shard_items("abcde")) == ["b", "d"]
 
 
-def test_only_rank_zero_acts():
-    assert World(0, 2).main_only(len, "abc") == 3
-    with World(1, 2).main_only(pytest.fail, "acted") as silent:
-        assert isinstance(silent, _Silent) and silent.scalars(3, {}) is None
+def test_only_rank_zero_is_the_main_process_and_keeps_its_random_generator():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for rank in range(3):
+        World(rank, 3).reseed(5)
+        assert torch.equal(torch.get_rng_state(), before) == World(rank, 3).is_main == (rank == 0)
 
 
 def test_debug_of_several_processes_is_refused_as_the_first_to_stop_would_leave_the_others_waiting(
