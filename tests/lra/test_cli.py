@@ -288,7 +288,9 @@ def test_unknown_name_is_one_line_with_the_nearest(words, nearest, lab, error_li
         ("encoder.heads=5", ["12", "5 heads"]),
         ("train.batch=1000", ["1000", "61 training examples"]),
         ("data.seq_len=9", ["data.seq_len=9", "preset"]),
-        ("lr=1", ["GROUP.OPTION=VALUE", "'lr=1'"]),
+        ("lr=1", ["GROUP.OPTION=VALUE", "'lr=1'", "did you mean train.lr=1?"]),
+        ("layers=1", ["did you mean encoder.layers=1?"]),
+        ("num_features=64", ["did you mean attention.num_features=64?"]),
     ],
 )
 def test_wrong_value_of_set_is_one_line_that_names_it(setting, words, lab, error_line):
@@ -322,7 +324,8 @@ def test_device_that_is_not_there_is_refused(lab, error_line, monkeypatch):
 def test_data_that_were_not_prepared_name_the_command(lab, error_line, tmp_path):
     lab.data = tmp_path / "nothing"
     line = error_line(*lab.words())
-    assert "no prepared data" in line and "python -m lra prepare" in line
+    assert "no prepared data" in line
+    assert f"`python -m lra prepare tiny --preset smoke --data {tmp_path / 'nothing'}`" in line
 
 
 def test_damaged_prepared_data_are_noticed_before_training(lab, error_line, tmp_path):
@@ -496,7 +499,10 @@ def test_evaluate_refuses_damaged_predictions_absent_weights_and_other_data(lab,
     weights.write_bytes(whole[:-8])
     assert "model.safetensors" in error_line("evaluate", path, *lab.places)
     weights.unlink()
-    assert "model.safetensors" in error_line("evaluate", path, *lab.places)
+    command = "python -m lra train tiny --attention softmax --preset smoke --seed 0"
+    assert f"`{command} --again` trains the cell" in error_line("evaluate", path, *lab.places)
+    elsewhere = lab.places[:1] + [f"--results={tmp_path}", f"--runs={tmp_path}"]
+    assert f"`{command}` trains the cell" in error_line("evaluate", path, *elsewhere)
     weights.write_bytes(whole)
     record = json.loads(path.read_text())
     record["data"]["manifest_sha256"] = "0" * 64

@@ -24,7 +24,7 @@ from lra.training.evaluate import Counts
 from lra.training.optim import AdamW
 from lra.training.trainer import Trainer, Where
 from tasks.store.prepared import load
-from tests.conftest import ROOT, Lab, timeless
+from tests.conftest import ROOT, timeless
 
 CPU = Where(torch.device("cpu"))
 KILL = """
@@ -36,30 +36,6 @@ def step(self, step):
     return original(self, step)
 Trainer.step = step
 """
-
-
-@pytest.fixture
-def other(lab, tmp_path):
-    """A second laboratory on the same data, with results of its own."""
-    return Lab(lab.data, tmp_path / "other-results", tmp_path / "other-runs", lab.task)
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """`at_step(n, action)`: call `action(trainer)` just before optimizer step n, once."""
-
-    def arrange(n, action):
-        original, done = Trainer.step, []
-
-        def step(self, step):
-            if step == n and not done:
-                done.append(step)
-                action(self)
-            return original(self, step)
-
-        monkeypatch.setattr(Trainer, "step", step)
-
-    return arrange
 
 
 @pytest.fixture
@@ -383,7 +359,9 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(lab, other, monkeypa
         raise OSError(28, "No space left on device", "somewhere")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint if runs else lra.training.train, "save_file" if runs else "write_record", full)
+        patch.setattr(
+            checkpoint if runs else lra.training.train, "save_file" if runs else "write_record", full
+        )
         assert "No space left" in error_line(*lab.words())
     lab.train()
     other.train()
