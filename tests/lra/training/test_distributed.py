@@ -99,7 +99,8 @@ def test_projections_fitted_to_data_and_redrawn_every_step_stay_equal_on_all_ran
 
 
 def test_projections_that_differ_stop_the_run(lab, torchrun):
-    alone = "import os, lra.training.distributed as d; d.World.broadcast_buffers = lambda *_: None"  # each rank fits to its own share
+    # Each rank fits to its own shard.
+    alone = "import os, lra.training.distributed as d; d.World.broadcast_buffers = lambda *_: None"
     process = torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", extra=alone)
     out, _ = process.communicate(timeout=80)
     assert process.returncode != 0 and "weights or projections differ between ranks" in out
