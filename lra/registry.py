@@ -13,7 +13,7 @@ import tasks
 from lra.options import UsageError, construct, unknown
 
 NOT_TASKS = frozenset({"base", "store"})
-TRAITS = ("exact", "random", "causal", "recurrent", "linear", "fixed_length", "reads_qk")
+TRAITS = ("exact", "random", "causal", "recurrent", "linear_memory", "fixed_length", "reads_qk")
 CONTRACT = (
     "Config",
     "forward",
