@@ -38,7 +38,7 @@ def variants(name: str) -> list[Case]:
     return cases + [case._replace(causal=True) for case in cases if cls.causal]
 
 
-def tests_of(case: Case, names: Iterable[str] = CHECKS) -> Iterator[tuple[Check, Setting | None]]:
+def checks_of(case: Case, names: Iterable[str] = CHECKS) -> Iterator[tuple[Check, Setting | None]]:
     """The named checks of those that apply, each with every setting where it is sized."""
     for name in names if case.loads else ["can_be_built"]:
         if case.loads and not CHECKS[name].applies(case):
@@ -49,7 +49,7 @@ def tests_of(case: Case, names: Iterable[str] = CHECKS) -> Iterator[tuple[Check,
 def failures(case: Case, names: Iterable[str] = CHECKS) -> dict[str, str]:
     """The named checks, of those that apply, that fail, with their first messages."""
     messages: dict[str, str] = {}
-    for check, setting in tests_of(case, names):
+    for check, setting in checks_of(case, names):
         try:
             check.run(case, setting) if check.sized else check.run(case)
         except Exception as error:  # whatever an unknown class raises is its failure

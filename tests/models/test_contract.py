@@ -19,7 +19,7 @@ from models.attention import performer, softmax
 from models.attention.softmax import naive_softmax
 from models.base import AttentionBase
 from tests.models.cases import PADDED, Case, assert_same, inputs, run
-from tests.models.contract import CHECKS, failures, main, tests_of, variants
+from tests.models.contract import CHECKS, failures, main, checks_of, variants
 
 NAMES = registry.attention_names()
 TOGETHER = [  # options that change each other's meaning, or need each other
@@ -33,7 +33,7 @@ TOGETHER += [case._replace(causal=True) for case in TOGETHER]
 TESTS = [
     pytest.param(case, check, setting, id="-".join(str(x) for x in (check.name, case, setting) if x))
     for case in [*(case for name in NAMES for case in variants(name)), *TOGETHER]
-    for check, setting in tests_of(case)
+    for check, setting in checks_of(case)
 ]
 
 
@@ -340,7 +340,7 @@ def test_the_command_runs_the_checks_of_the_tests(capsys, monkeypatch):
         monkeypatch.setitem(CHECKS, name, plain)
     assert main(["linformer"]) == 0
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["holds"] * 4
-    wanted = [(c.name, case, s) for case in variants("linformer") for c, s in tests_of(case)]
+    wanted = [(c.name, case, s) for case in variants("linformer") for c, s in checks_of(case)]
     assert [(n, str(c), s) for n, c, s in asked] == [(n, str(c), s) for n, c, s in wanted]
     ids = [p.id for p in TESTS if "linformer" in p.id]
     assert len(ids) == len(wanted)
@@ -359,7 +359,7 @@ def test_a_broken_file_fails_its_own_test_alone(text, tmp_path, monkeypatch):
     (tmp_path / "unfinished.py").write_text(text)
     monkeypatch.setattr(models.attention, "__path__", [*models.attention.__path__, str(tmp_path)])
     (case,) = variants("unfinished")
-    assert [check.name for check, _ in tests_of(case)] == ["can_be_built"]
+    assert [check.name for check, _ in checks_of(case)] == ["can_be_built"]
     assert set(failures(case)) == {"can_be_built"}
 
 
