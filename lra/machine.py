@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lra.options import UsageError
-from models.products import product
+from models.layers import product
 
 
 def pick_device(name: str) -> torch.device:
@@ -128,7 +128,7 @@ def set_threads(threads: int) -> None:
 
 def matmul_rates(precision: str = "fp32", *, size: int = 1024, rounds: int = 20) -> dict[str, float]:
     """Operations per second of a square matrix product on the CPU, the best of `rounds`: as PyTorch multiplies
-    (in fp32 MKL, where it is built with it), and as models/products.py does (oneDNN)."""
+    (in fp32 MKL, where it is built with it), and as models/layers.py does (oneDNN)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x, w = torch.randn(2, size, size).to(dtype)
     ways = {"torch.matmul": torch.matmul, "models.products": product}

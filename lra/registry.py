@@ -17,7 +17,7 @@ from lra.options import PRESETS, UsageError, construct, unknown
 from tasks.store.files import one_line
 
 NOT_TASKS = frozenset({"base", "store"})
-TRAITS = ("exact", "random", "causal", "recurrent", "linear", "fixed_length", "reads_qk")
+TRAITS = ("exact", "random", "causal", "recurrent", "linear_memory", "fixed_length", "reads_qk")
 METHODS = ("forward", "flops", "state_bytes", "before_step", "tie", "step", "calibrate", "add_alibi")
 CONTRACT = ("Config", *TRAITS, "adapts", *METHODS)
 

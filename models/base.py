@@ -1,21 +1,55 @@
-"""The attention contract.
+"""What an attention is, and how to write one.
+
+A file models/attention/<name>.py exports three things; the command line, the tables and the tests then find it by name:
+
+    Config          frozen dataclass with keyword-only fields, each an `option` with a help text
+    Attention       subclass of AttentionBase with `Config = Config`, true traits, and a docstring that cites a source
+    naive_<name>    float64 reference (attention, q, k, v, mask_BN=None, *, scale=None) -> out, written for reading;
+                    where the method is causal, with one more keyword `causal=False`
+
+For example, attention by the angle between a query and a key:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        sharpness: float = option(10.0, "factor of the cosine")
+
+    class Attention(AttentionBase):
+        '''out_i = sum_n softmax_n(sharpness cos(q_i, k_n)) v_n  (Henry et al., arXiv 2010.04245).'''
+        Config = Config
+        linear_memory = True
+
+        def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+            q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_BHND, k_BHND, v_BHND))
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            seen = None if mask_BN is None else mask_BN[:, None, None, :] | ~real_rows(mask_BN)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.config.sharpness)
+            return (out if mask_BN is None else out.masked_fill(~real_rows(mask_BN), 0)).to(v_BHND.dtype)
+
+        def flops(self, B, H, N, D):
+            return 4 * B * H * N * N * D
+
+        def state_bytes(self, N):
+            return 4 * self.heads * N * (2 * self.head_dim + 1)  # q and k of length 1, and a log-sum-exp per query
+
+What must hold, and `python -m tests.models.contract NAME` checks (NAME also `package.module:Class`, with its folder in
+PYTHONPATH and its reference `naive_<class in lower case>` beside it):
+
+  * Sums, norms and exponentials are in fp32 at least, whatever the type of q, k, v and under autocast.
+  * `mask_BN` is True at real tokens. Padding, and whatever numbers stand there, changes nothing at real tokens.
+  * A row without a real token gives zeros and finite gradients. A softmax over nothing is NaN, and so is its gradient.
+  * A result never depends on N, the padded length of this batch. What needs a length takes `max_len`.
+  * `fixed_length = True`: the method cannot take more than max_len tokens. Learned positions are one reason for it.
+  * Rows of a batch do not see each other. A causal output at token i does not see tokens after i, not even by rounding.
+  * Random draws are buffers made in the constructor from (seed, layer), and are saved with the model.
+
+Projections, heads, residual, dropout and positions belong to the encoder.
 
 Shape suffixes, used on every tensor of models/:
 
     B batch    T towers    N tokens    E model width    H heads    D head width    F FFN width
     M random features    K keys instead of N (Linformer's projected length, a window)    C classes
-    J chunks of a sequence    L tokens of a chunk    S states of a channel, in conjugate pairs; tokens of a sample
+    J blocks of a sequence    L tokens of a block    S states of a channel, in conjugate pairs; tokens of a sample
     R rows of G (DARKFormer)    P candidates of a pool
-
-`mask_BN` is True at real tokens. Padding never changes a result at real tokens, and a row without any real
-token gives zeros. Projections, head split, residual, dropout and positions belong to the encoder.
-
-A file models/attention/<name>.py exports
-
-    Config          frozen, keyword-only dataclass of `option`s
-    Attention       subclass of AttentionBase with `Config = Config`
-    naive_<name>    float64 reference (attention, q, k, v, mask_BN=None, *, scale=None) -> out, no cleverness;
-                    with `causal=False` as one more keyword where the method is causal
 """
 
 from __future__ import annotations
@@ -28,27 +62,36 @@ from torch import nn
 
 
 def option(default: Any, help: str, *, budget: bool = False, later: bool = False) -> Any:
-    """A documented Config field. `budget=True`: its default comes from the task's recipe, so that every
-    method with an approximation size gets the same one. `later=True`: added when there were results already; at
-    its default it changes nothing, and stays out of a run's identity, so that they keep theirs."""
+    """A documented field of a Config.
+
+    `budget`: the default comes from the task's recipe, so that every method with an approximation size gets the same.
+    `later`: the option is younger than committed records. At its default it changes nothing and is not stored with a
+    run, so that old runs keep their identity.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "budget": budget, "later": later})
 
 
-class AttentionBase(nn.Module):
-    """What every attention is: (q, k, v, mask) -> out, all (B, H, N, D), plus declared traits.
+def require(config: Any, **least: int) -> None:
+    """Raises ValueError for an option of `config` that is below its least value."""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{name} must be at least {value}; got {getattr(config, name)}")
 
-    Traits are claims, and the contract tests hold each class to its own:
-    """
+
+class AttentionBase(nn.Module):
+    """(q, k, v, mask) -> out, all (B, H, N, D). The traits below are claims, and the contract tests check each."""
 
     Config: ClassVar[type]
     exact: ClassVar[bool] = False  # equals softmax attention
     random: ClassVar[bool] = False  # draws randomness; converges to its stated kernel
-    causal: ClassVar[bool] = False  # can be asked for causal evaluation: token i sees tokens up to i alone
+    causal: ClassVar[bool] = False  # has a causal form: token i sees tokens up to i alone
     recurrent: ClassVar[bool] = False  # causal, with a state of constant size: has `step`
-    linear: ClassVar[bool] = False  # memory grows no faster than N
-    fixed_length: ClassVar[bool] = False  # has parameters per position: N may not exceed max_len
-    adapts: ClassVar[bool] = False  # keeps something of the data it is trained on in its buffers
+    linear_memory: ClassVar[bool] = False  # memory grows no faster than N
+    fixed_length: ClassVar[bool] = False  # N may not exceed max_len
     reads_qk: ClassVar[bool] = True  # False: output depends on v alone, and the encoder passes v for q and k
+    adapts: ClassVar[bool] = (
+        False  # keeps a sample of its training data in buffers, which all ranks must share
+    )
 
     def __init__(
         self, config: Any, *, heads: int, head_dim: int, max_len: int, seed: int = 0, layer: int = 0
@@ -101,17 +144,17 @@ class AttentionBase(nn.Module):
     ) -> tuple[torch.Tensor, Any]:
         """One more token of the causal form: its output (B, H, D), and the state after it.
 
-        `state` is what the step before returned, None at the first token; its size does not grow. A token that
-        `mask_B` calls padding leaves the state as it was. Only where the trait `recurrent` is True.
+        `state` is what the step before returned, None at the first token. Its size does not grow. A token that
+        `mask_B` marks as padding leaves the state as it was. Only where the trait `recurrent` is True.
         """
         raise ValueError(f"{self.name} has no recurrent form")
 
     def flops(self, B: int, H: int, N: int, D: int) -> int:
-        """Floating-point operations of one forward pass, a multiply-add counted as two."""
+        """Floating-point operations of the matrix products of one forward pass; a multiply-add counts as two."""
         raise NotImplementedError
 
     def state_bytes(self, N: int) -> int:
-        """fp32 bytes of intermediates one forward pass needs per batch element, beyond q, k, v and out."""
+        """fp32 bytes of intermediates that one forward pass needs per batch element, beyond q, k, v and out."""
         raise NotImplementedError
 
     def before_step(self, step: int) -> None:
@@ -161,18 +204,34 @@ class AttentionBase(nn.Module):
             raise ValueError(f"{name}: {q.shape[2]} tokens exceed max_len {self.max_len}")
 
 
+def real_rows(mask_BN: torch.Tensor) -> torch.Tensor:
+    """(B, 1, 1, 1) bool: True where a row has at least one real token."""
+    return mask_BN.any(-1)[:, None, None, None]
+
+
+def real_first(mask_BN: torch.Tensor) -> torch.Tensor:
+    """Indices (B, N) that bring the real tokens of each row to the front, in their order; `argsort` brings back."""
+    return mask_BN.argsort(dim=1, descending=True, stable=True)
+
+
+def take(x_BHND: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
+    """The tokens of each row in the order of `index`."""
+    return x_BHND.gather(2, index_BN[:, None, :, None].expand_as(x_BHND))
+
+
+def alibi(slopes_H: torch.Tensor, N: int) -> torch.Tensor:
+    """-slope_h |i - n|, (H, N, N)  (Press et al., arXiv 2108.12409; both directions for an encoder)."""
+    n_N = torch.arange(N, device=slopes_H.device)
+    return -slopes_H[:, None, None] * (n_N[:, None] - n_N).abs()
+
+
 def naive_average(
     kernel_BHNN: torch.Tensor, v_BHND: torch.Tensor, mask_BN: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
-    """For references: sum_n kernel_in v_n / sum_n kernel_in over the keys n that i may see, 0 where there is none."""
+    """For references: sum_n kernel_in v_n / sum_n kernel_in over the keys n that i may see; 0 where there is none."""
     if mask_BN is not None:
         kernel_BHNN = kernel_BHNN * mask_BN[:, None, None, :]
     if causal:
         kernel_BHNN = kernel_BHNN.tril()
     total_BHN1 = kernel_BHNN.sum(-1, keepdim=True)
     return kernel_BHNN @ v_BHND / torch.where(total_BHN1 == 0, 1, total_BHN1)
-
-
-def real_rows(mask_BN: torch.Tensor) -> torch.Tensor:
-    """(B, 1, 1, 1) bool: True where a row has at least one real token."""
-    return mask_BN.any(-1)[:, None, None, None]

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.dropout import Dropout
-from models.products import Linear
+from models.layers import Dropout, Linear
 
 
 class SelfAttention(nn.Module):

@@ -24,7 +24,8 @@ from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import UsageError
 from lra.records.measured import Point, crossover
 from models.base import AttentionBase
-from models.products import CACHE, product
+from models.features.gemm import CACHE
+from models.layers import product
 
 UNFUSED = "softmax unfused"
 DEFAULT = (

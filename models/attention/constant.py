@@ -22,7 +22,7 @@ class Attention(AttentionBase):
     Config = Config
     causal = True
     recurrent = True
-    linear = True
+    linear_memory = True
     reads_qk = False
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):

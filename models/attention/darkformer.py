@@ -49,8 +49,10 @@ class Attention(AlignedAttention):
                 "init=aligned needs align=centre or align=balance, and a target_norm above 0; "
                 f"got align={config.align}, target_norm={config.target_norm}"
             )
-        super().__init__(config, **shape)
-        # (H, R, D); named as it was before it could have fewer rows than columns, for the weights that exist.
+        adapts = config.init != "identity" or config.proposal != "isotropic"
+        # With init=aligned, G starts at the temperature and learns it: T has none then.
+        super().__init__(config, adapts=adapts, cools=config.init != "aligned", **shape)
+        # (H, R, D), R <= D; the name is that of the weights that exist.
         G_RD = torch.eye(self.feature_dim, self.head_dim)
         self.G_HDD = nn.Parameter(G_RD.repeat(1 if config.share_heads else self.heads, 1, 1))
         if config.proposal == "variance_optimal":
@@ -61,21 +63,7 @@ class Attention(AlignedAttention):
     def feature_dim(self):
         return self.config.rank or self.head_dim
 
-    @property
-    def adapts(self):
-        own = self.config.init != "identity" or self.config.proposal != "isotropic"
-        return own or self.config.align != "none" or self._transforms
-
-    @property
-    def cools(self):
-        return (
-            super().cools and self.config.init != "aligned"
-        )  # there G starts at the temperature, and learns it
-
-    def geometry(self):
-        return self.G_HDD
-
-    def _fit(self, Lambda_HDD):
+    def fit(self, Lambda_HDD):
         heads = self.G_HDD.shape[0]
         shared_HDD = Lambda_HDD.mean(0, keepdim=True) if heads == 1 else Lambda_HDD
         if self.config.init == "aligned":
@@ -87,15 +75,15 @@ class Attention(AlignedAttention):
             name = f"{self.name}, layer {self.layer}"
             self.root_HRR.copy_(variance_optimal(G_HRD @ Lambda_HDD @ G_HRD.mT, name))
 
-    def _redraw(self):
-        super()._redraw()
-        if self.config.proposal == "variance_optimal":
-            z_HMR = self.w_HMD.clone()
-            self.w_HMD.copy_(z_HMR @ self.root_HRR)
-            # log N(w; 0, I) / N(w; 0, Sigma*)
-            wide_HRR = self.root_HRR.to(torch.promote_types(self.root_HRR.dtype, torch.float32))
-            log_det_H1 = torch.logdet(wide_HRR)[:, None]  # which half precision does not have
-            self.b_HM.copy_((z_HMR.square().sum(-1) - self.w_HMD.square().sum(-1)) / 2 + log_det_H1)
+    def draw(self):
+        z_HMR = self.gaussian(int(self.redraws))
+        if self.config.proposal == "isotropic":
+            return z_HMR, None
+        root_HRR = self.root_HRR.to(z_HMR)
+        w_HMR = z_HMR @ root_HRR
+        # b = log N(w; 0, I) / N(w; 0, Sigma*), with w = Sigma*^1/2 z
+        log_det_H1 = torch.linalg.eigvalsh(root_HRR).log().sum(-1, keepdim=True)
+        return w_HMR, (z_HMR.square().sum(-1) - w_HMR.square().sum(-1)) / 2 + log_det_H1
 
     def flops(self, B, H, N, D):
         return super().flops(B, H, N, D) + 2 * B * H * N * D * self.feature_dim

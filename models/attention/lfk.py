@@ -6,7 +6,7 @@ from torch import nn
 
 from models.base import naive_average
 from models.features.family import FeatureAttention, FeatureConfig, Maps, naive_phi
-from models.products import half_square
+from models.layers import half_square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Attention(FeatureAttention):
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        self.w_HMD = nn.Parameter(self._gaussian())
+        self.w_HMD = nn.Parameter(self.gaussian())
 
     def maps(self, k_BHND, scale):
         a_HMD = scale**0.5 * self.w_HMD.to(k_BHND.dtype)

@@ -29,7 +29,7 @@ class Attention(AttentionBase):
     Config = Config
     causal = True
     recurrent = True
-    linear = True
+    linear_memory = True
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         dtype = v_BHND.dtype

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.base import AttentionBase, option
+from models.base import AttentionBase, option, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,12 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    linear = True
+    linear_memory = True
     fixed_length = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        if config.projected_length < 1:
-            raise ValueError(f"projected_length must be at least 1; got {config.projected_length}")
+        require(config, projected_length=1)
         heads = self.heads if config.share == "none" else 1
         # Entries of variance 1 / max_len keep a projected key at the scale of a key.
         std = self.max_len**-0.5

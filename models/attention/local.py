@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention.softmax import alibi, take
-from models.base import AttentionBase, option, real_rows
+from models.base import AttentionBase, alibi, option, real_first, real_rows, require, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,11 @@ class Attention(AttentionBase):
     Config = Config
     causal = True
     recurrent = True
-    linear = True
+    linear_memory = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        if config.window < 1:
-            raise ValueError(f"window must be at least 1 token; got {config.window}")
+        require(config, window=1)
         self.register_buffer("slopes_H", None, persistent=False)  # of ALiBi
 
     def add_alibi(self, slopes_H):
@@ -45,7 +43,7 @@ class Attention(AttentionBase):
             everyone_BN = torch.ones_like(q_BHND[:, 0, :, 0], dtype=torch.bool)
             return self._window(q_BHND, k_BHND, v_BHND, everyone_BN, scale, causal)
         # Real tokens to the front, in their order.
-        order_BN = mask_BN.argsort(dim=1, descending=True, stable=True)
+        order_BN = real_first(mask_BN)
         packed = (take(x, order_BN) for x in (q_BHND, k_BHND, v_BHND))
         out_BHND = self._window(*packed, mask_BN.gather(1, order_BN), scale, causal)
         return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_rows(mask_BN), 0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.base import AttentionBase, option
+from models.base import AttentionBase, option, real_first, require
 
 CONV = 33  # tokens under the depthwise convolution
 
@@ -34,13 +34,11 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    linear = True
+    linear_memory = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        for name, least in (("num_landmarks", 1), ("iterations", 0)):
-            if getattr(config, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
+        require(config, num_landmarks=1, iterations=0)
         if config.conv:
             self.conv_HN = nn.Parameter(torch.empty(self.heads, CONV).uniform_(-(CONV**-0.5), CONV**-0.5))
 
@@ -98,8 +96,7 @@ def segments(mask_BN: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]
     start_BK = edge_K * (count_B1 // filled_B1) + torch.minimum(edge_K, count_B1 % filled_B1)
     start_BK = start_BK.minimum(count_B1)
     place_BKN = start_BK[:, :-1, None] + torch.arange(-(-N // K), device=device)
-    real_first_BN = mask_BN.argsort(dim=1, descending=True, stable=True)
-    index_BN = real_first_BN.gather(1, place_BKN.flatten(1).clamp(max=N - 1))
+    index_BN = real_first(mask_BN).gather(1, place_BKN.flatten(1).clamp(max=N - 1))
     return index_BN, place_BKN < start_BK[:, 1:, None]
 
 

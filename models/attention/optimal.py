@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.base import option
+from models.base import option, require
 from models.features.aligned import AlignedAttention, AlignedConfig, naive_aligned
 from models.features.projections import generator, optimal_resample
 
@@ -27,29 +27,25 @@ class Attention(AlignedAttention):
     """
 
     Config = Config
-    adapts = True
-    resamples = True
 
     def __init__(self, config, **shape):
-        if config.pool < 1:
-            raise ValueError(f"pool must be at least 1; got {config.pool}")
-        super().__init__(config, **shape)
+        require(config, pool=1)
+        super().__init__(config, adapts=True, resamples=True, **shape)
         self.b_HM = torch.zeros(self.heads, config.num_features)
 
     @torch.no_grad()
-    def _redraw(self):
+    def draw(self):
+        redraw = int(self.redraws)
         if not self.calibrated:
-            return super()._redraw()
-        pool_HPD = self._gaussian(pool=self.config.pool).double()
+            return self.gaussian(redraw), None
+        pool_HPD = self.gaussian(redraw, pool=self.config.pool).double()
         root_scale = self.seen_scale.cpu() ** 0.5
         q_HSD, k_HSD = (
             root_scale * self.aligned(seen[None].double(), side)[0].cpu()
             for seen, side in ((self.seen_q_HSD, "q"), (self.seen_k_HSD, "k"))
         )
-        source = generator("resample", self.seed, self.layer, int(self.redraws))
-        w_HMD, b_HM = optimal_resample(pool_HPD, q_HSD, k_HSD, self.config.num_features, source)
-        self.w_HMD.copy_(w_HMD)
-        self.b_HM.copy_(b_HM)
+        source = generator("resample", self.seed, self.layer, redraw)
+        return optimal_resample(pool_HPD, q_HSD, k_HSD, self.config.num_features, source)
 
 
 def naive_optimal(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):

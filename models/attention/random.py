@@ -6,7 +6,7 @@ import torch
 
 from models.attention import softmax
 from models.base import AttentionBase
-from models.features.family import gaussian
+from models.features.projections import gaussian
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.attention.softmax import alibi
-from models.base import option
-from models.features.projections import gaussian
-from models.features.redrawn import Redrawn
+from models.base import AttentionBase, alibi, option, real_first, require
+from models.features.projections import gaussian, redraw_due
 
 MOST_BUCKETS = 128  # by default: hashing costs memory for a number per token and bucket
 FAR = 2**30  # the mark of a key that is not there
@@ -24,7 +22,7 @@ class Config:
     redraw_every: int = option(1, "training steps between redraws of the hashes; 0 = never")
 
 
-class Attention(Redrawn):
+class Attention(AttentionBase):
     """out_i = sum_{j in P_i} softmax_j(scale s_i.s_j / |s_j|) v_j,  s = (q + k) / 2  (arXiv 2001.04451, eq. 2).
 
     Kitaev et al. Round r hashes s to argmax [s w; -s w]. P_i (eq. 4-6) holds the tokens that share i's bucket
@@ -48,12 +46,13 @@ class Attention(Redrawn):
     Config = Config
     random = True
     causal = True
-    linear = True
+    linear_memory = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        if config.rounds < 1:
-            raise ValueError(f"rounds must be at least 1; got {config.rounds}")
+        require(config, rounds=1)
+        if config.redraw_every < 0:
+            raise ValueError(f"redraw_every must be 0 (never) or more; got {config.redraw_every}")
         if config.num_keys < 2 * config.rounds:
             raise ValueError(f"num_keys must be at least 2 x {config.rounds} rounds; got {config.num_keys}")
         if config.buckets < 0 or (config.buckets != 1 and config.buckets % 2):
@@ -61,13 +60,18 @@ class Attention(Redrawn):
         self.chunk = config.num_keys // (2 * config.rounds)
         self.buckets = config.buckets or min(MOST_BUCKETS, 2 * max(1, self.max_len // (2 * self.chunk)))
         self.register_buffer("slopes_H", None, persistent=False)  # of ALiBi
-        self.register_buffer("w_HMD", self._draw())
+        self.register_buffer("redraws", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("w_HMD", self.draw())
 
-    def _draw(self) -> torch.Tensor:
+    def draw(self) -> torch.Tensor:
         """The directions of all rounds, one for two buckets."""
         sizes = self.heads, self.config.rounds * ((self.buckets + 1) // 2), self.head_dim
         redraw = int(self.redraws)
         return gaussian(*sizes, orthogonal=False, seed=self.seed, layer=self.layer, redraw=redraw)
+
+    def before_step(self, step):
+        if redraw_due(self.redraws, step, self.config.redraw_every):
+            self.w_HMD.copy_(self.draw())
 
     def add_alibi(self, slopes_H):
         self.slopes_H = slopes_H
@@ -137,7 +141,7 @@ class Attention(Redrawn):
         rank_BN = mask_BN.cumsum(1) - 1
         others_BN = rank_BN if causal else rank_BN[:, -1:].expand_as(rank_BN)
         few_B1N = (others_BN <= self.buckets)[:, None]
-        first_BN = mask_BN.argsort(dim=1, descending=True, stable=True)[:, :some]
+        first_BN = real_first(mask_BN)[:, :some]
         q, k, v = (torch.take_along_dim(x, first_BN[:, None, :, None], 2) for x in qkv)
         gap_BNN = first_BN[:, :, None] - first_BN[:, None]
         allowed_BNN = mask_BN.gather(1, first_BN)[:, None] & ((gap_BNN > 0) if causal else (gap_BNN != 0))

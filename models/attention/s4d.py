@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention.softmax import take
-from models.base import AttentionBase, option
+from models.base import AttentionBase, option, real_first, take
 
 CHUNK = 64  # tokens between two states
 
@@ -43,7 +42,7 @@ class Attention(AttentionBase):
     Config = Config
     causal = True
     recurrent = True
-    linear = True
+    linear_memory = True
     reads_qk = False
 
     def __init__(self, config, **shape):
@@ -68,10 +67,7 @@ class Attention(AttentionBase):
             if mask_BN is None:
                 return self._convolve(v_BHND, causal).to(dtype)
             # Real tokens to the front, in their order, zeros behind them.
-            order_BN, real_B1N1 = (
-                mask_BN.argsort(dim=1, descending=True, stable=True),
-                mask_BN[:, None, :, None],
-            )
+            order_BN, real_B1N1 = real_first(mask_BN), mask_BN[:, None, :, None]
             out_BHND = self._convolve(take(v_BHND.masked_fill(~real_B1N1, 0), order_BN), causal)
             return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_B1N1, 0).to(dtype)
 

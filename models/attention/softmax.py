@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from models.base import AttentionBase, naive_average, real_rows
+from models.base import AttentionBase, alibi, naive_average, real_first, real_rows, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Attention(AttentionBase):
     Config = Config
     exact = True
     causal = True
-    linear = True  # in memory: the fused kernel never holds the N x N matrix
+    linear_memory = True  # the fused kernel never holds the N x N matrix
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
@@ -41,7 +41,7 @@ class Attention(AttentionBase):
         real = real_rows(mask_BN)
         if causal:
             # Real tokens to the front, in their order: padding then is the future, and needs no N x N mask.
-            order_BN = mask_BN.argsort(dim=1, descending=True, stable=True)
+            order_BN = real_first(mask_BN)
             packed = (take(x, order_BN) for x in qkv)
             out_BHND = F.scaled_dot_product_attention(*packed, scale=scale, is_causal=True)
             return take(out_BHND, order_BN.argsort(1)).masked_fill(~real, 0)
@@ -67,17 +67,6 @@ class Attention(AttentionBase):
 
     def state_bytes(self, N):
         return 4 * self.heads * N  # the log-sum-exp of each query
-
-
-def take(x_BHND: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
-    """The tokens of each row in the order of `index`."""
-    return x_BHND.gather(2, index_BN[:, None, :, None].expand_as(x_BHND))
-
-
-def alibi(slopes_H: torch.Tensor, N: int) -> torch.Tensor:
-    """-slope_h |i - n|, (H, N, N)  (Press et al., arXiv 2108.12409; both directions for an encoder)."""
-    n_N = torch.arange(N, device=slopes_H.device)
-    return -slopes_H[:, None, None] * (n_N[:, None] - n_N).abs()
 
 
 def naive_softmax(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):

@@ -1,14 +1,18 @@
-"""Aligning queries and keys before random features see them, at no change to the attention they estimate.
+"""Random features that are drawn: alignment with data, temperature, importance weights, redraws.
 
 Two transformations leave softmax over keys exactly as it was:
 
-    centre    q.k = (q - mq).(k - mk) + mq.k + (what depends on q alone, and cancels)
+    centre    q.k = (q - mq).(k - mk) + mq.k + (a term of q alone, which cancels)
     balance   q.k = (T^-T q).(T k)
 
-so features may be taken of q' = T^-T (q - mq) and k' = T (k - mk), with scale mq.k_n added to the key bias. The
-closer to zero q' and k' are, the less the features vary. In the engine, w.G q' and w.G k' (G = I but in
-darkformer) give aq = s^1/2 w G T^-T, ak = s^1/2 w G T, the feature bias -(aq.mq + ak.mk) + b and the key bias
-s mq.k - s |G T (k - mk)|^2 / 2. Means and T come from data, once (`calibrate`); any values are exact.
+So features may be taken of q' = T^-T (q - mq) and k' = T (k - mk), with scale mq.k_n added to the key bias. Features
+vary the less the closer to zero q' and k' are. With G the learned geometry (the identity but in darkformer):
+
+    aq = scale^1/2 w G T^-T       feature bias = -(aq.mq + ak.mk) + b
+    ak = scale^1/2 w G T          key bias = scale mq.k - scale |G T (k - mk)|^2 / 2
+
+b are log importance weights, where w is not drawn from N(0, I). Means and T come from data, once (`calibrate`); the
+kernel is the same for any values of them. The paper of no method has this: it is this suite's own.
 """
 
 from __future__ import annotations
@@ -20,20 +24,18 @@ import torch
 from torch import nn
 
 from models.base import naive_average, option
-from models.features.family import (
-    Maps,
-    RandomFeatureAttention,
-    RandomFeatureConfig,
-    naive_phi,
-)
-from models.features.projections import balance, moments
-from models.products import half_square
+from models.features.family import FeatureAttention, FeatureConfig, Maps, naive_phi
+from models.features.projections import balance, inverse, moments, redraw_due
+from models.layers import half_square
+
+SAMPLE = 256  # queries and keys that a method remembers of a training step
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignedConfig(RandomFeatureConfig):
-    """Options of methods that can align queries and keys."""
+class AlignedConfig(FeatureConfig):
+    """Options of methods that draw their projections."""
 
+    redraw_every: int = option(0, "training steps between redraws of the projections; 0 = never")
     align: Literal["none", "centre", "balance"] = option(
         "none",
         "subtract the means of q and k, and (balance) give both the same covariance; the kernel stays",
@@ -47,108 +49,147 @@ class AlignedConfig(RandomFeatureConfig):
     )
 
 
-class AlignedAttention(RandomFeatureAttention):
-    """Base of methods that can align. `config` is an AlignedConfig."""
+class AlignedAttention(FeatureAttention):
+    """Features that are drawn, of aligned queries and keys. `config` is an AlignedConfig.
 
-    def __init__(self, config, **shape):
+    Data come from `calibrate`, or before training step 1 from SAMPLE queries and keys of step 0. A subclass may define
+    `fit` and `draw`, and tells this constructor what it does beyond Performer:
+
+        adapts       its draws or parameters follow data even without `align`
+        resamples    every redraw wants the queries and keys of the step before
+        cools        T has the temperature of target_norm
+    """
+
+    def __init__(self, config, *, adapts: bool = False, resamples: bool = False, cools: bool = True, **shape):
         super().__init__(config, **shape)
-        self.register_buffer("b_HM", None)  # log importance weights, where w is not drawn from N(0, I)
+        if config.redraw_every < 0:
+            raise ValueError(f"redraw_every must be 0 (never) or more; got {config.redraw_every}")
         if config.learn_mean and config.align == "none":
             raise ValueError("learn_mean=True needs align=centre or align=balance; got align=none")
         if config.target_norm < 0:
             raise ValueError(f"target_norm must be 0 (keep the kernel) or more; got {config.target_norm}")
-        if config.align != "none":
+        self.resamples, self.cools = resamples, cools and config.target_norm > 0
+        self.centres, self.transforms = config.align != "none", config.align == "balance" or self.cools
+        self.adapts = adapts or self.centres or self.transforms
+        self.watching = False  # whether the queries and keys of this training step are wanted
+        self.G_HDD: nn.Parameter | None = None  # (H or 1, feature_dim, D), a learned map of q' and k'
+        self.register_buffer("b_HM", None)
+        self.register_buffer("redraws", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("w_HMD", self.gaussian())
+        H, D = self.heads, self.head_dim
+        if self.adapts:
+            for name in ("seen_q_HSD", "seen_k_HSD"):
+                self.register_buffer(name, torch.zeros(H, SAMPLE, D))
+            self.register_buffer("seen_scale", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        if self.centres:
             for name in ("mean_q_HD", "mean_k_HD"):
-                mean_HD = torch.zeros(self.heads, self.head_dim)
                 if config.learn_mean:
-                    self.register_parameter(name, nn.Parameter(mean_HD))
+                    self.register_parameter(name, nn.Parameter(torch.zeros(H, D)))
                 else:
-                    self.register_buffer(name, mean_HD)
-        if self._transforms:
-            for name in ("Tq_HDD", "Tk_HDD"):  # t T^-T and t T
-                self.register_buffer(name, torch.eye(self.head_dim).repeat(self.heads, 1, 1))
-
-    @property
-    def adapts(self):
-        return self.config.align != "none" or self._transforms
-
-    @property
-    def cools(self) -> bool:
-        """Whether the temperature of target_norm is part of T."""
-        return self.config.target_norm > 0
-
-    @property
-    def _transforms(self):
-        return self.config.align == "balance" or self.cools
-
-    def geometry(self) -> torch.Tensor | None:
-        """G (H or 1, feature_dim, D), a learned map of q' and k'; None = the identity."""
-        return None
+                    self.register_buffer(name, torch.zeros(H, D))
+        if self.transforms:
+            for name in ("Tq_HDD", "Tk_HDD"):  # t T^-T and t T, t the temperature
+                self.register_buffer(name, torch.eye(D).repeat(H, 1, 1))
 
     def aligned(self, x_BHND: torch.Tensor, side: Literal["q", "k"]) -> torch.Tensor:
-        """G T (x - mean), (B, H, N, feature_dim): what features are taken of, but for the root of the scale."""
-        if self.config.align != "none":
+        """G T (x - mean), (B, H, N, feature_dim): the vectors that features are taken of, but for scale^1/2."""
+        if self.centres:
             x_BHND = x_BHND - getattr(self, f"mean_{side}_HD")[:, None].to(x_BHND.dtype)
-        if self._transforms:
+        if self.transforms:
             x_BHND = x_BHND @ getattr(self, f"T{side}_HDD").mT.to(x_BHND.dtype)
-        G_HRD = self.geometry()
-        return x_BHND if G_HRD is None else x_BHND @ G_HRD.mT.to(x_BHND.dtype)
+        return x_BHND if self.G_HDD is None else x_BHND @ self.G_HDD.mT.to(x_BHND.dtype)
 
     def maps(self, k_BHND, scale):
-        dtype, G_HRD = k_BHND.dtype, self.geometry()
+        dtype = k_BHND.dtype
         aq_HMD = scale**0.5 * self.w_HMD.to(dtype)
-        if G_HRD is not None:
-            aq_HMD = aq_HMD @ G_HRD.to(dtype)
+        if self.G_HDD is not None:
+            aq_HMD = aq_HMD @ self.G_HDD.to(dtype)
         ak_HMD, bias_HM = aq_HMD, self.b_HM
-        if self._transforms:
+        if self.transforms:
             aq_HMD, ak_HMD = aq_HMD @ self.Tq_HDD.to(dtype), aq_HMD @ self.Tk_HDD.to(dtype)
         key_bias_BHN = -scale * half_square(self.aligned(k_BHND, "k"))
-        if self.config.align != "none":
+        if self.centres:
             mean_q_HD1, mean_k_HD1 = (x.to(dtype)[..., None] for x in (self.mean_q_HD, self.mean_k_HD))
             key_bias_BHN = key_bias_BHN + scale * (k_BHND @ mean_q_HD1)[..., 0]
             shift_HM = (aq_HMD @ mean_q_HD1 + ak_HMD @ mean_k_HD1)[..., 0]
             bias_HM = -shift_HM if bias_HM is None else bias_HM.to(dtype) - shift_HM
         return Maps(aq_HMD, ak_HMD, key_bias_BHN, bias_HM)
 
+    # Draws and data
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """w_HMD for the present number of redraws, and its log importance weights b_HM where it has any."""
+        return self.gaussian(int(self.redraws)), None
+
+    def redraw(self) -> None:
+        """Put new draws into the buffers."""
+        w_HMD, b_HM = self.draw()
+        self.w_HMD.copy_(w_HMD)
+        if b_HM is not None:
+            self.b_HM.copy_(b_HM)
+
+    def before_step(self, step):
+        if self.adapts and step == 1 and not self.calibrated:
+            self.calibrate(self.seen_q_HSD[None], self.seen_k_HSD[None], scale=float(self.seen_scale))
+        every = self.config.redraw_every
+        if redraw_due(self.redraws, step, every):
+            self.redraw()
+        first = step == 0 and self.adapts and not self.calibrated
+        self.watching = first or bool(self.resamples and every and (step + 1) % every == 0)
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        if self.watching and self.training:
+            self.watch(q_BHND.detach(), k_BHND.detach(), mask_BN, scale)
+        return super().attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
+
+    def watch(self, q_BHND, k_BHND, mask_BN, scale) -> None:
+        """Remember SAMPLE tokens, evenly spaced over the real ones of the batch."""
+        B, _, N, _ = q_BHND.shape
+        real = torch.ones(B * N, device=q_BHND.device) if mask_BN is None else mask_BN.flatten()
+        count = real.cumsum(0, dtype=torch.int64)
+        wanted = 1 + torch.arange(SAMPLE, device=count.device) * count[-1] // SAMPLE
+        index = torch.searchsorted(count, wanted).clamp(max=B * N - 1)
+        for seen_HSD, x_BHND in ((self.seen_q_HSD, q_BHND), (self.seen_k_HSD, k_BHND)):
+            seen_HSD.copy_(x_BHND[index // N, :, index % N].transpose(0, 1))
+        self.seen_scale.fill_(scale)
+
     @torch.no_grad()
     def calibrate(self, q_BHND, k_BHND, mask_BN=None, *, scale=None):
         if not self.adapts:
             return
         scale = self.head_dim**-0.5 if scale is None else scale
-        self._watch(q_BHND, k_BHND, mask_BN, scale)
+        self.watch(q_BHND, k_BHND, mask_BN, scale)
         (mean_q, cov_q), (mean_k, cov_k) = moments(q_BHND, mask_BN), moments(k_BHND, mask_BN)
-        if self.config.align == "none":
-            cov_q, cov_k = (c + m[..., None] * m[:, None] for m, c in ((mean_q, cov_q), (mean_k, cov_k)))
-        else:
+        if self.centres:
             self.mean_q_HD.copy_(mean_q)
             self.mean_k_HD.copy_(mean_k)
+        else:  # second moments around 0
+            cov_q, cov_k = (c + m[..., None] * m[:, None] for m, c in ((mean_q, cov_q), (mean_k, cov_k)))
         T = torch.eye(self.head_dim, dtype=torch.float64).repeat(self.heads, 1, 1)
         if self.config.align == "balance":
             T = balance(scale * cov_q, scale * cov_k)
-        inverse_T = torch.linalg.inv(T).mT
-        cov_q, cov_k = scale * inverse_T @ cov_q @ inverse_T.mT, scale * T @ cov_k @ T.mT
-        if self._transforms:
+        inverse_T = inverse(T)  # T is symmetric
+        cov_q, cov_k = scale * inverse_T @ cov_q @ inverse_T, scale * T @ cov_k @ T
+        if self.transforms:
             t = self.temperature(cov_q + cov_k) if self.cools else 1
             self.Tq_HDD.copy_(t * inverse_T)
             self.Tk_HDD.copy_(t * T)
             cov_q, cov_k = t**2 * cov_q, t**2 * cov_k
-        self._fit((cov_q + cov_k) / 2)
+        self.fit((cov_q + cov_k) / 2)
         self.calibrated.fill_(True)
-        self._redraw()
+        self.redraw()
+
+    def fit(self, Lambda_HDD: torch.Tensor) -> None:
+        """What else a method takes from the mean second moment of q' and k', scale included."""
 
     def temperature(self, total_HDD: torch.Tensor) -> torch.Tensor:
         """t (H, 1, 1), at most 1, that brings the trace of the second moments of q' and k' to target_norm."""
         norm_H11 = total_HDD.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
         return (self.config.target_norm / norm_H11).sqrt().clamp(max=1)
 
-    def _fit(self, Lambda_HDD: torch.Tensor) -> None:
-        """What else a method takes from the mean second moment of q' and k', scale included."""
-
     def flops(self, B, H, N, D):
-        transforms = (
-            self._transforms * 2 * B * H * N * D * D + (self.config.align != "none") * 2 * B * H * N * D
-        )
-        return super().flops(B, H, N, D) + transforms
+        return super().flops(B, H, N, D) + 2 * B * H * N * D * (self.transforms * D + self.centres)
 
 
 def naive_aligned(attention, q, k, v, mask_BN, scale, causal):
@@ -160,9 +201,7 @@ def naive_aligned(attention, q, k, v, mask_BN, scale, causal):
     )
     if attention.b_HM is not None:
         phi_q = phi_q * attention.b_HM.to(q.dtype).exp()[:, None]
-    if attention.config.align != "none":
-        phi_k = (
-            phi_k
-            * torch.exp(scale * torch.einsum("hd,bhnd->bhn", attention.mean_q_HD.to(q.dtype), k))[..., None]
-        )
+    if attention.centres:
+        mean_HD1 = attention.mean_q_HD.to(q.dtype)[..., None]
+        phi_k = phi_k * torch.exp(scale * k @ mean_HD1)
     return naive_average(phi_q @ phi_k.transpose(-1, -2), v, mask_BN, causal)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from models.products import chunks, product, work_dtype
+from models.features.gemm import chunks, work_dtype
+from models.layers import product
 
 
 def forward(q, k, v, aq, ak, key_bias, feature_bias, out, Y, L):

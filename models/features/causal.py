@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import torch
 
-from models.products import NEVER, product, work_dtype
+from models.features.gemm import NEVER, work_dtype
+from models.layers import product
 
 ROWS = 128  # tokens in a chunk: the N x N part of the work grows with it, the number of steps falls
 GROWTH = 60.0  # exp(GROWTH) times any sum of a chunk stays far below the largest fp32 number

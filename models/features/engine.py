@@ -23,7 +23,7 @@ import torch
 from models.base import real_rows
 from models.features import bidirectional
 from models.features import causal as prefix
-from models.products import CACHE, NEVER
+from models.features.gemm import CACHE, NEVER
 
 LONG = 2**21  # multiply-adds of one product, tokens x features x width, from which heads are computed singly
 
@@ -127,7 +127,7 @@ def backward(
 
 def units(q: torch.Tensor, aq: torch.Tensor, causal: bool) -> Iterator[tuple]:
     """Indices (b, h) of what is computed at once. On a CPU one head at a time where its products are long enough
-    for the faster library (models/products.py), else as many rows as fit the cache; elsewhere everything together."""
+    for the faster library (models/layers.py), else as many rows as fit the cache; elsewhere everything together."""
     (B, H, N, D), M = q.shape, aq.shape[1]
     tokens = min(N, prefix.ROWS) if causal else N
     if q.device.type == "cpu" and tokens * M * D >= LONG:

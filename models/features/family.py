@@ -5,7 +5,7 @@ With x~ = sqrt(scale) x, Sigma = G^T G and w_j ~ N(0, I), positive random featur
     phi_j(x) = M^-1/2 exp( w_j . G x~  -  1/2 |G x~|^2 ),    E[phi(q).phi(k)] = exp(q~^T Sigma k~)
 
 (Choromanski et al., arXiv 2009.14794, Lemma 1; G = I there) give normalised attention that is exactly the two
-softmaxes of _engine.py with aq_j = ak_j = sqrt(scale) G^T w_j and key bias -1/2 |G k~|^2; the |q|^2 term cancels.
+softmaxes of engine.py with aq_j = ak_j = sqrt(scale) G^T w_j and key bias -1/2 |G k~|^2; the |q|^2 term cancels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from models.base import AttentionBase, option
+from models.base import AttentionBase, option, require
 from models.features.engine import attend
+from models.features.gemm import NEVER
 from models.features.projections import gaussian
-from models.features.redrawn import Redrawn
-from models.products import NEVER
-
-SAMPLE = 256  # queries and keys that an adapting method remembers of the last training step
 
 
 class Maps(NamedTuple):
@@ -45,14 +42,13 @@ class FeatureAttention(AttentionBase):
     """Base of the family: `maps` into the engine, the recurrent step, costs. `config` is a FeatureConfig."""
 
     random = True
-    linear = True
+    linear_memory = True
     causal = True
     recurrent = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        if config.num_features < 1:
-            raise ValueError(f"num_features must be at least 1; got {config.num_features}")
+        require(config, num_features=1)
 
     def maps(self, k_BHND: torch.Tensor, scale: float) -> Maps:
         """The method: called outside of autocast with keys in fp32 at least."""
@@ -66,7 +62,7 @@ class FeatureAttention(AttentionBase):
             return self.maps(k_BHND.to(torch.promote_types(k_BHND.dtype, torch.float32)), scale)
 
     def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
-        """State: L (B, H, M) and Y (B, H, M, D) of _engine.py over the tokens so far."""
+        """State: L (B, H, M) and Y (B, H, M, D) of engine.py over the tokens so far."""
         scale = self.head_dim**-0.5 if scale is None else scale
         aq_HMD, ak_HMD, key_bias_BH1, feature_bias_HM = self._maps(k_BHD[:, :, None], scale)
         q_BHD1, k_BHD1, v_BH1D = (
@@ -102,69 +98,11 @@ class FeatureAttention(AttentionBase):
         """Width of the vectors that the projections are drawn for."""
         return self.head_dim
 
-    def _gaussian(self, *, pool: int = 1) -> torch.Tensor:
+    def gaussian(self, redraw: int = 0, *, pool: int = 1) -> torch.Tensor:
         """`pool` times as many projections as there are features, (H, pool M, feature_dim)."""
-        return gaussian(
-            self.heads,
-            pool * self.config.num_features,
-            self.feature_dim,
-            orthogonal=self.config.orthogonal,
-            seed=self.seed,
-            layer=self.layer,
-            redraw=int(getattr(self, "redraws", 0)),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomFeatureConfig(FeatureConfig):
-    """Options of methods that draw their projections."""
-
-    redraw_every: int = option(0, "training steps between redraws of the projections; 0 = never")
-
-
-class RandomFeatureAttention(FeatureAttention, Redrawn):
-    """Features that are drawn. A method that `adapts` is calibrated once, by `calibrate` or before training step 1
-    on SAMPLE queries and keys of step 0; its draws then depend on the data too.
-    """
-
-    resamples = False  # at every redraw, for the data of the step before
-
-    def __init__(self, config, **shape):
-        super().__init__(config, **shape)
-        self._watching = False  # whether the queries and keys of this step are wanted before the next
-        self.register_buffer("w_HMD", self._draw())
-        if self.adapts:
-            for name in ("seen_q_HSD", "seen_k_HSD"):
-                self.register_buffer(name, torch.zeros(self.heads, SAMPLE, self.head_dim))
-            self.register_buffer("seen_scale", torch.zeros((), dtype=torch.float64))
-            self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
-
-    def _draw(self):
-        return self._gaussian()
-
-    def before_step(self, step):
-        if self.adapts and step == 1 and not self.calibrated:
-            self.calibrate(self.seen_q_HSD[None], self.seen_k_HSD[None], scale=float(self.seen_scale))
-        super().before_step(step)
-        every = self.config.redraw_every
-        first = step == 0 and self.adapts and not self.calibrated
-        self._watching = first or bool(self.resamples and every and (step + 1) % every == 0)
-
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        if self._watching and self.training:
-            self._watch(q_BHND.detach(), k_BHND.detach(), mask_BN, scale)
-        return super().attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
-
-    def _watch(self, q_BHND, k_BHND, mask_BN, scale):
-        """Remembers SAMPLE tokens, evenly spaced over the real ones of the batch."""
-        B, _, N, _ = q_BHND.shape
-        real = torch.ones(B * N, device=q_BHND.device) if mask_BN is None else mask_BN.flatten()
-        count = real.cumsum(0, dtype=torch.int64)
-        wanted = 1 + torch.arange(SAMPLE, device=count.device) * count[-1] // SAMPLE
-        index = torch.searchsorted(count, wanted).clamp(max=B * N - 1)
-        for seen_HSD, x_BHND in ((self.seen_q_HSD, q_BHND), (self.seen_k_HSD, k_BHND)):
-            seen_HSD.copy_(x_BHND[index // N, :, index % N].transpose(0, 1))
-        self.seen_scale.fill_(scale)
+        size = self.heads, pool * self.config.num_features, self.feature_dim
+        key = {"seed": self.seed, "layer": self.layer, "redraw": redraw}
+        return gaussian(*size, orthogonal=self.config.orthogonal, **key)
 
 
 def naive_phi(w_HMD, x_BHND):

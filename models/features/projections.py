@@ -13,7 +13,7 @@ import torch
 
 RIDGE = 0.03  # of the mean eigenvalue, added to a covariance before it is inverted
 LARGEST = (
-    0.45  # eigenvalues of Lambda above it are clipped: at 1/2 the variance-optimal proposal ceases to exist
+    0.45  # eigenvalues of Lambda are clipped to it: from 1/2 on the variance-optimal proposal does not exist
 )
 
 
@@ -44,6 +44,18 @@ def gaussian(heads: int, features: int, dim: int, *, orthogonal: bool, seed: int
     return (haar.transpose(-1, -2).reshape(heads, blocks * dim, dim)[:, :features] * norms_HM1).float()
 
 
+def redraw_due(redraws: torch.Tensor, step: int, every: int) -> bool:
+    """Whether projections are to be drawn anew before training step `step`, every `every` steps (0 = never).
+
+    `redraws` counts the redraws so far and is kept with the model. Together with seed and layer it determines the
+    draws, so that they are the same on every rank and after a resume.
+    """
+    count = step // every if every else 0
+    due = count != int(redraws)
+    redraws.fill_(count)
+    return due
+
+
 def moments(x_BHND: torch.Tensor, mask_BN: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (H, D) and covariance (H, D, D) of the real tokens, per head."""
     x_BHND = x_BHND.detach().cpu().double()
@@ -59,6 +71,11 @@ def power(S_HDD: torch.Tensor, exponent: float) -> torch.Tensor:
     """S^exponent of symmetric positive matrices."""
     values, vectors = torch.linalg.eigh(S_HDD)
     return (vectors * values.clamp(min=0).pow(exponent)[..., None, :]) @ vectors.mT
+
+
+def inverse(S_HDD: torch.Tensor) -> torch.Tensor:
+    """S^-1 of symmetric positive matrices. torch.linalg.inv (LU) can hang for ever with two threads (MKL 2024.2)."""
+    return power(S_HDD, -1)
 
 
 def balance(q_cov_HDD: torch.Tensor, k_cov_HDD: torch.Tensor) -> torch.Tensor:

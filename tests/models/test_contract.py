@@ -2,19 +2,24 @@
 
 import inspect
 import os
+import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+import models.attention
 from lra import registry
 from lra.options import UsageError
+from models import base
 from models.attention import performer, softmax
 from models.attention.softmax import naive_softmax
 from models.base import AttentionBase
-from tests.models.contract import CHECKS, SETTINGS, Case, applicable, failures, variants
+from tests.models.cases import PADDED, Case, assert_same, inputs, run
+from tests.models.contract import CHECKS, failures, main, checks_of, variants
 
 NAMES = registry.attention_names()
 TOGETHER = [  # options that change each other's meaning, or need each other
@@ -26,14 +31,9 @@ TOGETHER = [  # options that change each other's meaning, or need each other
 ]
 TOGETHER += [case._replace(causal=True) for case in TOGETHER]
 TESTS = [
-    *applicable(NAMES),
-    *(
-        (c, one, s)
-        for c in TOGETHER
-        for one in CHECKS.values()
-        if one.sized and one.applies(c)
-        for s in SETTINGS
-    ),
+    pytest.param(case, check, setting, id="-".join(str(x) for x in (check.name, case, setting) if x))
+    for case in [*(case for name in NAMES for case in variants(name)), *TOGETHER]
+    for check, setting in checks_of(case)
 ]
 
 
@@ -42,10 +42,7 @@ def needs_compiler(check):
         pytest.skip("torch.compile needs a C++ compiler: install g++ or set CXX")
 
 
-@pytest.mark.parametrize(
-    ("case", "check", "setting"),
-    [pytest.param(*t, id="-".join(str(x) for x in (t[1].name, t[0], t[2]) if x)) for t in TESTS],
-)
+@pytest.mark.parametrize(("case", "check", "setting"), TESTS)
 def test_contract(case, check, setting):
     needs_compiler(check.name)
     check.run(case, setting) if check.sized else check.run(case)
@@ -261,6 +258,15 @@ class Undocumented(softmax.Attention):
     fails = ("config_round_trips_through_json", "is_documented")
 
 
+class CannotBeBuilt(softmax.Attention):
+    """Wants an argument that nobody gives (arXiv 1706.03762)."""
+
+    fails = ("can_be_built",)
+
+    def __init__(self, config, *, width, **shape):
+        super().__init__(config, **shape)
+
+
 class Honest(softmax.Attention):
     """Anybody's own file: softmax under another name (arXiv 1706.03762)."""
 
@@ -276,7 +282,8 @@ IMPOSTORS = [c for c in list(globals().values()) if isinstance(c, type) and hasa
 def test_an_impostor_fails_the_check_meant_for_it(impostor, check):
     case = Case(f"{__name__}:{impostor.__name__}", causal=impostor.causal)
     needs_compiler(check)
-    assert failures(case, [check])[check].partition(":")[0].endswith("AssertionError")
+    error = failures(case, [check])[check].partition(":")[0]
+    assert error.endswith("TypeError" if check == "can_be_built" else "AssertionError")
 
 
 def test_an_option_that_is_swallowed_fails_its_check(monkeypatch):
@@ -295,6 +302,65 @@ def test_an_outside_class_passes_through_the_registry_and_the_contract():
     assert registry.attention_class(name) is Honest and variants(name) == cases
     assert CHECKS["equals_the_naive_reference"].applies(Case(name))
     assert [failures(case, set(CHECKS) - {"compiled_equals_eager"}) for case in cases] == [{}, {}]
+
+
+def test_a_constant_in_float32_is_named_as_the_likely_cause():
+    @impostor("equals_the_naive_reference")
+    def Tenth(self, q, k, v, mask, scale, causal):
+        return exact(self, q, k, v, mask, scale * float(torch.tensor(0.1)) * 10)
+
+    case = Case("softmax")
+    attention = Tenth(case.cls.Config(), heads=3, head_dim=5, max_len=9)
+    with pytest.raises(AssertionError, match="float32"):
+        assert_same(run(attention, *inputs(PADDED)), run(case.build(PADDED), *inputs(PADDED)), 1e-9)
+
+
+def test_the_example_of_the_documentation_keeps_the_contract(tmp_path, monkeypatch):
+    """models/base.py shows one attention: it, and a reference, as an outside module."""
+    source = re.search(r"^    @dataclass.*?(?=^What must hold)", base.__doc__, re.M | re.S)[0]
+    header = "from dataclasses import dataclass\nimport torch, torch.nn.functional as F\nfrom models.base import *\n"
+    naive = """
+def naive_attention(attention, q, k, v, mask_BN=None, *, scale=None):
+    kernel = (attention.config.sharpness * F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], -1)).exp()
+    return naive_average(kernel, v, mask_BN, False)
+"""
+    (tmp_path / "angles.py").write_text(header + textwrap.dedent(source) + naive)
+    monkeypatch.syspath_prepend(tmp_path)
+    case = Case("angles:Attention")
+    assert failures(case, set(CHECKS) - {"compiled_equals_eager"}) == {}
+
+
+# The command
+
+
+def test_the_command_runs_the_checks_of_the_tests(capsys, monkeypatch):
+    asked = []
+    for name, check in CHECKS.items():
+        plain = check._replace(run=lambda case, setting=None, name=name: asked.append((name, case, setting)))
+        monkeypatch.setitem(CHECKS, name, plain)
+    assert main(["linformer"]) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["holds"] * 4
+    wanted = [(c.name, case, s) for case in variants("linformer") for c, s in checks_of(case)]
+    assert [(n, str(c), s) for n, c, s in asked] == [(n, str(c), s) for n, c, s in wanted]
+    ids = [p.id for p in TESTS if "linformer" in p.id]
+    assert len(ids) == len(wanted)
+
+
+def test_the_command_names_what_fails_and_what_cannot_be_imported(capsys):
+    assert main([f"{__name__}:CannotBeBuilt"]) == 1
+    assert "can_be_built: TypeError" in capsys.readouterr().out
+    assert main(["no.such.module:Attention"]) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.count("\n") == 1 and "no.such.module" in out.err
+
+
+@pytest.mark.parametrize("text", ["def broken(:\n", "import no_such_package\n", "class Attention: pass\n"])
+def test_a_broken_file_fails_its_own_test_alone(text, tmp_path, monkeypatch):
+    (tmp_path / "unfinished.py").write_text(text)
+    monkeypatch.setattr(models.attention, "__path__", [*models.attention.__path__, str(tmp_path)])
+    (case,) = variants("unfinished")
+    assert [check.name for check, _ in checks_of(case)] == ["can_be_built"]
+    assert set(failures(case)) == {"can_be_built"}
 
 
 @pytest.mark.parametrize(

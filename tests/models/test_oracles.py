@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lra.registry import build_attention
-from tests.models.contract import assert_same, outputs_and_gradients
+from tests.models.cases import assert_same, outputs_and_gradients
 
 B, H, N, D, M = 2, 3, 7, 5, 11
 SHAPE = {"heads": H, "head_dim": D, "max_len": N}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.attention.linear import phi
-from tests.models.contract import Case, Setting, inputs
+from tests.models.cases import Case, Setting, inputs
 
 SETTING = Setting((2, 3, 7, 5), False)
 

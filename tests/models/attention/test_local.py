@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.models.contract import CHECKS, Case, Setting, assert_same, failures, inputs, run
+from tests.models.cases import Case, Setting, assert_same, inputs, run
+from tests.models.contract import CHECKS, failures
 
 N = 13
 SETTING = Setting((2, 3, N, 5), True)
@@ -72,5 +73,5 @@ def test_alibi_lowers_logits_by_distance_within_the_window(causal):
 
 
 def test_a_window_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="window must be at least 1 token; got 0"):
+    with pytest.raises(ValueError, match="window must be at least 1; got 0"):
         Case("local", {"window": 0}).build(SETTING)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from lra import registry
-from tests.models.contract import CHECKS, Case, Setting, assert_same, inputs, outputs_and_gradients, run
+from tests.models.cases import Case, Setting, assert_same, inputs, outputs_and_gradients, run
+from tests.models.contract import CHECKS
 
-NAMES = [n for n in registry.attention_names() if registry.attention_class(n).recurrent]
+CASES = map(Case, registry.attention_names())
+NAMES = [case.name for case in CASES if case.loads and case.cls.recurrent]
 LONG = Setting((2, 1, 151, 5), True)  # several chunks, the last one incomplete
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 HOLES = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1], [0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 1]]).bool()

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from lra.registry import build_attention
 from models.attention.reformer import MOST_BUCKETS, naive_reformer
-from tests.models.contract import CHECKS, Case, failures
+from tests.models.cases import Case
+from tests.models.contract import CHECKS, failures
 
 B, H, N, D = 2, 3, 61, 5
 SHAPE = {"heads": H, "head_dim": D, "max_len": N}

@@ -8,7 +8,7 @@ import torch
 from lra.registry import build_attention, load_task, task_names
 from lra.training.config import Run, default_options
 from lra.training.optim import build_optimizer
-from tests.models.contract import Case, Setting, inputs
+from tests.models.cases import Case, Setting, inputs
 
 H, N, D, E = 3, 149, 5, 15
 SETTING = Setting((2, H, N, D), False)

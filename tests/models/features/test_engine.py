@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models import products
-from models.features import engine
+from models.features import causal as prefix
+from models.features import engine, gemm
 from models.features.engine import attend
 
 B, H, N, D, M = 2, 3, 7, 5, 11
@@ -114,8 +114,8 @@ def test_every_head_of_every_row_is_computed_once(causal):
 
 @FORMS
 def test_the_size_of_a_chunk_changes_nothing(causal, monkeypatch):
-    monkeypatch.setattr(causal, "ROWS", 5)
-    for module in (products, engine):
+    monkeypatch.setattr(prefix, "ROWS", 5)
+    for module in (gemm, engine):
         monkeypatch.setattr(module, "CACHE", 5 * M)
     for mask in masks(LONG).values():
         assert_equals_the_textbook(LONG, mask, causal)
@@ -204,47 +204,3 @@ def test_a_stabiliser_over_the_future_would_leak_and_ours_does_not():
         changed = attend(*wild, aq, ak, -wild[1].square().sum(-1) / 2, causal=True)
         torch.testing.assert_close(changed[:, :, :start], out[:, :, :start], rtol=0, atol=1e-5)
         assert not torch.allclose(changed[:, :, start:], out[:, :, start:])
-
-
-# Products
-
-
-def test_products_on_a_cpu_equal_float64_whatever_the_strides():
-    x, w, bias = (normal(7, 5, seed=1).float(), normal(11, 5, seed=2).float(), normal(11, seed=3).float())
-    gaps = torch.empty(11, 3, 5)[:, 1].copy_(w)
-    wanted = x.double() @ w.double().T + bias.double()
-    for weight in (w, w.T.contiguous().T, gaps):
-        torch.testing.assert_close(products.product(x, weight, bias).double(), wanted, rtol=0, atol=1e-5)
-    batch = products.product(x.expand(2, 7, 5), w.expand(2, 11, 5), bias.expand(2, 11))
-    torch.testing.assert_close(batch.double(), wanted.expand(2, 7, 11), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 7, 5)])
-def test_the_linear_layer_equals_that_of_pytorch_with_its_gradients(shape):
-    torch.manual_seed(0)
-    ours, theirs = products.Linear(5, 11), torch.nn.Linear(5, 11)
-    theirs.load_state_dict(ours.state_dict())
-    x, y = (normal(*shape).float().requires_grad_() for _ in range(2))
-    out, wanted = ours(x), theirs(y)
-    torch.testing.assert_close(out, wanted)
-    weight = normal(*wanted.shape, seed=4).float()
-    got = torch.autograd.grad((weight * out).sum(), [x, *ours.parameters()])
-    for a, b in zip(
-        got, torch.autograd.grad((weight * wanted).sum(), [y, *theirs.parameters()]), strict=True
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_the_linear_layer_follows_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        assert products.Linear(5, 11)(torch.ones(7, 5)).dtype == torch.bfloat16
-
-
-def test_half_squares_and_their_gradients_are_right_at_zero_too():
-    x = normal(7, 5).requires_grad_()
-    with torch.no_grad():
-        x[3] = 0
-    g = normal(7, seed=1)
-    out = products.half_square(x)
-    torch.testing.assert_close(out, x.square().sum(-1) / 2)
-    torch.testing.assert_close(torch.autograd.grad((g * out).sum(), x)[0], g[:, None] * x)

@@ -20,7 +20,7 @@ class Attention(AttentionBase):
     """out_n = v_(n - by), cyclic over the batch's width."""
 
     Config = Config
-    linear = True
+    linear_memory = True
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         """The shifted values."""
