@@ -19,7 +19,7 @@ from models.attention import performer, softmax
 from models.attention.softmax import naive_softmax
 from models.base import AttentionBase
 from tests.models.cases import PADDED, Case, assert_same, inputs, run
-from tests.models.contract import CHECKS, failures, main, checks_of, variants
+from tests.models.contract import CHECKS, checks_of, failures, main, variants
 
 NAMES = registry.attention_names()
 TOGETHER = [  # options that change each other's meaning, or need each other
