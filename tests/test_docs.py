@@ -14,7 +14,7 @@ from tests.models import contract
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tasks" / "DATA.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "tasks" / "DATA.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def examples(text):
