@@ -1,1 +1,1 @@
-"""Data: one file per task, each exporting META, RECIPES and Task (see tasks/base.py for the contract)."""
+"""Data: one file per task, each exporting META, RECIPES and build (see tasks/base.py for the contract)."""

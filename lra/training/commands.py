@@ -21,8 +21,8 @@ from lra.training.train import WEIGHTS, Interrupted, run_folder
 from lra.training.train import train as train_run
 from lra.training.trainer import Where
 from tasks.store.files import sha256_file
+from tasks.store.prepare import prepare as prepare_task
 from tasks.store.prepared import Prepared, load
-from tasks.store.prepared import prepare as prepare_task
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"  # the authors' records
 
@@ -42,6 +42,7 @@ def prepare(args: Namespace) -> None:
         data_dir=args.data_dir,
         workers=workers,
         verify=args.verify,
+        again=args.again,
     )
     done = ("reused, every hash verified" if args.verify else "reused") if reused else "prepared"
     print(f"{args.data / args.task / args.preset}: {done}")

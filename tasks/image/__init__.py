@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
 from tasks.image.cifar import HUB_REVISION, MEMBERS, SIDE, read_half
 from tasks.store.files import sha256_file
 from tasks.store.sources import check_source, choose, seeded_order
@@ -36,7 +36,6 @@ META = Meta(
 RECIPES = {
     "smoke": Recipe(
         data=Data(seq_len=256, train=600, val=150, test=300, options={"downsample": 2}),
-        encoder=Encoder(),
         train=Optim(steps=40, batch=16, warmup=10, eval_every=20),
         budget=32,
     ),
@@ -48,7 +47,6 @@ RECIPES = {
     ),
     "paper": Recipe(
         data=Data(seq_len=1024, train=45_000, val=5000, test=10_000, source="hub", options={"downsample": 1}),
-        encoder=Encoder(),
         train=Optim(steps=35_000, batch=256, lr=1e-4, warmup=175, weight_decay=0.0, eval_every=1000),
         budget=256,
     ),
@@ -60,8 +58,6 @@ OFFICIAL = (50_000, 10_000)  # images in the train and test halves
 HELD_OUT = 500  # digits that stand in for a test half
 LICENCE = "CIFAR-10, Krizhevsky 2009; research use"
 LICENCE_DIGITS = "UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998; CC BY 4.0"
-
-
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 
 
@@ -70,56 +66,53 @@ def members(data: Data) -> tuple[str, ...]:
     return MEMBERS
 
 
-class Task:
-    """Grey images as sequences of exactly `recipe.data.seq_len` = (32 / downsample)^2 tokens."""
+def build(
+    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
+) -> Built:
+    """Grey images of exactly `recipe.data.seq_len` = (32 / downsample)^2 tokens.
 
-    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
-        """Read all three splits from `source`: embedded (digits), hub or local (which needs data_dir).
-
-        `workers` threads decode pictures. SourceError if a file is missing or malformed.
-        """
-        check_source(source, data_dir)
-        data = recipe.data
-        factor = _downsample(data)
-        files: dict[str, str] = {}
-        if source == "embedded":
-            grey, labels = _digits(files)
-            name, notes, revision, sizes = "digits", ["substitute for CIFAR-10"], "scikit-learn digits", None
-        else:
-            halves = [read_half(half, data_dir, files, workers) for half in ("train", "test")]
-            grey, labels = (np.concatenate([half[k] for half in halves]) for k in (0, 1))
-            sizes = tuple(len(half[1]) for half in halves)
-            name, notes = "CIFAR-10", ["JPEG copy"] if any(half[2] for half in halves) else []
-            if sizes != OFFICIAL:
-                notes.append(f"partial copy: {sizes[0]:,} train, {sizes[1]:,} test")
-            revision = HUB_REVISION if source == "hub" else "as found in --data-dir"
-        if factor > 1:
-            name += f" {SIDE // factor}x{SIDE // factor}"
-        pixels = pool(grey, factor).reshape(len(grey), -1)
-        if sizes is None:
-            order = _order(pixels, labels, data.seed)
-            test, train = order[:HELD_OUT], order[HELD_OUT:]
-        else:
-            n = sizes[0]
-            train = _order(pixels[:n], labels[:n], data.seed)
-            test = n + _order(pixels[n:], labels[n:], data.seed)
-        splits = {
-            split: Split.of(list(pixels[indices].astype(np.uint16) + 1), labels[indices])
-            for split, indices in choose(train, test, data).items()
-        }
-        return Built(
-            splits=splits,
-            dataset=name + (f" ({', '.join(notes)})" if notes else ""),
-            substitute=source == "embedded",
-            source=source,
-            revision=revision,
-            licence=LICENCE_DIGITS if source == "embedded" else LICENCE,
-            files=files,
-            floors={
-                "majority": majority(splits["train"].labels, splits["test"].labels),
-                "mean grey": mean_grey(splits["train"], splits["test"]),
-            },
-        )
+    `source` is embedded (digits), hub or local. `workers` threads decode pictures. SourceError if a file is
+    missing or malformed.
+    """
+    check_source(source, data_dir)
+    data = recipe.data
+    factor = _downsample(data)
+    files: dict[str, str] = {}
+    if source == "embedded":
+        grey, labels = _digits(files)
+        name, notes, revision, sizes = "digits", ["substitute for CIFAR-10"], "scikit-learn digits", None
+    else:
+        halves = [read_half(half, data_dir, files, workers) for half in ("train", "test")]
+        grey, labels = (np.concatenate([half[k] for half in halves]) for k in (0, 1))
+        sizes = tuple(len(half[1]) for half in halves)
+        name, notes = "CIFAR-10", ["JPEG copy"] if any(half[2] for half in halves) else []
+        if sizes != OFFICIAL:
+            notes.append(f"partial copy: {sizes[0]:,} train, {sizes[1]:,} test")
+        revision = HUB_REVISION if source == "hub" else "as found in --data-dir"
+    if factor > 1:
+        name += f" {SIDE // factor}x{SIDE // factor}"
+    pixels = pool(grey, factor).reshape(len(grey), -1)
+    if sizes is None:
+        order = _order(pixels, labels, data.seed)
+        test, train = order[:HELD_OUT], order[HELD_OUT:]
+    else:
+        n = sizes[0]
+        train = _order(pixels[:n], labels[:n], data.seed)
+        test = n + _order(pixels[n:], labels[n:], data.seed)
+    splits = {
+        split: Split.of(list(pixels[indices].astype(np.uint16) + 1), labels[indices])
+        for split, indices in choose(train, test, data).items()
+    }
+    return Built(
+        splits=splits,
+        dataset=name + (f" ({', '.join(notes)})" if notes else ""),
+        substitute=source == "embedded",
+        source=source,
+        revision=revision,
+        licence=LICENCE_DIGITS if source == "embedded" else LICENCE,
+        files=files,
+        floors={"mean grey": mean_grey(splits["train"], splits["test"])},
+    )
 
 
 def pool(grey: np.ndarray, factor: int) -> np.ndarray:
@@ -144,6 +137,7 @@ def mean_grey(train: Split, test: Split) -> float:
 
 
 def _downsample(data: Data) -> int:
+    """The option `downsample`, checked against seq_len."""
     factor = data.options.get("downsample", 1)
     if unknown := sorted(set(data.options) - {"downsample"}):
         raise SourceError(f"data.options.{unknown[0]}: image has one option, downsample")
@@ -155,10 +149,12 @@ def _downsample(data: Data) -> int:
 
 
 def _order(pixels: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """The seeded order of images, uint8 (n, pixels)."""
     return seeded_order([row.tobytes() for row in pixels], labels, seed)
 
 
 def _digits(files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's digits as grey levels, uint8 (1797, 32, 32), and labels; the file's hash is added to `files`."""
     import sklearn.datasets
     from PIL import Image
 

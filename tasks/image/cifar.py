@@ -1,4 +1,4 @@
-"""CIFAR-10 as it is found: python batches, binary batches, parquet or folders of pictures, read as grey.
+"""CIFAR-10 as it is published: python batches, binary batches, parquet or folders of pictures, read as grey.
 
 The python batches are pickles. They are read by an unpickler that knows the one structure they hold, a
 dictionary of strings, integers, lists and one uint8 array, and refuses every other name without importing it.
@@ -15,8 +15,7 @@ import numpy as np
 
 from tasks.base import SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import find_one, hub_file, read_folder, read_parquet
-from tasks.store.threads import in_chunks
+from tasks.store.sources import find_one, hub_file, in_chunks, read_folder, read_parquet
 
 SIDE = 32
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -41,23 +40,22 @@ LAYOUTS = (  # looked for in this order
     "cifar10.parquet",
     "{half}/*/*.png",
 )
-
 MEMBERS = (  # of an archive, whatever folder they are in
-    "data_batch_?",
-    "test_batch",
-    "data_batch_?.bin",
-    "test_batch.bin",
+    *(name + end for end in ("", ".bin") for name in ("data_batch_?", "test_batch")),
     "train/*/*.png",
     "test/*/*.png",
 )
 
-Pictures = tuple[np.ndarray, np.ndarray, bool]  # grey uint8 (n, 32, 32), labels uint8 (n,), any JPEG?
+Pictures = tuple[Sequence[bytes], Sequence[str], Sequence]  # PNG or JPEG files, names for messages, labels
 
 
-def read_half(half: str, data_dir: Path | None, files: dict[str, str], workers: int) -> Pictures:
-    """The train or test half, from data_dir or else from the hub; its files' hashes are added to `files`.
+def read_half(
+    half: str, data_dir: Path | None, files: dict[str, str], workers: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The train or test half: grey levels uint8 (n, 32, 32), labels uint8 (n,), and whether any was a JPEG.
 
-    SourceError if it is not found, unreadable, or holds anything but 32 x 32 pictures of classes 0..9.
+    Read from data_dir or else from the hub; the hashes of what is read are added to `files`. SourceError if it
+    is not there, unreadable, or holds anything but 32 x 32 pictures of classes 0..9.
     """
     if data_dir is None:
         name = f"plain_text/{half}-00000-of-00001.parquet"
@@ -65,11 +63,20 @@ def read_half(half: str, data_dir: Path | None, files: dict[str, str], workers: 
     else:
         names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
         path = find_one(data_dir, names, f"the CIFAR-10 {half} half")
-    if path.suffix == ".png":
-        return _folders(path.parents[1], files, workers)
-    if path.suffix == ".parquet":
-        files[path.name] = sha256_file(path)
-        return _parquet(path, half, workers)
+    if path.suffix in (".png", ".parquet"):
+        if path.suffix == ".png":
+            pictures, names, labels = _folders(path.parents[1], files, workers)
+        else:
+            files[path.name] = sha256_file(path)
+            pictures, names, labels = _parquet(path, half)
+        grey, jpeg = np.empty((len(pictures), SIDE, SIDE), np.uint8), np.zeros(len(pictures), bool)
+
+        def decode(start: int, end: int) -> None:
+            for i in range(start, end):
+                grey[i], jpeg[i] = _decode(pictures[i], names[i])
+
+        in_chunks(decode, len(pictures), workers, "images")
+        return grey, _labels(path, labels), bool(jpeg.any())
     batches = sorted(path.parent.glob(BATCHES[half] + path.suffix))
     files.update((batch.name, sha256_file(batch)) for batch in batches)
     read = _binary if path.suffix == ".bin" else _pickled
@@ -92,33 +99,22 @@ def _decode(data: bytes, where: str) -> tuple[np.ndarray, bool]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             if image.size != (SIDE, SIDE) or image.mode not in ("RGB", "L"):
-                found = "{} x {} {}".format(*image.size, image.mode)
-                raise SourceError(f"{where}: the image is {found}, expected {SIDE} x {SIDE} RGB or L")
+                kind = "{} x {} {}".format(*image.size, image.mode)
+                raise SourceError(f"{where}: the image is {kind}, expected {SIDE} x {SIDE} RGB or L")
             return np.asarray(image.convert("L")), image.format == "JPEG"
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise SourceError(f"{where}: not readable PNG or JPEG ({one_line(error)})") from error
 
 
 def _labels(path: Path, labels: Sequence) -> np.ndarray:
+    """Labels as uint8 (n,), each of them checked."""
     for row, label in enumerate(labels):
         if not isinstance(label, int) or not 0 <= label < len(CLASSES):
             raise SourceError(f"{path}: row {row}: label is {label!r}, expected 0..{len(CLASSES) - 1}")
     return np.array(labels, np.uint8)
 
 
-def _decode_all(pictures: Sequence[bytes], names: Sequence[str], workers: int) -> tuple[np.ndarray, bool]:
-    """All pictures of a half as grey uint8 (n, 32, 32), and whether any was a JPEG."""
-    grey, jpeg = np.empty((len(pictures), SIDE, SIDE), np.uint8), np.zeros(len(pictures), bool)
-
-    def fill(start: int, end: int) -> None:
-        for i in range(start, end):
-            grey[i], jpeg[i] = _decode(pictures[i], names[i])
-
-    in_chunks(fill, len(pictures), workers, "images")
-    return grey, bool(jpeg.any())
-
-
-def _parquet(path: Path, half: str, workers: int) -> Pictures:
+def _parquet(path: Path, half: str) -> Pictures:
     """The hub's layout (img {bytes, path}, label), or one file of both halves (split, label, image_jpeg)."""
     if path.name == "cifar10.parquet":
         columns = read_parquet(path, ["split", "label", "image_jpeg"])
@@ -131,25 +127,24 @@ def _parquet(path: Path, half: str, workers: int) -> Pictures:
     if not rows:
         raise SourceError(f"{path}: no images of the {half} half; fetch it again")
     names = [f"{path}: row {k}" for k in rows]
-    grey, jpeg = _decode_all([pictures[k] for k in rows], names, workers)
-    return grey, _labels(path, columns["label"])[rows], jpeg
+    return [pictures[k] for k in rows], names, [columns["label"][k] for k in rows]
 
 
 def _folders(folder: Path, files: dict[str, str], workers: int) -> Pictures:
     """Pictures in one folder per class, named as CLASSES or 0..9."""
+    classes = {name: label for label, name in enumerate(CLASSES)} | {str(k): k for k in range(len(CLASSES))}
     pictures: list[bytes] = []
     names: list[str] = []
     labels: list[int] = []
     for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if child.name not in CLASSES and child.name not in map(str, range(len(CLASSES))):
+        if child.name not in classes:
             raise SourceError(f"{child}: not a class; expected folders {', '.join(CLASSES)} or 0..9")
         paths = sorted(child.glob("*.png"))
         contents, files[f"{folder.name}/{child.name}/*.png"] = read_folder(paths, workers)
         pictures += contents
         names += map(str, paths)
-        labels += [CLASSES.index(child.name) if child.name in CLASSES else int(child.name)] * len(paths)
-    grey, jpeg = _decode_all(pictures, names, workers)
-    return grey, np.array(labels, np.uint8), jpeg
+        labels += [classes[child.name]] * len(paths)
+    return pictures, names, labels
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +207,6 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a damaged pickle raises almost anything
         raise SourceError(f"{path}: not a CIFAR-10 batch ({one_line(error)}); fetch it again") from error
     if planes.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
-        found = f"{planes.shape} with {len(labels)} labels"
-        raise SourceError(f"{path}: data is {found}, expected (n, 3072) with n; fetch it again")
+        shape = f"{planes.shape} with {len(labels)} labels"
+        raise SourceError(f"{path}: data is {shape}, expected (n, 3072) with n; fetch it again")
     return planes, _labels(path, labels)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
 from tasks.listops.expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits, write_tsv
 from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import sha256_file
@@ -24,23 +24,41 @@ _CHUNK = 4096  # attempts per unit of work
 _GIVE_UP = 256  # chunks in a row that yield nothing new: a million attempts
 _PUBLISHED = dict(max_depth=10, max_args=10, min_length=500, max_length=2000)
 
-META = Meta(name="listops", version=1, classes=10, vocab=len(SYMBOLS), towers=1, generated=True,
-            description="value of a nested expression of MIN, MAX, MED and SM over digits")  # fmt: skip
+META = Meta(
+    name="listops",
+    version=1,
+    classes=10,
+    vocab=len(SYMBOLS),
+    towers=1,
+    generated=True,
+    description="value of a nested expression of MIN, MAX, MED and SM over digits",
+)
 
 RECIPES = {
     "smoke": Recipe(
-        data=Data(seq_len=64, train=2000, val=200, test=400,
-                  options=dict(max_depth=10, max_args=10, min_length=8, max_length=65)),
-        train=Optim(steps=60, warmup=10, weight_decay=0.0, eval_every=30), encoder=Encoder(), budget=32),
+        data=Data(
+            seq_len=64, train=2000, val=200, test=400, options=_PUBLISHED | dict(min_length=8, max_length=65)
+        ),
+        train=Optim(steps=60, warmup=10, weight_decay=0.0, eval_every=30),
+        budget=32,
+    ),
     "small": Recipe(
-        data=Data(seq_len=100, train=40_000, val=2000, test=4000,
-                  options=dict(max_depth=10, max_args=10, min_length=10, max_length=101)),
-        train=Optim(steps=4000, lr=2e-3, weight_decay=0.0, eval_every=1000), encoder=Encoder(dropout=0.0)),
+        data=Data(
+            seq_len=100,
+            train=40_000,
+            val=2000,
+            test=4000,
+            options=_PUBLISHED | dict(min_length=10, max_length=101),
+        ),
+        train=Optim(steps=4000, lr=2e-3, weight_decay=0.0, eval_every=1000),
+        encoder=Encoder(dropout=0.0),
+    ),
     "paper": Recipe(
         data=Data(seq_len=2000, train=96_000, val=2000, test=2000, options=_PUBLISHED),
         train=Optim(steps=5000, lr=1e-4, warmup=1000, weight_decay=0.0, eval_every=500),
-        encoder=Encoder(), budget=256),
-}  # fmt: skip
+        budget=256,
+    ),
+}
 # The encoder of the original paper (arXiv 2011.04006).
 RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=6, width=512, heads=8, ffn=2048))
 
@@ -90,9 +108,15 @@ def _draw_chunk(seed, chunk, max_depth, max_args, min_length, max_length):
 
 
 def generate(
-    count: int, *, seed: int, max_depth: int = 10, max_args: int = 10,
-    min_length: int = 500, max_length: int = 2000, workers: int = 1,
-) -> tuple[list[np.ndarray], np.ndarray]:  # fmt: skip
+    count: int,
+    *,
+    seed: int,
+    max_depth: int = 10,
+    max_args: int = 10,
+    min_length: int = 500,
+    max_length: int = 2000,
+    workers: int = 1,
+) -> tuple[list[np.ndarray], np.ndarray]:
     """`count` distinct expressions: a list of uint16 id arrays and the uint8 labels.
 
     Attempt i is drawn from stream(seed, i), and the first `count` accepted, distinct trees are returned in
@@ -104,7 +128,7 @@ def generate(
         raise SourceError(f"ListOps with {limits}: use depth, args >= 2 and 0 <= min <= max - 2")
     from tqdm import tqdm
 
-    found, last_new = {}, 0  # digest of the content -> (tokens, label), in attempt order
+    trees, last_new = {}, 0  # digest of the content -> (tokens, label), in attempt order
     bar = tqdm(total=count, desc="listops", unit=" trees", delay=2, disable=None)  # None: not a terminal
     with bar, ThreadPoolExecutor(workers) as pool:
         for start in range(0, 1 << 50, workers):
@@ -112,14 +136,14 @@ def generate(
             for chunk, (tokens, lengths, values) in enumerate(drawn, start):
                 for sequence, value in zip(np.split(tokens, np.cumsum(lengths)), values):
                     content = hashlib.blake2b(sequence, digest_size=16).digest()
-                    if len(found) < count and content not in found:
-                        found[content] = sequence, value
+                    if len(trees) < count and content not in trees:
+                        trees[content] = sequence, value
                         last_new = chunk
-                bar.update(len(found) - bar.n)
-                if len(found) == count:
-                    return [s for s, _ in found.values()], np.array([v for _, v in found.values()], np.uint8)
+                bar.update(len(trees) - bar.n)
+                if len(trees) == count:
+                    return [s for s, _ in trees.values()], np.array([v for _, v in trees.values()], np.uint8)
                 if chunk - last_new >= _GIVE_UP:
-                    raise SourceError(f"found {len(found)} of {count} examples: widen {limits} or ask less")
+                    raise SourceError(f"found {len(trees)} of {count} examples: widen {limits} or ask less")
 
 
 def decode(tokens: np.ndarray) -> str:
@@ -135,12 +159,13 @@ def _root(train: Split, test: Split) -> float:
 
 
 def _generated(data: Data, workers: int) -> dict[str, Split]:
+    """The three splits drawn by `generate`, test first: a larger train leaves the other two as they are."""
     options = data.options
     if options.keys() != _PUBLISHED.keys() or not all(isinstance(value, int) for value in options.values()):
         raise SourceError(f"ListOps options {options}: use whole numbers for {', '.join(_PUBLISHED)}")
     if options["max_length"] > data.seq_len + 1:
         raise SourceError(f"max_length {options['max_length']}: use seq_len + 1 = {data.seq_len + 1} or less")
-    sizes = dict(test=data.test, val=data.val, train=data.train)  # test first: more train leaves it as it is
+    sizes = dict(test=data.test, val=data.val, train=data.train)
     if min(sizes.values()) < 1:
         raise SourceError(f"ListOps sizes {sizes}: generated splits need 1 or more examples each")
     tokens, labels = generate(sum(sizes.values()), seed=data.seed, workers=workers, **options)
@@ -165,23 +190,26 @@ def export(splits: dict[str, Split], folder: Path) -> list[Path]:
     return list(paths.values())
 
 
-class Task:
-    """ListOps, drawn by `generate` or read from basic_{train,val,test}.tsv in `data_dir` (default: here)."""
+def build(
+    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
+) -> Built:
+    """All three splits, drawn by `generate` or read from basic_{train,val,test}.tsv in `data_dir` (default: here).
 
-    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
-        """All three splits; "embedded" is local if `data_dir` holds any of the files, else generated."""
-        paths = find(data_dir)
-        present = data_dir is not None and any(path.exists() for path in paths.values())
-        local = source == "local" or (source == "embedded" and present)
-        if source not in ("embedded", "generated", "local"):
-            raise SourceError(f"source {source!r}: ListOps is on no hub; use --source generated or local")
-        splits = read_splits(recipe.data, paths) if local else _generated(recipe.data, workers)
-        train, test = splits["train"], splits["test"]
-        return Built(
-            splits=splits, dataset="ListOps", substitute=False, source="local" if local else "generated",
-            revision="local files" if local else f"generator {META.version}",
-            licence="that of the local files" if local else "generated, no third-party data",
-            files={path.name: sha256_file(path) for path in paths.values()} if local else {},
-            floors={"majority": majority(train.labels, test.labels), "root operator": _root(train, test)},
-            report={"mean length": round(float(np.diff(train.offsets).mean()), 1)},
-        )  # fmt: skip
+    `source` "embedded" is local if `data_dir` holds any of the files, else generated.
+    """
+    if source not in ("embedded", "generated", "local"):
+        raise SourceError(f"source {source!r}: ListOps is on no hub; use --source generated or local")
+    paths = find(data_dir)
+    present = data_dir is not None and any(path.exists() for path in paths.values())
+    local = source == "local" or (source == "embedded" and present)
+    splits = read_splits(recipe.data, paths) if local else _generated(recipe.data, workers)
+    return Built(
+        splits=splits,
+        dataset="ListOps",
+        source="local" if local else "generated",
+        revision="local files" if local else f"generator {META.version}",
+        licence="that of the local files" if local else "generated, no third-party data",
+        files={path.name: sha256_file(path) for path in paths.values()} if local else {},
+        floors={"root operator": _root(splits["train"], splits["test"])},
+        report={"mean length": round(float(np.diff(splits["train"].offsets).mean()), 1)},
+    )

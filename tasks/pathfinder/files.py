@@ -16,8 +16,7 @@ import numpy as np
 
 from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import ROOTS, seeded_order
-from tasks.store.threads import in_chunks
+from tasks.store.sources import ROOTS, in_chunks, seeded_order
 
 # By dashes per curve
 FOLDERS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
@@ -38,7 +37,7 @@ def find(data_dir: Path | None, size: int, contour_length: int) -> Path | None:
 
 
 def members(size: int, contour_length: int) -> tuple[str, ...]:
-    """The files of these images in an archive of the release, as _archives.extract takes them."""
+    """The files of these images in an archive of the release, as archives.extract takes them."""
     if contour_length not in FOLDERS:
         return ()
     folder = f"pathfinder{size}/{FOLDERS[contour_length]}"

@@ -11,32 +11,32 @@ tasks/retrieval/imports.py, also for why neither text tells the label.
 
 from __future__ import annotations
 
-import gzip
-import lzma
-import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tasks.base import PAD, SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.base import SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
 from tasks.retrieval import imports
 from tasks.store.archives import LRA_RELEASE
-from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import check_source, find_one, hub_file, seeded_order
+from tasks.store.files import sha256_file
+from tasks.store.sources import check_source, find_one, hub_file, open_text, seeded_order
 
 META = Meta(
-    name="retrieval", version=1, classes=2, vocab=257, towers=2, reads="bytes",
+    name="retrieval",
+    version=1,
+    classes=2,
+    vocab=257,
+    towers=2,
+    reads="bytes",
     description="two documents as bytes: related (citation; import) or not",
-)  # fmt: skip
+)
 
 ALL = ",".join(imports.PACKAGES)
 RECIPES = {
     "smoke": Recipe(
         data=Data(seq_len=256, train=600, val=100, test=200, options={"packages": "pandas,scikit-learn"}),
-        encoder=Encoder(),
         train=Optim(steps=30, batch=8, warmup=10, eval_every=15),
         budget=32,
     ),
@@ -48,7 +48,6 @@ RECIPES = {
     ),
     "paper": Recipe(
         data=Data(seq_len=4000, train=0, val=0, test=0, source="hub", options={"packages": ALL}),
-        encoder=Encoder(),
         train=Optim(steps=30_000, batch=32, lr=1e-4, warmup=800, weight_decay=0.0, eval_every=1000),
         budget=256,
     ),
@@ -78,40 +77,33 @@ def members(data: Data) -> tuple[str, ...]:
     return tuple(f"new_aan_pairs.{name}.tsv{end}" for name in FILES.values() for end in ENDINGS)
 
 
-class Task:
-    """Pairs of byte sequences of at most `recipe.data.seq_len` tokens each."""
+def build(
+    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
+) -> Built:
+    """Pairs of byte sequences of at most `recipe.data.seq_len` tokens, from `source`: embedded, hub or local.
 
-    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
-        """Read all three splits from `source`: embedded, hub or local (which needs data_dir).
-
-        `workers` is not used. SourceError if a file or package is missing or malformed.
-        """
-        check_source(source, data_dir)
-        data = recipe.data
-        files: dict[str, str] = {}
-        report: dict[str, float | int | str] = {}
-        if source == "embedded":
-            pairs, dataset, revision = _embedded(data, files, report)
-        else:
-            pairs, dataset, revision = _aan(data, data_dir, files, report)
-        splits = {name: _pack(*pairs.pop(name)) for name in SPLITS}
-        train, test = splits["train"], splits["test"]
-        lengths = np.diff(train.offsets)
-        report["share of train documents cut to seq_len"] = float(np.mean(lengths == data.seq_len))
-        return Built(
-            splits=splits,
-            dataset=dataset,
-            substitute=source == "embedded",
-            source=source,
-            revision=revision,
-            licence="BSD licences of the packages" if source == "embedded" else "ACL Anthology; research use",
-            files=files,
-            floors={
-                "majority": majority(train.labels, test.labels),
-                "byte overlap": byte_overlap(train, test),
-            },
-            report=report | _baselines(train, test),
-        )
+    SourceError if a file or package is missing or malformed.
+    """
+    check_source(source, data_dir)
+    embedded, files, report = source == "embedded", {}, {}
+    if embedded:
+        pairs, dataset, revision = _embedded(recipe.data, files, report)
+    else:
+        pairs, dataset, revision = _aan(recipe.data, data_dir, files, report)
+    splits = {name: _pack(*pairs.pop(name)) for name in SPLITS}
+    train, test = splits["train"], splits["test"]
+    share_cut = float(np.mean(np.diff(train.offsets) == recipe.data.seq_len))
+    return Built(
+        splits=splits,
+        dataset=dataset,
+        substitute=embedded,
+        source=source,
+        revision=revision,
+        licence="BSD licences of the packages" if embedded else "ACL Anthology; research use",
+        files=files,
+        floors={"byte overlap": byte_overlap(train, test)},
+        report=report | {"share of train documents cut to seq_len": share_cut} | _baselines(train, test),
+    )
 
 
 def byte_overlap(train: Split, test: Split) -> float:
@@ -173,7 +165,7 @@ def _pack(texts: list[bytes], labels: np.ndarray) -> Split:
     """Byte strings as token ids. (Split.of would hold the paper's 1.4 GB several times.)"""
     offsets = np.zeros(len(texts) + 1, np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
-    tokens = np.add(np.frombuffer(b"".join(texts), np.uint8), PAD + 1, dtype=np.uint16)
+    tokens = np.add(np.frombuffer(b"".join(texts), np.uint8), 1, dtype=np.uint16)
     return Split(tokens, offsets, labels)
 
 
@@ -184,11 +176,11 @@ def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], 
     squares = imports.squares(corpus, data.seed)
     result, same_package = {}, []
     for name in SPLITS:
-        wanted, found = getattr(data, name), 4 * len(squares[name])
-        if max(wanted, 1) > found:
-            raise SourceError(f"data.{name}={wanted}: there are {found} pairs; lower it (0: all)")
-        kept = squares[name][: -(-(wanted or found) // 4)]  # whole squares, so that files stay balanced
-        pairs = [pair for square in kept for pair in square.pairs()][: wanted or None]
+        wanted, present = getattr(data, name), 4 * len(squares[name])
+        if max(wanted, 1) > present:
+            raise SourceError(f"data.{name}={wanted}: there are {present} pairs; lower it (0: all)")
+        whole = squares[name][: -(-(wanted or present) // 4)]  # whole squares, so that files stay balanced
+        pairs = [pair for square in whole for pair in square.pairs()][: wanted or None]
         names, labels = [f"{a} {b}".encode() for a, b, _ in pairs], np.array([p[2] for p in pairs])
         pairs = [pairs[i] for i in seeded_order(names, labels, data.seed)]
         texts = [corpus.texts[module][: data.seq_len] for a, b, _ in pairs for module in (a, b)]
@@ -231,19 +223,13 @@ def _rows(path: Path, seq_len: int) -> Iterator[tuple[int, bytes, bytes, bytes]]
     """(label, ids, text1, text2) of each line; texts are bytes, never decoded, cut to seq_len."""
     from tqdm import tqdm
 
-    opener: Callable = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            bar = tqdm(file, path.name, unit=" pairs", disable=not sys.stderr.isatty(), leave=False)
-            for number, line in enumerate(bar, 1):
-                cells = line.rstrip(b"\r\n").split(b"\t")
-                if len(cells) != len(COLUMNS):
-                    wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
-                    raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
-                if cells[0] not in LABELS:
-                    label = cells[0][:40].decode(errors="replace")
-                    raise SourceError(f"{path}: line {number}: label is {label!r}, expected 0 or 1")
-                ids, texts = b" ".join(cells[1:3]), [cell[:seq_len] for cell in cells[3:]]
-                yield LABELS[cells[0]], ids, *texts
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise SourceError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from error
+    with open_text(path, binary=True) as file:
+        for number, line in enumerate(tqdm(file, path.name, unit=" pairs", delay=2, disable=None), 1):
+            cells = line.rstrip(b"\r\n").split(b"\t")
+            if len(cells) != len(COLUMNS):
+                wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
+                raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
+            if cells[0] not in LABELS:
+                label = cells[0][:40].decode(errors="replace")
+                raise SourceError(f"{path}: line {number}: label is {label!r}, expected 0 or 1")
+            yield LABELS[cells[0]], b" ".join(cells[1:3]), cells[3][:seq_len], cells[4][:seq_len]

@@ -6,32 +6,28 @@ names the value and the way out. Nothing here unpickles or executes what it read
 
 from __future__ import annotations
 
-import csv
 import difflib
 import gzip
 import hashlib
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import numpy as np
 
 from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.threads import in_chunks
 
 SOURCES = ("embedded", "hub", "local")
 ROOTS = ("", "lra_release/", "lra_release/lra_release/")  # folders below --data-dir that are looked into
-WAYS_OUT = (
-    "--data-dir DIR with a copy of it",
-    "--source embedded",
-    "a connection with HF_HUB_OFFLINE unset",
-)
+CHUNK = 64  # items per unit of work of a thread
+WAYS_OUT = ("--data-dir DIR with a copy of it", "--source embedded", "a connection with HF_HUB_OFFLINE unset")
 
 
 def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = SOURCES) -> None:
@@ -43,6 +39,18 @@ def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = S
     if (source == "local") != (data_dir is not None):
         given = "no --data-dir" if data_dir is None else f"--data-dir {data_dir}"
         raise SourceError(f"--source {source} with {given}: it goes with --source local alone")
+
+
+def in_chunks(work: Callable[[int, int], None], count: int, workers: int, what: str) -> None:
+    """Call work(start, end) on chunks of 0..count; the bar, in units of `what`, appears after two seconds."""
+    from tqdm import tqdm
+
+    starts = range(0, count, CHUNK)
+    ends = [min(start + CHUNK, count) for start in starts]
+    bar = tqdm(total=count, unit=f" {what}", delay=2, disable=None, leave=False)  # None: not a terminal
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for start, end, _ in zip(starts, ends, pool.map(work, starts, ends), strict=True):
+            bar.update(end - start)
 
 
 def read_folder(paths: Sequence[Path], workers: int) -> tuple[list[bytes], str]:
@@ -59,43 +67,34 @@ def read_folder(paths: Sequence[Path], workers: int) -> tuple[list[bytes], str]:
 
 
 def hub_file(
-    repo: str,
-    filename: str,
-    *,
-    revision: str,
-    sha256: str | None = None,
-    ways_out: Sequence[str] = WAYS_OUT,
+    repo: str, name: str, *, revision: str, sha256: str | None = None, ways_out: Sequence[str] = WAYS_OUT
 ) -> Path:
     """Path of one file of a Hugging Face dataset repository at a pinned revision, in the hub's cache.
 
-    SourceError if it cannot be had (the ways out are listed) or if its content is not that of `sha256`: by
-    default what the revision itself says, for the hub keeps a large file under the sha256 its commit names.
+    SourceError if the file cannot be had (`ways_out` are listed) or if its sha256 is not the expected one. Where
+    `sha256` is None, the expected one is what the revision itself says: the hub's cache stores a large file
+    under the sha256 that the commit names.
     """
     import huggingface_hub
 
     try:
-        path = huggingface_hub.hf_hub_download(repo, filename, repo_type="dataset", revision=revision)
+        path = Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=revision))
     except Exception as error:  # offline, absent, refused: the HTTP library's errors differ by hub version
-        raise SourceError(
-            f"{repo}/{filename} at {revision[:12]}: cannot be fetched ({one_line(error)}); use "
-            + ", or ".join(ways_out)
-        ) from error
-    blob = Path(path).resolve().name
-    sha256 = sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
-    if sha256 is not None and (found := sha256_file(Path(path))) != sha256:
-        raise SourceError(f"{path}: sha256 is {found}, expected {sha256}; delete it and fetch it again")
-    return Path(path)
+        problem = f"{repo}/{name} at {revision[:12]}: cannot be fetched ({one_line(error)})"
+        raise SourceError(f"{problem}; use {', or '.join(ways_out)}") from error
+    blob = path.resolve().name
+    expected = sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
+    if expected and (digest := sha256_file(path)) != expected:
+        raise SourceError(f"{path}: sha256 is {digest}, expected {expected}; delete it and fetch it again")
+    return path
 
 
-def find_one(data_dir: Path | None, names: Sequence[str], what: str) -> Path:
+def find_one(data_dir: Path, names: Sequence[str], what: str) -> Path:
     """The first of several names or glob patterns that exists in data_dir (file or folder)."""
-    if data_dir is None or not Path(data_dir).is_dir():
-        looked_for = ", ".join(names)
-        raise SourceError(f"--data-dir {data_dir}: no such folder; {what} is looked for as {looked_for}")
     for name in names:
         for root in ROOTS:
-            if found := sorted(Path(data_dir).glob(root + name)):
-                return found[0]
+            if paths := sorted(Path(data_dir).glob(root + name)):
+                return paths[0]
     raise SourceError(f"--data-dir {data_dir}: {what} not found; looked for {', '.join(names)}")
 
 
@@ -115,15 +114,16 @@ def package_file(package: str, version: str, relative: str) -> Path:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Open UTF-8 text, plain, .gz or .xz, for reading; lines end at "\\n" alone and are not translated.
+def open_text(path: Path, *, binary: bool = False) -> Iterator[IO]:
+    """Open a file, plain, .gz or .xz, for reading: UTF-8 text whose lines end at "\\n" alone, or bytes.
 
     Whatever goes wrong while reading inside the `with` block (truncated, not UTF-8) becomes a SourceError.
     """
     path = Path(path)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    how = dict(mode="rb") if binary else dict(mode="rt", encoding="utf-8", newline="\n")
     try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+        with opener(path, **how) as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from error
@@ -137,29 +137,28 @@ def read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, columns, file.schema_arrow.names)
-            table = file.read(columns=list(columns))
-        return {name: table.column(name).to_pylist() for name in columns}
+            return file.read(columns=list(columns)).to_pydict()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: not readable parquet ({one_line(error)}); fetch it again") from error
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Some columns of a csv file (plain, .gz or .xz) with a header line, as strings."""
-    with open_text(path) as file:
-        rows = csv.reader(file, strict=True)
-        try:
-            header = next(rows, [])
-            _check_columns(path, columns, header)
-            table = [row for row in rows if row]
-        except csv.Error as error:
-            raise SourceError(f"{path}: line {rows.line_num}: {one_line(error)}; fetch it again") from error
-    for k, row in enumerate(table):
-        if len(row) != len(header):
-            raise SourceError(f"{path}: row {k}: {len(row)} cells, header has {len(header)}; fetch it again")
-    return {name: [row[header.index(name)] for row in table] for name in columns}
+    """Some columns of a csv file (plain or .gz) with a header line, as strings."""
+    import pyarrow
+    import pyarrow.csv
+
+    lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    strings = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pyarrow.string()))
+    try:
+        table = pyarrow.csv.read_csv(path, parse_options=lines, convert_options=strings)
+        _check_columns(path, columns, table.column_names)
+        return table.select(columns).to_pydict()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: not readable csv ({one_line(error)}); fetch it again") from error
 
 
 def _check_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
+    """SourceError for a column that is not there."""
     if missing := [name for name in wanted if name not in present]:
         raise SourceError(f"{path}: no column {', '.join(missing)}; it has {', '.join(present) or 'none'}")
 

@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from tasks import image
 from tasks.base import SourceError, Split
-from tasks.image import META, RECIPES, Task, cifar, mean_grey, pool
+from tasks.image import META, RECIPES, cifar, mean_grey, pool
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 COUNTS = {"train": 23, "test": 13}
@@ -119,11 +120,11 @@ def recipe(downsample=1, **data):
 
 
 def build(folder, **data):
-    return Task().build(recipe(**data), source="local", data_dir=folder, workers=1)
+    return image.build(recipe(**data), source="local", data_dir=folder, workers=1)
 
 
 def embedded(**data):
-    return Task().build(recipe(**data), source="embedded", data_dir=None, workers=1)
+    return image.build(recipe(**data), source="embedded", data_dir=None, workers=1)
 
 
 def examples(*splits):
@@ -206,7 +207,7 @@ def test_a_wrong_option_is_named(wrong):
     made = recipe()
     made = replace(made, data=replace(made.data, options=wrong))
     with pytest.raises(SourceError, match=f"data.options.{next(iter(wrong))}"):
-        Task().build(made, source="embedded", data_dir=None, workers=1)
+        image.build(made, source="embedded", data_dir=None, workers=1)
 
 
 def test_a_length_other_than_the_number_of_pixels_is_an_error():
@@ -389,11 +390,11 @@ def test_hub_is_asked_for_the_pinned_files(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(SourceError, match="sha256 is .*expected 8428b53a"):
-        Task().build(recipe(), source="hub", data_dir=None, workers=1)
+        image.build(recipe(), source="hub", data_dir=None, workers=1)
     paths = {half: tmp_path / "plain_text" / f"{half}-00000-of-00001.parquet" for half in HALVES}
     hashes = {half: cifar.sha256_file(path) for half, path in paths.items()}
     monkeypatch.setattr(cifar, "HUB_SHA256", hashes)
-    built = Task().build(recipe(), source="hub", data_dir=None, workers=1)
+    built = image.build(recipe(), source="hub", data_dir=None, workers=1)
     assert (built.source, built.revision) == ("hub", cifar.HUB_REVISION)
     assert examples(built.splits["test"]) == expected("test")
 
@@ -404,12 +405,12 @@ def test_no_connection_lists_the_ways_out(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(SourceError, match="--data-dir.*--source embedded.*HF_HUB_OFFLINE"):
-        Task().build(RECIPES["paper"], source="hub", data_dir=None, workers=1)
+        image.build(RECIPES["paper"], source="hub", data_dir=None, workers=1)
 
 
 @pytest.mark.parametrize(("preset", "sizes"), [("smoke", [600, 150, 300]), ("small", [1097, 200, 500])])
 def test_embedded_digits_are_a_named_substitute(preset, sizes):
-    built = Task().build(RECIPES[preset], source="embedded", data_dir=None, workers=1)
+    built = image.build(RECIPES[preset], source="embedded", data_dir=None, workers=1)
     assert [len(built.splits[name].labels) for name in ("train", "val", "test")] == sizes
     assert built.dataset == "digits 16x16 (substitute for CIFAR-10)"
     assert built.substitute
@@ -446,7 +447,7 @@ def test_a_twentieth_of_the_shared_jpeg_copy(tmp_path):
     table = pyarrow.parquet.read_table(SHARED / "cifar10.parquet")
     assert len(table) == 60_000
     pyarrow.parquet.write_table(table.take(list(range(0, 60_000, 20))), tmp_path / "cifar10.parquet")
-    built = Task().build(RECIPES["small"], source="local", data_dir=tmp_path, workers=1)
+    built = image.build(RECIPES["small"], source="local", data_dir=tmp_path, workers=1)
     assert [len(built.splits[name].labels) for name in ("train", "val", "test")] == [2300, 200, 500]
     assert built.dataset == "CIFAR-10 16x16 (JPEG copy, partial copy: 2,500 train, 500 test)"
     assert 0.1 < built.floors["mean grey"] < 0.2

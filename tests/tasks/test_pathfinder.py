@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from tasks import pathfinder
 from tasks.base import PAD, SPLITS, SourceError
-from tasks.pathfinder import META, RECIPES, Task, generate, scenes
+from tasks.pathfinder import META, RECIPES, generate, scenes
 from tasks.pathfinder.discs import locate_discs
-from tasks.store.prepared import prepare
+from tasks.store.prepare import prepare
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "pathfinder32_reference.npz"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason=f"needs shared/data/{REFERENCE.name}")
@@ -43,7 +43,7 @@ def recipe(train=13, val=5, test=7, *, seq_len=1024, seed=0, **options):
 
 
 def build(which, data_dir=None, source="embedded", workers=1):
-    return Task().build(which, source=source, data_dir=data_dir, workers=workers)
+    return pathfinder.build(which, source=source, data_dir=data_dir, workers=workers)
 
 
 def statistics(images):
@@ -168,7 +168,7 @@ def test_bytes_of_a_seed_never_change(size, length, matched, digest):
 
 @pytest.mark.parametrize("bad", [dict(size=31), dict(size=16), dict(contour_length=12)])
 def test_generate_refuses_what_was_never_published(bad):
-    with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
+    with pytest.raises(SourceError, match=str(next(iter(bad.values())))):
         generate(1, seed=0, **bad)
 
 
@@ -181,7 +181,7 @@ def test_a_black_pixel_is_not_padding():
     assert np.array_equal(tokens.reshape(25, 32, 32) - 1, images)
     assert np.array_equal(np.concatenate([built.splits[s].labels for s in reversed(SPLITS)]), labels)
     assert (built.dataset, built.source, built.substitute) == ("Pathfinder", "generated", False)
-    assert set(built.floors) == {"majority", "disc places"}
+    assert set(built.floors) == {"disc places"}
 
 
 def test_more_training_images_leave_the_test_split_as_it_is():

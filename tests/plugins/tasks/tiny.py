@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, Split, majority
+from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, Split
 from tasks.store.files import sha256_file
 from tasks.store.sources import check_source, find_one
 
@@ -26,30 +26,18 @@ RECIPES = {
 }
 
 
-class Task:
-    """Random sequences; a local source is a folder with seed.txt."""
-
-    def build(self, recipe: Recipe, *, source: str, data_dir: Path | None, workers: int) -> Built:
-        """All splits, from the recipe's seed or the folder's."""
-        check_source(source, data_dir, ("embedded", "local"))
-        seed, files = recipe.data.seed, {}
-        if source == "local":
-            path = find_one(data_dir, ["seed.txt"], "the seed")
-            seed, files = int(path.read_text()), {path.name: sha256_file(path)}
-        rng = np.random.default_rng(seed)
-        splits = {}
-        for name, longest in LONGEST.items():
-            lengths = rng.integers(5, longest + 1, getattr(recipe.data, name))
-            lengths[-1] = longest
-            sequences = [rng.integers(1, META.vocab, length) for length in lengths]
-            splits[name] = Split.of(sequences, [int((s == 1).sum() > (s == 2).sum()) for s in sequences])
-        return Built(
-            splits=splits,
-            dataset="tiny",
-            substitute=False,
-            source=source,
-            revision="1",
-            licence="none",
-            files=files,
-            floors={"majority": majority(splits["train"].labels, splits["test"].labels)},
-        )
+def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path) -> Built:
+    """Random sequences of the recipe's seed; a local source is a folder with seed.txt."""
+    check_source(source, data_dir, ("embedded", "local"))
+    seed, files = recipe.data.seed, {}
+    if source == "local":
+        path = find_one(data_dir, ["seed.txt"], "the seed")
+        seed, files = int(path.read_text()), {path.name: sha256_file(path)}
+    rng = np.random.default_rng(seed)
+    splits = {}
+    for name, longest in LONGEST.items():
+        lengths = rng.integers(5, longest + 1, getattr(recipe.data, name))
+        lengths[-1] = longest
+        sequences = [rng.integers(1, META.vocab, length) for length in lengths]
+        splits[name] = Split.of(sequences, [int((s == 1).sum() > (s == 2).sum()) for s in sequences])
+    return Built(splits=splits, dataset="tiny", source=source, revision="1", licence="none", files=files)

@@ -55,7 +55,7 @@ def extract(tmp_path):
         shutil.rmtree(into, ignore_errors=True)
         into.mkdir()
         try:
-            run.sha256 = archives.extract(path, into, wanted)
+            archives.extract(path, into, wanted)
         finally:
             assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz", "into"]
         files = (p for p in into.rglob("*") if not p.is_dir())
@@ -86,11 +86,6 @@ def test_wanted_members_come_out_under_the_last_parts_of_their_names(extract, co
     assert extract(content) == expected
 
 
-def test_the_hash_is_of_the_whole_archive(extract, tmp_path):
-    extract(gzip.compress(pack(*GOOD)))
-    assert extract.sha256 == archives.hashlib.sha256((tmp_path / "a.tar.gz").read_bytes()).hexdigest()
-
-
 def test_patterns_stand_for_whole_names(extract):
     near = [
         "train/pos/x/1.txt",
@@ -109,27 +104,28 @@ def test_long_names_are_read(extract, kind):
 
 
 HOSTILE = {
-    "absolute": (("/train/pos/1.txt", b"x"), "outside the folder"),
-    "absolute, unwanted": (("/etc/passwd", b"x"), "outside the folder"),
-    "climbing": (("a/../../train/pos/1.txt", b"x"), "outside the folder"),
-    "climbing and back": (("a/../train/pos/1.txt", b"x"), "outside the folder"),
-    "climbing, of Windows": (("..\\train/pos/1.txt", b"x"), "outside the folder"),
-    "a drive": (("C:/train/pos/1.txt", b"x"), "outside the folder"),
-    "control characters": (("train/pos/\n1.txt", b"x"), "control characters"),
-    "absolute link": (member("train", tarfile.SYMTYPE, linkname="/etc"), "links out"),
-    "relative link": (member("a/train", tarfile.SYMTYPE, linkname="../../b"), "links out"),
-    "hard link": (member("train/pos/1.txt", tarfile.LNKTYPE, linkname="../secret"), "links out"),
-    "absolute hard link": (member("train/pos/1.txt", tarfile.LNKTYPE, linkname="/etc/shadow"), "links out"),
-    "device": (member("train/pos/1.txt", tarfile.CHRTYPE, devmajor=1, devminor=5), "neither a file nor"),
-    "block device": (member("dev", tarfile.BLKTYPE), "neither a file nor"),
-    "pipe": (member("train/pos/1.txt", tarfile.FIFOTYPE), "neither a file nor"),
+    "absolute": (("/train/pos/1.txt", b"x"), "AbsolutePathError"),
+    "absolute, unwanted": (("/etc/passwd", b"x"), "AbsolutePathError"),
+    "climbing": (("a/../../train/pos/1.txt", b"x"), "OutsideDestinationError"),
+    "control characters": (("train/pos/\n1.txt", b"x"), "its name"),
+    "absolute link": (member("train", tarfile.SYMTYPE, linkname="/etc"), "AbsoluteLinkError"),
+    "relative link": (member("a/train", tarfile.SYMTYPE, linkname="../../b"), "LinkOutsideDestinationError"),
+    "hard link": (member("pos/1.txt", tarfile.LNKTYPE, linkname="../secret"), "LinkOutsideDestinationError"),
+    "absolute hard link": (member("1.txt", tarfile.LNKTYPE, linkname="/etc/shadow"), "AbsoluteLinkError"),
+    "device": (member("train/pos/1.txt", tarfile.CHRTYPE, devmajor=1, devminor=5), "SpecialFileError"),
+    "block device": (member("dev", tarfile.BLKTYPE), "SpecialFileError"),
+    "pipe": (member("train/pos/1.txt", tarfile.FIFOTYPE), "SpecialFileError"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_member_that_reaches_out_condemns_the_archive(refused, name):
     entry, says = HOSTILE[name]
-    assert says in refused(gzip.compress(pack(*GOOD, entry)))
+    assert f"is refused ({says})" in refused(gzip.compress(pack(*GOOD, entry)))
+
+
+def test_a_climbing_name_that_ends_inside_lands_inside(extract, tmp_path):
+    assert extract(pack(("a/../train/pos/1.txt", b"x"))) == {"train/pos/1.txt": b"x"}
 
 
 def test_links_inside_are_neither_made_nor_followed(extract):
@@ -155,22 +151,14 @@ def test_a_bomb_after_the_last_member_is_refused(refused, strict):
     assert "decompression bomb" in refused(gzip.compress(pack(*GOOD) + bytes(1 << 22)))
 
 
-def test_a_bomb_in_a_header_is_refused_before_it_is_in_memory(refused, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_HEADER", 1 << 16)
-    noise = np.random.default_rng(0).integers(33, 127, 1 << 18, np.uint8).tobytes().decode()
-    assert "a header of over 65,536 bytes" in refused(
-        pack(*GOOD, member("x", pax_headers={"comment": noise}))
-    )
+def test_a_bomb_in_a_header_is_refused(refused, strict):
+    long_name = gzip.compress(pack(member("x", pax_headers={"comment": "!" * (1 << 22)})))
+    assert "decompression bomb" in refused(long_name)
 
 
-def test_too_many_members_and_too_many_bytes_are_refused(refused, extract, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
-    assert len(extract(pack(*GOOD))) == 2
-    assert "more than 3 members" in refused(pack(*GOOD, ("x", b"")))
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 9)
-    monkeypatch.setattr(archives, "MAX_BYTES", 7)
-    four = [(f"train/pos/{k}.txt", b"1234") for k in (6, 7)]
-    assert "more than 7 bytes" in refused(pack(*four))
+def test_no_archive_may_unpack_to_more_than_the_most(refused, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_BYTES", 1 << 12)
+    assert "more than 4,096 bytes" in refused(pack(*GOOD, ("train/pos/7.txt", bytes(1 << 12))))
 
 
 def test_a_sparse_file_is_refused(refused):

@@ -1,0 +1,183 @@
+"""Preparing data: build a task's splits once, check them, write them whole or not at all.
+
+DATA/<task>/<preset>/ (see tasks/store/prepared.py) appears by one rename. Beside it stand its lock and, while it
+is made, hidden folders: the next `prepare` removes what a killed process leaves of them, and uses the pieces of
+a long generation.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from tasks.base import SPLITS, SourceError, Split, majority
+from tasks.store import archives
+from tasks.store.files import atomic_path, one_line, sha256_file, source_sha256
+from tasks.store.prepared import SCHEMA, Prepared, command, load, seal
+from tasks.store.splits import check, disjoint, facts
+
+
+def prepare(
+    task: ModuleType,
+    preset: str,
+    *,
+    out: Path,
+    source: str | None = None,
+    data_dir: Path | None = None,
+    workers: int = 1,
+    verify: bool = False,
+    again: bool = False,
+) -> tuple[Prepared, bool]:
+    """Build `task` at `preset` into out/<task>/<preset>, or reuse what is there. Returns (data, reused).
+
+    source      embedded, hub, local or generated; None: local with a `data_dir`, else what the recipe names
+    data_dir    folder or archive of raw files; a generated task uses its files there, if there are any
+    verify      hash every byte of what is there, instead of trusting sizes and times
+    again       build in any case, and keep the folder that is there as <preset>.1, .2, ...
+
+    A folder that is incomplete, does not match its hashes or was made for another recipe or META.version is
+    built again. SourceError, which leaves the folder alone, if it was made from another source of data or by
+    another source code of the task. Two processes that prepare the same task take turns.
+    """
+    meta, recipe = task.META, task.RECIPES[preset]
+    if (name := task.__name__.rpartition(".")[2]) != meta.name:
+        raise SourceError(f"{task.__file__}: META.name is {meta.name!r}, expected {name!r}, the file's name")
+    source = source or ("local" if data_dir and not meta.generated else recipe.data.source)
+    folder = Path(out) / name / preset
+    origin = {"source": source, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
+    request = {"task": name, "version": meta.version, **asdict(recipe.data), **origin}
+    code, parts = source_sha256(task), folder.with_name(f".parts.{preset}")
+    with _locked(folder):
+        if not again and (existing := _reusable(folder, request, code, verify)):
+            return existing, True
+        with archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
+            scratch = parts / code[:16]
+            built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=scratch)
+        for split in SPLITS:
+            check(meta, split, built.splits[split], recipe.data.seq_len)
+        splits, removed, repeated = disjoint(built.splits, meta.towers)
+        if empty := [split for split in SPLITS if not len(splits[split].labels)]:
+            raise SourceError(f"task {name}, {empty[0]} split: empty without duplicates of later splits")
+        manifest = {"schema": SCHEMA, "task": name, "version": meta.version, "request": request}
+        manifest |= {k: v for k, v in vars(built).items() if k != "splits"}
+        most_frequent = majority(built.splits["train"].labels, built.splits["test"].labels)
+        manifest |= {
+            "floors": {"majority": most_frequent} | built.floors,
+            "splits": {split: facts(splits[split]) for split in SPLITS},
+            "duplicates_removed": removed,
+            "duplicates_within": repeated,
+            "files": files | built.files,
+            "source_sha256": code,
+        }
+        _write(folder, splits, manifest, again)
+        shutil.rmtree(parts, ignore_errors=True)
+        return load(folder), False
+
+
+def _reusable(folder: Path, request: dict[str, Any], code: str, verify: bool) -> Prepared | None:
+    """The data in `folder` if they answer the request, None if they have to be built (again)."""
+    try:
+        existing = load(folder, full=verify)
+    except SourceError as error:
+        if folder.exists():
+            print(f"making it again: {error}", file=sys.stderr)
+        return None
+    before = existing.manifest["request"]
+    if any(before[key] != request[key] for key in ("source", "data_dir")):
+        raise SourceError(
+            f"{folder} holds data from {_origin(before)}, and {_origin(request)} was asked for: "
+            f"give another --data, or --again, which keeps the old folder beside the new one"
+        )
+    if before != request:
+        return None
+    if existing.manifest.get("source_sha256", code) != code:
+        data_dir, source = request["data_dir"], request["source"]
+        origin = ("--data-dir", data_dir) if data_dir else ("--source", source)
+        raise SourceError(
+            f"the source code of task {request['task']} has changed since {folder} was prepared: "
+            f"`{command(folder, *origin, '--again')}` prepares anew and keeps the old folder beside the new one"
+        )
+    return existing
+
+
+def _origin(request: dict[str, Any]) -> str:
+    """Where the data of a request come from, for messages."""
+    return request["data_dir"] or f"source {request['source']!r}"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; what a killed process left beside the folder is cleared away.
+
+    Data in a folder that is read-only are used as they are.
+    """
+    lock = FileLock(f"{folder}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES) or not folder.exists():
+            raise
+    try:
+        if lock.is_locked:
+            _clear(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _hidden(folder: Path, what: str) -> Path:
+    """A folder beside `folder` that exists only while it is made."""
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def _clear(folder: Path) -> None:
+    """Remove the hidden folders; what stood in `folder` goes back there if nothing took its place."""
+    if _hidden(folder, "old").exists() and not folder.exists():
+        _hidden(folder, "old").rename(folder)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left)
+
+
+def _write(folder: Path, splits: dict[str, Split], manifest: dict[str, Any], keep: bool) -> None:
+    """Write into a sibling folder, then put it in place by one rename; the caller holds the lock.
+
+    `keep`: the folder that was there gets the first free name of <preset>.1, .2, ...; otherwise it is removed.
+    """
+    temporary = _hidden(folder, "new")
+    try:
+        temporary.mkdir()
+        for name, split in splits.items():
+            for part, array in vars(split).items():
+                with atomic_path(temporary / f"{name}.{part}.npy") as path:
+                    np.save(path, array)
+        manifest["arrays"] = {p.name: sha256_file(p) for p in sorted(temporary.glob("*.npy"))}
+        manifest["sha256"] = seal(manifest)
+        with atomic_path(temporary / "manifest.json") as path:
+            path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        if folder.exists() and keep:
+            names = (folder.with_name(f"{folder.name}.{k}") for k in itertools.count(1))
+            print(f"kept as {folder.rename(next(n for n in names if not n.exists()))}", file=sys.stderr)
+        elif folder.exists():
+            folder.rename(_hidden(folder, "old"))
+        temporary.rename(folder)
+    except OSError as error:
+        problem = f"cannot be written ({one_line(error)})"
+        raise SourceError(f"{folder}: {problem}; free space or give another --data") from error
+    finally:
+        _clear(folder)
