@@ -24,11 +24,6 @@ HUB_SHA256 = {
     "train": "8428b53a88a11ac374111006708df51469e315a22ac6d66470afd9c78d2ae883",
     "test": "841389e6f2d64f28bf17310e430aebac20ec3ba611a3c5e231dc93c645ce84de",
 }
-WAYS_OUT = (
-    "--data-dir DIR with CIFAR-10 in it",
-    "--source embedded (1,797 digits, enough for smoke and small)",
-    "a connection with HF_HUB_OFFLINE unset",
-)
 BATCHES = {"train": "data_batch_[1-5]", "test": "test_batch"}
 LAYOUTS = (  # looked for in this order
     "cifar-10-batches-py/{batch}",
@@ -59,7 +54,7 @@ def read_half(
     """
     if data_dir is None:
         name = f"plain_text/{half}-00000-of-00001.parquet"
-        path = hub_file(HUB_REPO, name, revision=HUB_REVISION, sha256=HUB_SHA256[half], ways_out=WAYS_OUT)
+        path = hub_file(HUB_REPO, name, revision=HUB_REVISION, sha256=HUB_SHA256[half])
     else:
         names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
         path = find_one(data_dir, names, f"the CIFAR-10 {half} half")
@@ -157,37 +152,28 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return data[:, 1:], _labels(path, data[:, 0].tolist())
 
 
-class _Array:
-    """What the array of a batch unpickles to: its bytes as uint8. numpy's own unpickling never runs."""
-
-    __slots__ = ("values",)
+class _Stub:
+    """What an array and its dtype unpickle to: the state that numpy would be given. numpy's unpickling never runs."""
 
     def __setstate__(self, state: tuple) -> None:
-        _, shape, _, fortran, raw = state
-        self.values = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
+        self.state = state
 
 
-class _Dtype:
+def _uint8(code: bytes | str, *_: object) -> _Stub:
     """Stands for numpy.dtype, and only for uint8."""
-
-    __slots__ = ()
-
-    def __init__(self, code: bytes | str, *_: object) -> None:
-        if code not in (b"u1", "u1"):
-            raise pickle.UnpicklingError(f"an array of type {code!r} is not a batch of pixels")
-
-    def __setstate__(self, state: tuple) -> None:
-        pass  # byte order and alignment, which uint8 does not have
+    if code not in (b"u1", "u1"):
+        raise pickle.UnpicklingError(f"an array of type {code!r} is not a batch of pixels")
+    return _Stub()
 
 
 class _Unpickler(pickle.Unpickler):
     """Resolves the names a batch contains to the stand-ins above and refuses all others."""
 
     _NAMES = {
-        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Stub(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Stub(),
         ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
-        ("numpy", "dtype"): _Dtype,
+        ("numpy", "dtype"): _uint8,
         ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),  # bytes, as Python 3 writes protocol 2
     }
 
@@ -203,10 +189,12 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with open(path, "rb") as file:
             batch = _Unpickler(file, encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        planes, labels = batch["data"].values, list(batch["labels"])
+        _, shape, _, fortran, raw = batch["data"].state
+        planes = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
+        labels = list(batch["labels"])
     except Exception as error:  # a damaged pickle raises almost anything
         raise SourceError(f"{path}: not a CIFAR-10 batch ({one_line(error)}); fetch it again") from error
     if planes.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
-        shape = f"{planes.shape} with {len(labels)} labels"
-        raise SourceError(f"{path}: data is {shape}, expected (n, 3072) with n; fetch it again")
+        sizes = f"{planes.shape} with {len(labels)} labels"
+        raise SourceError(f"{path}: data is {sizes}, expected (n, 3072) with n; fetch it again")
     return planes, _labels(path, labels)

@@ -97,14 +97,14 @@ def _draw_chunk(seed, chunk, max_depth, max_args, min_length, max_length):
     tokens = np.empty(_CHUNK * max_length, np.uint16)  # pages never written cost no memory
     lengths, labels = np.empty(_CHUNK, np.int64), np.empty(_CHUNK, np.uint8)
     opened, missing = np.empty((2, max_length), np.int64)
-    used = kept = 0
+    used = count = 0
     for attempt in range(chunk * _CHUNK, (chunk + 1) * _CHUNK):
         length = _draw(stream(seed, attempt), tokens[used:], opened, missing, max_depth, max_args, max_length)
         if length > min_length:
-            lengths[kept], labels[kept] = length, evaluate(tokens[used : used + length])
+            lengths[count], labels[count] = length, evaluate(tokens[used : used + length])
             used += length
-            kept += 1
-    return tokens[:used].copy(), lengths[:kept], labels[:kept]
+            count += 1
+    return tokens[:used].copy(), lengths[:count], labels[:count]
 
 
 def generate(

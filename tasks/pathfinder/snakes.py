@@ -1,9 +1,16 @@
 """Kernels that draw Pathfinder images: two long dashed curves, short distractors, two discs.
 
 Outline and parameters are those of the published generator (Linsley et al. 2018, arXiv 1805.08315; program
-drewlinsley/pathfinder at ab9c130), written anew; terms are those of tasks/pathfinder/paddles.py. A *snake* is a dashed
-curve, here rows (heading, row and column of the paddle's outer end, row and column of its pivot). Odd traits
-of the published program are kept where they shape its images, and marked "published".
+drewlinsley/pathfinder at ab9c130), written anew. Terms are those of tasks/pathfinder/paddles.py. A *snake* is
+a dashed curve: rows of (heading, row and column of the paddle's outer end, row and column of its pivot). Odd
+traits of the published program are kept where they shape its images, and marked "published".
+
+Arguments that all kernels share:
+
+    t           a paddles.Tables
+    mask        occupancy of each pixel, float64 (size, size), 0 to 1
+    cumulative  scratch for the weights of the next head, float64 (candidates,)
+    rng         the state of a stream (see tasks/store/rng.py)
 """
 
 import numpy as np
@@ -63,32 +70,41 @@ def _free(mask, stencil, taken, blocked, spots):
 
 
 @njit(cache=True)
-def _plant(snake, ahead, behind, heading, y, x, n):
+def _plant(snake, t, heading, y, x):
     """Start a snake with a paddle at tail (y, x); False if it would leave the image."""
-    head_y, head_x = y + ahead[heading, 0], x + ahead[heading, 1]
-    pivot_y, pivot_x = head_y + behind[heading, 0], head_x + behind[heading, 1]
+    head_y, head_x = y + t.ahead[heading, 0], x + t.ahead[heading, 1]
+    pivot_y, pivot_x = head_y + t.behind[heading, 0], head_x + t.behind[heading, 1]
     snake[0], snake[1], snake[2], snake[3], snake[4] = heading, y, x, pivot_y, pivot_x
-    return _inside(n, head_y, head_x) and _inside(n, pivot_y, pivot_x)
+    return _inside(t.size, head_y, head_x) and _inside(t.size, pivot_y, pivot_x)
 
 
 @njit(cache=True)
 def _first(snake, t, rng):
-    """Start the first target snake in the empty image, `t.border` pixels off the edge; False: start again."""
+    """Start the first target snake in the empty image, off the edge (t.room); False: start again."""
     for _ in range(TRIALS):
         heading = below(rng, DEGREES)
         if not t.plantable[heading]:
             return False
         top, left, height, width = t.room[heading]
         spot = below(rng, height * width)
-        y, x = top + spot // width, left + spot % width
-        if _plant(snake, t.ahead, t.behind, heading, y, x, t.size):
+        if _plant(snake, t, heading, top + spot // width, left + spot % width):
+            return True
+    return False
+
+
+@njit(cache=True)
+def _second(snake, first, t, rng):
+    """Start the second target snake at the seed distance from the first; False: start again."""
+    for _ in range(TRIALS):
+        heading, spoke = below(rng, DEGREES), below(rng, DEGREES)
+        if _plant(snake, t, heading, first[1] + t.ring[spoke, 0], first[2] + t.ring[spoke, 1]):
             return True
     return False
 
 
 @njit(cache=True)
 def _seed(snake, mask, t, taken, blocked, spots, rng):
-    """Start a distractor anywhere free; False when nothing was found."""
+    """Start a distractor anywhere free; False if no place was free."""
     for _ in range(TRIALS):
         heading = below(rng, DEGREES)
         if not t.plantable[heading]:
@@ -97,7 +113,7 @@ def _seed(snake, mask, t, taken, blocked, spots, rng):
         if free == 0:
             return False
         y, x = divmod(spots[below(rng, free)], t.size)
-        if _plant(snake, t.ahead, t.behind, heading, y, x, t.size):
+        if _plant(snake, t, heading, y, x):
             return True
     return False
 
@@ -114,15 +130,16 @@ def _taken(mask, near, y, x):
 
 
 @njit(cache=True)
-def _extend(old, new, mask, weight, reach, slip, candidates, near, area, cumulative, rng):
-    """Draw the paddle `new` that follows `old`, which becomes occupied; False when there is no room."""
-    heading, total, n = old[0], 0.0, mask.shape[0]
-    pivot_y = old[3] + reach[heading, 0] + (old[3] < slip[heading, 0])
-    pivot_x = old[4] + reach[heading, 1] + (old[4] < slip[heading, 1])
-    for k in range(len(candidates)):
-        y, x = pivot_y + candidates[k, 0], pivot_x + candidates[k, 1]
-        if weight[heading, k] > 0.0 and _inside(n, y, x) and mask[y, x] < 1.0:
-            total += weight[heading, k] * (1.0 - _taken(mask, near, y, x))
+def _grow(path, i, mask, t, cumulative, rng):
+    """Add paddle i to a snake, and occupy the space of paddle i - 1; False if there is no room."""
+    old, new, total, n = path[i - 1], path[i], 0.0, mask.shape[0]
+    heading = old[0]
+    pivot_y = old[3] + t.reach[heading, 0] + (old[3] < t.slip[heading, 0])
+    pivot_x = old[4] + t.reach[heading, 1] + (old[4] < t.slip[heading, 1])
+    for k in range(len(t.candidates)):
+        y, x = pivot_y + t.candidates[k, 0], pivot_x + t.candidates[k, 1]
+        if t.weight[heading, k] > 0.0 and _inside(n, y, x) and mask[y, x] < 1.0:
+            total += t.weight[heading, k] * (1.0 - _taken(mask, t.near, y, x))
         cumulative[k] = total
     if total < 1e-4:
         return False
@@ -130,20 +147,12 @@ def _extend(old, new, mask, weight, reach, slip, candidates, near, area, cumulat
         draw, k = uniform(rng) * total, 0
         while cumulative[k] <= draw:
             k += 1
-        y, x = pivot_y + candidates[k, 0], pivot_x + candidates[k, 1]
-        if not _clashes(mask, area[DEGREES + k], y, x):
-            stamp(mask, area[heading], old[1], old[2])
+        y, x = pivot_y + t.candidates[k, 0], pivot_x + t.candidates[k, 1]
+        if not _clashes(mask, t.area[DEGREES + k], y, x):
+            stamp(mask, t.area[heading], old[1], old[2])
             new[0], new[1], new[2], new[3], new[4] = DEGREES + k, y, x, pivot_y, pivot_x
             return True
     return False
-
-
-@njit(cache=True)
-def _grow(path, i, mask, t, cumulative, rng):
-    """Add paddle i to a snake; False when there is no room."""
-    return _extend(
-        path[i - 1], path[i], mask, t.weight, t.reach, t.slip, t.candidates, t.near, t.area, cumulative, rng
-    )
 
 
 @njit(cache=True)
@@ -154,16 +163,7 @@ def _targets(paths, mask, t, cumulative, rng):
             row[x] = 0.0
     for k in range(t.size):  # one pixel of padding all around
         mask[0, k] = mask[-1, k] = mask[k, 0] = mask[k, -1] = 1.0
-    if not _first(paths[0, 0], t, rng):
-        return False
-    placed = False
-    for _ in range(TRIALS):
-        heading, spoke = below(rng, DEGREES), below(rng, DEGREES)
-        y, x = paths[0, 0, 1] + t.ring[spoke, 0], paths[0, 0, 2] + t.ring[spoke, 1]
-        placed = _plant(paths[1, 0], t.ahead, t.behind, heading, y, x, t.size)
-        if placed:
-            break
-    if not placed:
+    if not _first(paths[0, 0], t, rng) or not _second(paths[1, 0], paths[0, 0], t, rng):
         return False
     for i in range(1, paths.shape[1]):
         for s in range(2):
@@ -202,7 +202,7 @@ def _matched(paths):
 
 @njit(cache=True)
 def _curves(t, distractors, matched, paths, rng):
-    """Draw all snakes of an image; fills `paths` with those of the targets and returns the canvas."""
+    """Draw all snakes of an image: the canvas, float64 (size, size). Fills `paths` with those of the targets."""
     mask, before = np.empty((t.size, t.size)), np.empty((t.size, t.size))
     taken, blocked = np.empty((2, t.size, t.size), np.uint8)
     spots, cumulative = np.empty(t.size * t.size, np.int64), np.empty(len(t.candidates))
@@ -222,13 +222,16 @@ def _curves(t, distractors, matched, paths, rng):
 
 @njit(cache=True, nogil=True)
 def draw(seed, start, tables, distractors, matched, images, labels, paths, discs):
-    """Draw images start, start + 1, ... of a seed, as many as the arrays to fill are long (n).
+    """Draw images start, start + 1, ... of a seed, as many (n) as the arrays to fill are long.
 
-    `tables` is a tuple of equally likely geometries. Filled: `images` (n, size, size) uint8; `labels` (n,)
-    uint8, 1 if one snake joins the discs; `paths` (n, 2, contour_length, 5) int64, the paddles of either
-    target snake from first to last; `discs` (n, 2, 2) int64, the centre of each disc. With `matched`, one
-    disc is where the first snake starts, both snakes end at the same offset from it (up to the symmetries of
-    the square) and the image, it alone, is turned about it at random: only the curves tell the label.
+    tables   a tuple of Tables, of which each image draws one
+    images   filled: grey levels, uint8 (n, size, size)
+    labels   filled: uint8 (n,), 1 if one snake joins the discs
+    paths    filled: the paddles of either target snake, first to last, int64 (n, 2, contour_length, 5)
+    discs    filled: the centre of each disc, int64 (n, 2, 2)
+    matched  one disc is where the first snake starts. Both snakes end at the same offset from it, up to the
+             symmetries of the square. The image is then turned about that disc by a random one of them
+             (labels, paths and discs are not): only the curves tell the label.
     """
     for i in range(len(images)):
         rng = stream(seed, start + i)

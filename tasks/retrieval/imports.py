@@ -2,13 +2,15 @@
 
 The embedded stand-in for citation pairs of papers: real, long documents that every installation has.
 
-Why the label cannot be read from one document. Two positive pairs (a, b), (c, d) of one split, where
-neither a, d nor c, b are related, make a square: they are kept together with the negatives (a, d) and (c, b).
-So every file stands in as many positive as negative pairs, in each position, and no file is in two splits.
+Why one document does not tell the label:
+- A square is two positive pairs (a, b), (c, d) of one split and their negatives (a, d), (c, b), which are unrelated.
+- Only whole squares are used, so every file stands in as many positive as negative pairs, in each position.
+- No file is in two splits.
 
-Why nothing is left to look up. A file's text is the same in all its pairs. Import statements are deleted
-from it, and so is every identifier that names a module or folder of any of the packages: whole words, in
-code, strings, comments and docstrings alike. Documents that mention a partner look like those that do not.
+Why nothing is left to look up:
+- A file's text is the same in all its pairs. Its import statements are deleted.
+- Every identifier that names a module or folder of any of the packages is deleted: whole words, in code, strings,
+  comments and docstrings alike. Documents that mention a partner look like those that do not.
 
 Negatives are any two files of a split, as LRA's are any two papers: mostly of different packages. Drawn
 within a package they leave a small model nothing to learn from in the first 256 bytes (51-53% instead of 63%,
@@ -20,15 +22,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from tasks.base import SPLITS, SourceError
+from tasks.store.sources import distribution
 
 PACKAGES = {  # distribution -> (folder it installs, version the benchmark's numbers are made with)
     "torch": ("torch", "2.13.0"),
@@ -40,15 +41,7 @@ PACKAGES = {  # distribution -> (folder it installs, version the benchmark's num
 }
 SKIPPED_FOLDERS = {"tests", "test", "testing", "_testing", "__pycache__"}
 # Package files are mostly imports; the others are written by the build and differ between platforms.
-SKIPPED_FILES = {
-    "__init__.py",
-    "__main__.py",
-    "__config__.py",
-    "_distributor_init.py",
-    "_version.py",
-    "conftest.py",
-    "version.py",
-}
+_SKIPPED = re.compile(r"__(init|main|config)__|_distributor_init|_?version|conftest")
 MIN_BYTES = 512  # of cleaned text; shorter files hold nothing but imports
 MAX_CHARS = 65_536  # of a file, before cleaning: more than any preset reads
 PREFIX = 256  # bytes: of files that begin alike only the first is kept, so that splits stay disjoint when cut
@@ -93,15 +86,15 @@ def read(distributions: Sequence[str]) -> Corpus:
     versions, files, sources = {}, {}, {}
     for name in distributions:
         root, versions[name] = _installed(name)
-        found = {_module(path, root.parent): path for path in _python_files(root)}
-        texts = {module: _source(path) for module, path in sorted(found.items())}
-        digests = {module: hashlib.sha256(text.encode()).hexdigest() for module, text in texts.items()}
+        paths = {_module(path, root.parent): path for path in _python_files(root)}
+        package = {module: _source(path) for module, path in sorted(paths.items())}
+        digests = {module: hashlib.sha256(text.encode()).hexdigest() for module, text in package.items()}
         listing = "".join(f"{module} {digest}\n" for module, digest in digests.items())
         files[f"{name}=={versions[name]}"] = hashlib.sha256(listing.encode()).hexdigest()
-        sources |= texts
+        sources |= package
     names = {part for module in sources for part in module.split(".")}
     texts, imports, beginnings = {}, {}, set()
-    for module in tqdm(sorted(sources), "Python files", disable=not sys.stderr.isatty(), leave=False):
+    for module in tqdm(sorted(sources), "Python files", delay=2, disable=None, leave=False):
         statements = _imports(sources[module], module)
         text = _clean(sources[module], statements, names)
         if len(text) >= MIN_BYTES and text[:PREFIX] not in beginnings:
@@ -123,6 +116,7 @@ def squares(corpus: Corpus, seed: int) -> dict[str, list[Square]]:
 
 
 def _squares(corpus: Corpus, edges: list[Edge], seed: int) -> list[Square]:
+    """Join edges of one split into squares, each with the last one before it that fits."""
     firsts, seconds, waiting = Counter(), Counter(), []
     for a, b in sorted(edges, key=lambda edge: _place(seed, *edge)):
         if firsts[a] < MAX_PAIRS and seconds[b] < MAX_PAIRS:
@@ -135,7 +129,7 @@ def _squares(corpus: Corpus, edges: list[Edge], seed: int) -> list[Square]:
         known = {(x, y), (y, x)} & used
         return x != y and not known and y not in corpus.imports[x] and x not in corpus.imports[y]
 
-    found = []
+    joined = []
     while waiting:
         a, b = waiting.pop()
         for i in reversed(range(len(waiting))):
@@ -143,9 +137,9 @@ def _squares(corpus: Corpus, edges: list[Edge], seed: int) -> list[Square]:
             if unrelated(a, d) and unrelated(c, b) and (a, d) != (b, c):
                 del waiting[i]
                 used |= {(a, d), (c, b)}
-                found.append(Square((a, b), (c, d)))
+                joined.append(Square((a, b), (c, d)))
                 break
-    return found
+    return joined
 
 
 def _place(seed: int, *names: str) -> bytes:
@@ -154,39 +148,39 @@ def _place(seed: int, *names: str) -> bytes:
 
 
 def _split(module: str, seed: int) -> str:
+    """The split of a file, by SHARES: given by the seed and its name alone."""
     u = int.from_bytes(_place(seed, module)[:8], "big") / 2**64
     return SPLITS[(u >= SHARES[0]) + (u >= sum(SHARES))]
 
 
-def _installed(distribution: str) -> tuple[Path, str]:
+def _installed(name: str) -> tuple[Path, str]:
     """Folder and version (without "+cpu" and the like) of an installed package, which is not imported."""
-    if distribution not in PACKAGES:
-        raise SourceError(f"packages: {distribution!r} is not one of {', '.join(PACKAGES)}")
-    folder, pinned = PACKAGES[distribution]
-    try:
-        found = metadata.distribution(distribution)
-    except metadata.PackageNotFoundError as error:
-        remedy = f"run: pip install {distribution}=={pinned}"
-        raise SourceError(f"package {distribution} is not installed; {remedy}") from error
-    root = Path(str(found.locate_file(folder)))
+    if name not in PACKAGES:
+        raise SourceError(f"packages: {name!r} is not one of {', '.join(PACKAGES)}")
+    folder, pinned = PACKAGES[name]
+    package = distribution(name, pinned)
+    root = Path(str(package.locate_file(folder)))
     if not root.is_dir():
-        raise SourceError(f"{root}: missing from package {distribution}; run: pip install --force-reinstall")
-    return root, found.version.partition("+")[0]
+        raise SourceError(f"{root}: missing from package {name}; run: pip install --force-reinstall {name}")
+    return root, package.version.partition("+")[0]
 
 
 def _python_files(root: Path) -> Iterator[Path]:
+    """The .py files of a package but those that are skipped."""
     for path in root.rglob("*.py"):
-        if path.name not in SKIPPED_FILES and not SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+        if not _SKIPPED.fullmatch(path.stem) and not SKIPPED_FOLDERS & set(path.relative_to(root).parts):
             yield path
 
 
 def _module(path: Path, site: Path) -> str:
+    """The dotted name of a file."""
     return ".".join(path.relative_to(site).with_suffix("").parts)
 
 
 def _source(path: Path) -> str:
+    """The text of a file; newlines are translated, because wheels for Windows end lines with CR LF."""
     try:
-        return path.read_text("utf-8")  # newlines translated: wheels for Windows end lines with CR LF
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read ({error}); reinstall its package") from error
 
@@ -199,14 +193,14 @@ def _imports(source: str, module: str) -> list[Statement]:
             stack: list[ast.AST] = [ast.parse(source)]
         except (SyntaxError, ValueError) as error:
             raise SourceError(f"{module} is not valid Python ({error}); reinstall its package") from error
-    found = []
+    statements = []
     while stack:
         node = stack.pop()
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            found.append(node)
+            statements.append(node)
         for block in ("body", "orelse", "finalbody", "handlers", "cases"):
             stack.extend(getattr(node, block, ()))
-    return found
+    return statements
 
 
 def _targets(statements: list[Statement], module: str, known: dict[str, str]) -> frozenset[str]:

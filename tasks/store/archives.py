@@ -30,14 +30,8 @@ from tasks.store.sources import ROOTS
 # zeros reach 1,000; the texts of LRA's release are 10 GB.
 MAX_RATIO, FREE_BYTES, MAX_BYTES = 200, 1 << 26, 1 << 37
 BLOCK = 512  # bytes; tar's unit, an archive ends with a block of zeros
-UNPACKED = (  # folders that the published archives unpack to, where tasks look for their files
-    "",
-    "aclImdb/",
-    "cifar-10-batches-py/",
-    "cifar-10-batches-bin/",
-    "listops-1000/",
-    "tsv_data/",
-)
+# Folders that the published archives unpack to, where tasks look for their files
+UNPACKED = ("", "aclImdb/", "cifar-10-batches-py/", "cifar-10-batches-bin/", "listops-1000/", "tsv_data/")
 LRA_RELEASE = ("lra_release.gz", "lra_release.tar.gz", "lra_release.tar")  # names it is known by
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
 

@@ -51,9 +51,7 @@ def prepare(
     built again. SourceError, which leaves the folder alone, if it was made from another source of data or by
     another source code of the task. Two processes that prepare the same task take turns.
     """
-    meta, recipe = task.META, task.RECIPES[preset]
-    if (name := task.__name__.rpartition(".")[2]) != meta.name:
-        raise SourceError(f"{task.__file__}: META.name is {meta.name!r}, expected {name!r}, the file's name")
+    meta, name, recipe = task.META, task.META.name, task.RECIPES[preset]
     source = source or ("local" if data_dir and not meta.generated else recipe.data.source)
     folder = Path(out) / name / preset
     origin = {"source": source, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}

@@ -27,7 +27,7 @@ from tasks.store.files import one_line, sha256_file
 SOURCES = ("embedded", "hub", "local")
 ROOTS = ("", "lra_release/", "lra_release/lra_release/")  # folders below --data-dir that are looked into
 CHUNK = 64  # items per unit of work of a thread
-WAYS_OUT = ("--data-dir DIR with a copy of it", "--source embedded", "a connection with HF_HUB_OFFLINE unset")
+WAYS_OUT = "--data-dir DIR with a copy of it, or --source embedded, or a connection with HF_HUB_OFFLINE unset"
 
 
 def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = SOURCES) -> None:
@@ -66,12 +66,10 @@ def read_folder(paths: Sequence[Path], workers: int) -> tuple[list[bytes], str]:
     return contents, hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def hub_file(
-    repo: str, name: str, *, revision: str, sha256: str | None = None, ways_out: Sequence[str] = WAYS_OUT
-) -> Path:
+def hub_file(repo: str, name: str, *, revision: str, sha256: str | None = None) -> Path:
     """Path of one file of a Hugging Face dataset repository at a pinned revision, in the hub's cache.
 
-    SourceError if the file cannot be had (`ways_out` are listed) or if its sha256 is not the expected one. Where
+    SourceError if the file cannot be had or if its sha256 is not the expected one. Where
     `sha256` is None, the expected one is what the revision itself says: the hub's cache stores a large file
     under the sha256 that the commit names.
     """
@@ -81,7 +79,7 @@ def hub_file(
         path = Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=revision))
     except Exception as error:  # offline, absent, refused: the HTTP library's errors differ by hub version
         problem = f"{repo}/{name} at {revision[:12]}: cannot be fetched ({one_line(error)})"
-        raise SourceError(f"{problem}; use {', or '.join(ways_out)}") from error
+        raise SourceError(f"{problem}; use {WAYS_OUT}") from error
     blob = path.resolve().name
     expected = sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
     if expected and (digest := sha256_file(path)) != expected:
@@ -98,16 +96,22 @@ def find_one(data_dir: Path, names: Sequence[str], what: str) -> Path:
     raise SourceError(f"--data-dir {data_dir}: {what} not found; looked for {', '.join(names)}")
 
 
-def package_file(package: str, version: str, relative: str) -> Path:
-    """Path of a file of an installed PyPI package, which is not imported (`relative` to site-packages)."""
-    way_out = f"run: pip install {package}=={version}"
+def distribution(package: str, version: str) -> metadata.Distribution:
+    """An installed PyPI package, which is not imported; `version` is the one that SourceError says to install."""
     try:
-        found = metadata.distribution(package)
+        return metadata.distribution(package)
     except metadata.PackageNotFoundError as error:
-        raise SourceError(f"package {package} is not installed; {way_out}") from error
-    if found.version != version:
-        raise SourceError(f"package {package} is {found.version}, expected {version}; {way_out}")
-    path = Path(str(found.locate_file(relative)))
+        problem = f"package {package} is not installed; run: pip install {package}=={version}"
+        raise SourceError(problem) from error
+
+
+def package_file(package: str, version: str, relative: str) -> Path:
+    """Path of a file of an installed PyPI package of this very version (`relative` to site-packages)."""
+    installed = distribution(package, version)
+    way_out = f"run: pip install {package}=={version}"
+    if installed.version != version:
+        raise SourceError(f"package {package} is {installed.version}, expected {version}; {way_out}")
+    path = Path(str(installed.locate_file(relative)))
     if not path.is_file():
         raise SourceError(f"{path}: missing from package {package}; {way_out} --force-reinstall")
     return path

@@ -343,7 +343,7 @@ def test_data_folder_without_the_files_names_what_is_looked_for(task, exists, er
     if exists:
         raw.mkdir()
     line = error_line("prepare", task, "--preset=smoke", "--data", tmp_path / "out", "--data-dir", raw)
-    assert str(raw) in line and "looked for" in line
+    assert str(raw) in line and ("looked for" if exists else "no such folder or archive") in line
     assert not (tmp_path / "out" / task / "smoke").exists()
 
 

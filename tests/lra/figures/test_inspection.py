@@ -87,7 +87,7 @@ def test_few_levels_are_spread_over_the_greys():
 
 
 def test_inspect_refuses_what_is_not_there(tmp_path, error_line, lab):
-    assert "run `python -m lra prepare` first" in error_line("inspect", "image", f"--data={tmp_path}")
+    assert "run `python -m lra prepare image --preset small" in error_line("inspect", "image", f"--data={tmp_path}")
     assert "did you mean 'small'" in error_line("inspect", "image", "--preset=smal")
     assert "did you mean 'image'" in error_line("inspect", "imag")
 

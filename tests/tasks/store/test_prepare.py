@@ -322,12 +322,6 @@ def test_the_identity_of_data_does_not_depend_on_source_code(task, tmp_path):
     assert data_identity(manifest | {"source_sha256": "0" * 64}) == data_identity(manifest)
 
 
-def test_a_file_named_other_than_its_task_is_refused(mine, tmp_path, error_line):
-    mine('name="mine"', 'name="tiny"')
-    line = error_line("prepare", "mine", "--preset=smoke", "--data", tmp_path)
-    assert "mine.py: META.name is 'tiny', expected 'mine', the file's name" in line
-
-
 # What a task may not deliver
 
 
