@@ -156,7 +156,15 @@ def test_an_archive_without_the_files_says_what_was_looked_for(tmp_path, error_l
 
 def test_a_task_without_archives_says_so(tmp_path, plugins, error_line):
     (tmp_path / "a.tar").write_bytes(b"")
-    words = ("prepare", "tiny", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path / "a.tar")
+    words = (
+        "prepare",
+        "tiny",
+        "--preset=smoke",
+        "--data",
+        tmp_path / "out",
+        "--data-dir",
+        tmp_path / "a.tar",
+    )
     assert "tiny reads no archives; give a folder" in error_line(*words)
 
 

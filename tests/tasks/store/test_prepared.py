@@ -147,7 +147,7 @@ def test_identities_of_committed_records_are_those_of_their_facts():
     """A record's own facts and name give the identity it was written with, source included."""
     records = [
         json.loads(path.read_text())
-        for path in sorted((ROOT / "results" / "reference").glob("reference/records/*/*/*/*.json"))
+        for path in sorted((ROOT / "results" / "reference").glob("records/*/*/*/*.json"))
     ]
     assert records
     for record in records:
