@@ -108,22 +108,19 @@ def _draw_chunk(seed, chunk, max_depth, max_args, min_length, max_length):
 
 
 def generate(
-    count: int,
-    *,
-    seed: int,
-    max_depth: int = 10,
-    max_args: int = 10,
-    min_length: int = 500,
-    max_length: int = 2000,
-    workers: int = 1,
+    count: int, *, seed: int, workers: int = 1, **limits: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """`count` distinct expressions: a list of uint16 id arrays and the uint8 labels.
 
-    Attempt i is drawn from stream(seed, i), and the first `count` accepted, distinct trees are returned in
-    attempt order: the result depends neither on `workers` (threads) nor on the platform, and a larger count
-    extends a smaller one. Raises SourceError if the limits do not allow that many.
+    `limits` are max_depth, max_args, min_length and max_length; those not given are the published ones. Attempt i
+    is drawn from stream(seed, i). The first `count` accepted, distinct trees are returned in the order of attempts,
+    so the result depends neither on `workers` (threads) nor on the platform, and a larger count extends a smaller
+    one. SourceError if the limits are not the four whole numbers or do not allow that many trees.
     """
-    limits = dict(max_depth=max_depth, max_args=max_args, min_length=min_length, max_length=max_length)
+    limits = _PUBLISHED | limits
+    if limits.keys() != _PUBLISHED.keys() or not all(isinstance(value, int) for value in limits.values()):
+        raise SourceError(f"ListOps options {limits}: use whole numbers for {', '.join(_PUBLISHED)}")
+    max_depth, max_args, min_length, max_length = limits.values()
     if max_depth < 2 or max_args < 2 or not 0 <= min_length <= max_length - 2:
         raise SourceError(f"ListOps with {limits}: use depth, args >= 2 and 0 <= min <= max - 2")
     from tqdm import tqdm
@@ -160,15 +157,13 @@ def _root(train: Split, test: Split) -> float:
 
 def _generated(data: Data, workers: int) -> dict[str, Split]:
     """The three splits drawn by `generate`, test first: a larger train leaves the other two as they are."""
-    options = data.options
-    if options.keys() != _PUBLISHED.keys() or not all(isinstance(value, int) for value in options.values()):
-        raise SourceError(f"ListOps options {options}: use whole numbers for {', '.join(_PUBLISHED)}")
-    if options["max_length"] > data.seq_len + 1:
-        raise SourceError(f"max_length {options['max_length']}: use seq_len + 1 = {data.seq_len + 1} or less")
+    longest = data.options.get("max_length")
+    if isinstance(longest, int) and longest > data.seq_len + 1:
+        raise SourceError(f"max_length {longest}: use seq_len + 1 = {data.seq_len + 1} or less")
     sizes = dict(test=data.test, val=data.val, train=data.train)
     if min(sizes.values()) < 1:
         raise SourceError(f"ListOps sizes {sizes}: generated splits need 1 or more examples each")
-    tokens, labels = generate(sum(sizes.values()), seed=data.seed, workers=workers, **options)
+    tokens, labels = generate(sum(sizes.values()), seed=data.seed, workers=workers, **data.options)
     parts = {name: slice(end - sizes[name], end) for name, end in zip(sizes, np.cumsum([*sizes.values()]))}
     return {name: Split.of(tokens[part], labels[part]) for name, part in parts.items()}
 

@@ -64,10 +64,10 @@ def prepare(
             scratch = parts / code[:16]
             built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=scratch)
         for split in SPLITS:
-            check(meta, split, built.splits[split], recipe.data.seq_len)
+            check(meta, split, built.splits.get(split, Split.of([], [])), recipe.data.seq_len)
         splits, removed, repeated = disjoint(built.splits, meta.towers)
         if empty := [split for split in SPLITS if not len(splits[split].labels)]:
-            raise SourceError(f"task {name}, {empty[0]} split: empty without duplicates of later splits")
+            raise SourceError(f"task {name}, {empty[0]} split: every example occurs in a later split, too")
         manifest = {"schema": SCHEMA, "task": name, "version": meta.version, "request": request}
         manifest |= {k: v for k, v in vars(built).items() if k != "splits"}
         most_frequent = majority(built.splits["train"].labels, built.splits["test"].labels)

@@ -332,7 +332,7 @@ def test_the_identity_of_data_does_not_depend_on_source_code(task, tmp_path):
         (Split.of([np.array([70_000])], [0]), "token id 70000 is outside 1 to 4"),
         (Split.of([np.ones(42)], [0]), "sequence 0 has 42 tokens, expected 1 to seq_len=41"),
         (Split.of([], []), "empty; ask for fewer examples"),
-        (Split.of(sequences("c"), [0]), "empty without duplicates of later splits"),
+        (Split.of(sequences("c"), [0]), "every example occurs in a later split, too"),
     ],
 )
 def test_bad_splits_are_one_line_and_leave_nothing(task, tmp_path, monkeypatch, error_line, split, says):
@@ -340,6 +340,14 @@ def test_bad_splits_are_one_line_and_leave_nothing(task, tmp_path, monkeypatch, 
     line = error_line("prepare", "tiny", "--preset=smoke", "--data", tmp_path)
     assert f"task tiny, val split: {says}" in line
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["smoke.lock"]
+
+
+def test_a_split_that_is_not_there_is_one_line(task, tmp_path, monkeypatch, error_line):
+    incomplete = returning({})(None, source="embedded", data_dir=None, workers=1, scratch=None)
+    del incomplete.splits["val"]
+    monkeypatch.setattr(task, "build", lambda recipe, **options: incomplete)
+    line = error_line("prepare", "tiny", "--preset=smoke", "--data", tmp_path)
+    assert line.startswith("error: task tiny, val split: empty")
 
 
 def test_a_folder_of_raw_data_that_is_not_there_is_named_without_layouts(tmp_path, plugins, error_line):
