@@ -7,14 +7,13 @@ from argparse import Namespace
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from lra import registry
+from lra.leaderboard.identity import task_module
 from lra.options import UsageError
-from lra.records.record import predictions_path, read_labels, read_predictions, write_labels
+from lra.records.record import predictions_path, read_labels, read_predictions
 from lra.records.schema import Rejected, Unchecked
 from tasks.base import SourceError
 from tasks.store.prepared import Prepared, data_identity, load
@@ -47,17 +46,9 @@ def consistent(path: Path, record: dict[str, Any], places: Places) -> None:
         raise Rejected("status is not ok, and yet there are predictions")
 
 
-def task_module(record: dict[str, Any]) -> ModuleType:
-    """The file of the record's task, found among the suite's by name."""
-    try:
-        return registry.load_task(record["task"]["name"])
-    except UsageError as error:
-        raise Rejected(f"task.name: {error}") from None
-
-
-def _same(field: str, found: Any, expected: Any, why: str) -> None:
-    if found != expected:
-        raise Rejected(f"{field} is {found}, and {why} makes it {expected}")
+def _same(field: str, value: Any, expected: Any, why: str) -> None:
+    if value != expected:
+        raise Rejected(f"{field} is {value}, and {why} makes it {expected}")
 
 
 def _data(record: dict[str, Any]) -> None:
@@ -132,7 +123,7 @@ def _counts(path: Path, record: dict[str, Any], places: Places) -> None:
     classes = task_module(record).META.classes
     if predictions.max() >= classes:
         raise Rejected(f"a prediction is class {predictions.max()}, and the task has {classes}")
-    labels = np.frombuffer(_labels(record, places), np.uint8)
+    labels = np.frombuffer(labels_of(record, places), np.uint8)
     correct = int((predictions == labels).sum())
     _same("result.n_correct", result["n_correct"], correct, "counting predictions against labels")
     shares = np.bincount(labels, minlength=classes) / len(labels)
@@ -141,18 +132,16 @@ def _counts(path: Path, record: dict[str, Any], places: Places) -> None:
         raise Rejected(f"data.floors.majority {majority} is the share of no class among the test labels")
 
 
-def _labels(record: dict[str, Any], places: Places) -> bytes:
-    """The test labels by their hash: those kept with the results, else of prepared data, which are then kept."""
+def labels_of(record: dict[str, Any], places: Places) -> bytes:
+    """The test labels by their hash: those kept with the results, else those of the prepared data."""
     split = record["data"]["splits"]["test"]
     try:
         return read_labels(places.results, split["labels_sha256"], split["n"])
     except UsageError as error:
         try:
-            labels = prepared_data(record, places).splits["test"].labels.tobytes()
+            return prepared_data(record, places).splits["test"].labels.tobytes()
         except (SourceError, Unchecked):
             raise Unchecked(f"{error}; with the data prepared in --data they would be found") from None
-    write_labels(places.results, labels)
-    return labels
 
 
 def prepared_data(record: dict[str, Any], places: Places) -> Prepared:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lra.options import UsageError
-from lra.records.markup import Block, Grid, Heading, Text
+from lra.records.markup import MISSING, Block, Grid, Heading, Text
 
 BASELINE = "softmax"
-MISSING = "–"
 SPEED = (
     "Forward and backward of the attention alone, relative to softmax in the same interleaved benchmark "
     "(results/bench/attention.json): softmax's time divided by the method's (above 1 = faster) / peak memory "
