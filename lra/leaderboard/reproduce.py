@@ -12,7 +12,7 @@ import numpy as np
 
 from lra import registry
 from lra.leaderboard.consistency import places
-from lra.leaderboard.levels import identity
+from lra.leaderboard.identity import identity
 from lra.leaderboard.rerun import run_of, unlike
 from lra.leaderboard.submit import counter_root
 from lra.machine import pick_device, set_threads
