@@ -60,7 +60,7 @@ COMMANDS = {
         "lra.leaderboard.submit:verify_all",
         (
             option("files", "JSON files of records (default: all of --results)", Path, nargs="*"),
-            option("--level", LEVELS, range(5), 1),
+            option("--level", LEVELS, range(5), 1, type=int),
             TRUST,
             *PLACES,
         ),
