@@ -67,8 +67,8 @@ def _data(record: dict[str, Any]) -> None:
     ended, planned = training["steps"], training["recipe"]["steps"]
     if (record["result"] and ended != planned) or ended > planned:
         raise Rejected(f"training.steps is {ended}, and the recipe has {planned}")
-    seen = ended * training["recipe"]["batch"]
-    _same("training.examples_seen", training["examples_seen"], seen, "steps times batch")
+    examples = ended * training["recipe"]["batch"]
+    _same("training.examples_seen", training["examples_seen"], examples, "steps times batch")
 
 
 def _clocks(record: dict[str, Any]) -> None:
@@ -79,8 +79,8 @@ def _clocks(record: dict[str, Any]) -> None:
         raise Rejected(f"cost.steps_per_s {cost['steps_per_s']} is not steps / wall_s {cost['wall_s']}")
     towers = task_module(record).META.towers
     longest = towers * max(s["max_length"] for s in record["data"]["splits"].values())
-    seen, tokens = training["examples_seen"], cost["tokens_per_s"] * high
-    if not 0.99 * towers * seen <= tokens <= 1.01 * seen * longest + 1:
+    examples, tokens = training["examples_seen"], cost["tokens_per_s"] * high
+    if not 0.99 * towers * examples <= tokens <= 1.01 * examples * longest + 1:
         raise Rejected(f"cost.tokens_per_s times wall_s is not between 1 and {longest} tokens per example")
     try:
         started, ended = (datetime.fromisoformat(record[k]) for k in ("started", "ended"))

@@ -39,11 +39,11 @@ def verify_all(args: Namespace) -> int:
     results, level = args.results, 1 if args.level == 4 else args.level
     known, where = _read(results), places(args)
     shortfalls: dict[Path, str] = {}  # why a record did not reach the level; empty if it did
-    named, seen = {path.resolve() for path in args.files}, set()
+    named, checked = {path.resolve() for path in args.files}, set()
     for root in roots(results):
         paths = sorted(root.glob("*/*/*/seed*.json"))
         wanted = [p for p in paths if not named or p.resolve() in named]
-        seen |= {p.resolve() for p in wanted}
+        checked |= {p.resolve() for p in wanted}
         context = Context(root, iterate_records(root.parent, report=lambda line: None)) if wanted else None
         for path in tqdm(wanted, desc="verifying", unit="record", disable=None, leave=False, delay=2):
             verdict, place = verify(path, level, where, context), path.relative_to(results)
@@ -52,7 +52,7 @@ def verify_all(args: Namespace) -> int:
     if not named:
         known = {place: entry for place, entry in known.items() if (results / place).exists()}
     _write(results, known)
-    for path in sorted(named - seen):  # not under --results: checked, and kept nowhere
+    for path in sorted(named - checked):  # not under --results: checked, and kept nowhere
         shortfalls[path] = _shortfall(verify(path, level, where), level)
     if args.level == 4:
         shortfalls = _without_v4(shortfalls, verified(results))
@@ -251,9 +251,9 @@ def _fingerprint(path: Path) -> str:
 def _read(results: Path) -> dict[str, dict[str, Any]]:
     path = Path(results) / "verification.json"
     try:
-        kept = json.loads(read_limited(path))
-        entries = kept["records"]
-        if kept["schema"] != SCHEMA or not all(e.keys() == FIELDS for e in entries.values()):
+        file = json.loads(read_limited(path))
+        entries = file["records"]
+        if file["schema"] != SCHEMA or not all(e.keys() == FIELDS for e in entries.values()):
             raise ValueError
     except FileNotFoundError:
         return {}

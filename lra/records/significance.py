@@ -72,10 +72,10 @@ def _answers(cell: Cell, labels_of: Callable) -> np.ndarray | None:
         try:
             record = read_record(e.path)
             sha256 = record["data"]["splits"]["test"]["labels_sha256"]
-            kept = read_predictions(e.path, record), labels_of(e.results, sha256, e.n_test)
+            content = read_predictions(e.path, record), labels_of(e.results, sha256, e.n_test)
         except (UsageError, KeyError):
             return None
-        predictions, labels = (np.frombuffer(part, np.uint8) for part in kept)
+        predictions, labels = (np.frombuffer(part, np.uint8) for part in content)
         if len(predictions) != len(labels) or len(labels) < 2:
             return None
         answers.append(predictions == labels)
