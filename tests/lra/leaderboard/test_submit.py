@@ -111,7 +111,7 @@ def test_weights_reach_v3_and_without_them_the_reason_is_said(lab, tmp_path, cap
     assert badges(lab) == ["V3"] * 3
     lab.runs = tmp_path / "no-runs"
     assert leaderboard(lab, "verify", "--level=3") == 1
-    assert "seed0.json and 2 others: not V3: V3: no weights at" in capsys.readouterr().out
+    assert "seed0.json: not V3: V3: no weights of" in capsys.readouterr().out
 
 
 def test_data_that_are_not_prepared_are_said_once(lab, tmp_path, capsys):
