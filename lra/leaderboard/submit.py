@@ -86,7 +86,7 @@ def _print_grouped(shortfalls: dict[Path, str]) -> None:
         if why:
             groups[why, place if why.startswith("rejected") else None].append(place)
     for (why, _), group in groups.items():
-        others = f" and {len(group) - 1} others" if len(group) > 1 else ""
+        others = f" and {len(group) - 1} more" if len(group) > 1 else ""
         print(f"{group[0]}{others}: {why}")
 
 

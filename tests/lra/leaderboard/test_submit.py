@@ -118,7 +118,7 @@ def test_data_that_are_not_prepared_are_said_once(lab, tmp_path, capsys):
     lab.data = tmp_path / "none"
     assert leaderboard(lab, "verify", "--level=2") == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "seed0.json and 2 others: not V2: V2: no prepared data in" in lines[0]
+    assert len(lines) == 2 and "seed0.json and 2 more: not V2: V2: no prepared data in" in lines[0]
 
 
 def test_an_empty_results_folder_is_verified_at_once(tmp_path, lab, capsys):
