@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything: environment, data, every missing (task, attention, seed), table. Interrupted, it resumes.
+# Everything, into results/, which is yours: environment, data, missing runs, tables, figures, the reference beside them.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -11,7 +11,7 @@ usage: bash run_all.sh [--preset P] [--tasks A,B] [--attentions A,B] [--seeds N]
                   paper: LRA's lengths (default on a GPU); paper-large: its encoders of 3 to 6 layers, too
   --attentions A,B  default: softmax,constant,performer,linformer,darkformer; all: every one of `list attentions`
   --tasks A,B     default: all              --seeds N  seeds 0..N-1 of each cell (default: 1; small: 3)
-  --results DIR   folder of records and tables (default: results)
+  --results DIR   folder of records and tables (default: results, which git ignores)
   --data-dir DIR  raw data, a folder or archive, in place of what the packages embed; prepared under data/local
   anything else goes to `python -m lra sweep`, see its --help
 TEXT
@@ -45,16 +45,16 @@ status=0
   ${extra[@]+"${extra[@]}"} || status=$?
 case $status in 0 | 1 | 75) ;; *) exit $status ;; esac           # 1: the table shows what failed; 75: another runs the rest
 "$PY" -m lra table --results "$results" --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
-"$PY" -m lra table --results "$results" --preset "$preset" || status=$?
 "$PY" -m lra leaderboard build --results "$results" || status=$?
 if [[ -n $gemma ]]; then  # left out where --tasks or --attentions ask for a part; a tiny model in smoke, else 270M (253 MB)
   base=(--model gemma-3-270m --precision bf16)
   [[ $preset != smoke ]] || base=(--model tiny)
   base+=(--results "$results" --attention softmax --attention constant --attention performer
          --attention performer,align=balance --attention darkformer,align=balance,init=aligned,target_norm=4)
-  "$PY" -m lra gemma swap "${base[@]}" || status=$?
-  "$PY" -m lra gemma finetune "${base[@]}" || status=$?
+  for action in swap finetune; do "$PY" -m lra gemma $action "${base[@]}" || status=$?; done
   "$PY" -m lra gemma table --results "$results" && "$PY" -m lra gemma plot --results "$results" || status=$?
 fi
 echo "all tables: $results/TABLE.md; figures: $results/index.html; learning curves: $PY -m lra tensorboard --start"
+"$PY" -m lra table --results "$results" --preset "$preset" --compact || status=$?
+"$PY" -m lra compare --results "$results" --preset "$preset" || status=$?
 exit $status

@@ -9,8 +9,7 @@ from typing import Any
 
 from lra.figures.inspection import SCHEMA, TOKENS
 from lra.options import PRESETS, UsageError
-from lra.records.markup import Grid, markdown
-from lra.records.table import refresh_block
+from lra.records.markup import Grid, markdown, refresh_block
 from tasks.base import SPLITS
 from tasks.store.files import atomic_path
 

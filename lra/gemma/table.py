@@ -11,10 +11,9 @@ from pathlib import Path
 from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
 from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, clusters, gap, ratio, recovered, spikes, widened
 from lra.options import UsageError
-from lra.records.markup import Block, Grid, Heading, Text, markdown
+from lra.records.markup import Block, Grid, Heading, Text, markdown, refresh_block
 from lra.records.record import iterate_records
 from lra.records.stats import Estimate
-from lra.records.table import refresh_block
 from tasks.store.files import atomic_path
 
 MISSING = "–"

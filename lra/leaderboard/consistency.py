@@ -7,14 +7,13 @@ from argparse import Namespace
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from lra import registry
+from lra.leaderboard.identity import task_module
 from lra.options import UsageError
-from lra.records.record import predictions_path, read_labels, read_predictions, write_labels
+from lra.records.record import predictions_path, read_labels, read_predictions
 from lra.records.schema import Rejected, Unchecked
 from tasks.base import SourceError
 from tasks.store.prepared import Prepared, data_identity, load
@@ -47,17 +46,9 @@ def consistent(path: Path, record: dict[str, Any], places: Places) -> None:
         raise Rejected("status is not ok, and yet there are predictions")
 
 
-def task_module(record: dict[str, Any]) -> ModuleType:
-    """The file of the record's task, found among the suite's by name."""
-    try:
-        return registry.load_task(record["task"]["name"])
-    except UsageError as error:
-        raise Rejected(f"task.name: {error}") from None
-
-
-def _same(field: str, found: Any, expected: Any, why: str) -> None:
-    if found != expected:
-        raise Rejected(f"{field} is {found}, and {why} makes it {expected}")
+def _same(field: str, value: Any, expected: Any, why: str) -> None:
+    if value != expected:
+        raise Rejected(f"{field} is {value}, and {why} makes it {expected}")
 
 
 def _data(record: dict[str, Any]) -> None:
@@ -76,8 +67,8 @@ def _data(record: dict[str, Any]) -> None:
     ended, planned = training["steps"], training["recipe"]["steps"]
     if (record["result"] and ended != planned) or ended > planned:
         raise Rejected(f"training.steps is {ended}, and the recipe has {planned}")
-    seen = ended * training["recipe"]["batch"]
-    _same("training.examples_seen", training["examples_seen"], seen, "steps times batch")
+    examples = ended * training["recipe"]["batch"]
+    _same("training.examples_seen", training["examples_seen"], examples, "steps times batch")
 
 
 def _clocks(record: dict[str, Any]) -> None:
@@ -88,8 +79,8 @@ def _clocks(record: dict[str, Any]) -> None:
         raise Rejected(f"cost.steps_per_s {cost['steps_per_s']} is not steps / wall_s {cost['wall_s']}")
     towers = task_module(record).META.towers
     longest = towers * max(s["max_length"] for s in record["data"]["splits"].values())
-    seen, tokens = training["examples_seen"], cost["tokens_per_s"] * high
-    if not 0.99 * towers * seen <= tokens <= 1.01 * seen * longest + 1:
+    examples, tokens = training["examples_seen"], cost["tokens_per_s"] * high
+    if not 0.99 * towers * examples <= tokens <= 1.01 * examples * longest + 1:
         raise Rejected(f"cost.tokens_per_s times wall_s is not between 1 and {longest} tokens per example")
     try:
         started, ended = (datetime.fromisoformat(record[k]) for k in ("started", "ended"))
@@ -132,7 +123,7 @@ def _counts(path: Path, record: dict[str, Any], places: Places) -> None:
     classes = task_module(record).META.classes
     if predictions.max() >= classes:
         raise Rejected(f"a prediction is class {predictions.max()}, and the task has {classes}")
-    labels = np.frombuffer(_labels(record, places), np.uint8)
+    labels = np.frombuffer(labels_of(record, places), np.uint8)
     correct = int((predictions == labels).sum())
     _same("result.n_correct", result["n_correct"], correct, "counting predictions against labels")
     shares = np.bincount(labels, minlength=classes) / len(labels)
@@ -141,18 +132,16 @@ def _counts(path: Path, record: dict[str, Any], places: Places) -> None:
         raise Rejected(f"data.floors.majority {majority} is the share of no class among the test labels")
 
 
-def _labels(record: dict[str, Any], places: Places) -> bytes:
-    """The test labels by their hash: those kept with the results, else of prepared data, which are then kept."""
+def labels_of(record: dict[str, Any], places: Places) -> bytes:
+    """The test labels by their hash: those kept with the results, else those of the prepared data."""
     split = record["data"]["splits"]["test"]
     try:
         return read_labels(places.results, split["labels_sha256"], split["n"])
     except UsageError as error:
         try:
-            labels = prepared_data(record, places).splits["test"].labels.tobytes()
+            return prepared_data(record, places).splits["test"].labels.tobytes()
         except (SourceError, Unchecked):
             raise Unchecked(f"{error}; with the data prepared in --data they would be found") from None
-    write_labels(places.results, labels)
-    return labels
 
 
 def prepared_data(record: dict[str, Any], places: Places) -> Prepared:

@@ -1,10 +1,11 @@
-"""Options of `leaderboard ...`, `evaluate` and `reproduce`; answers --help without torch."""
+"""Options of `leaderboard ...`, `evaluate`, `reproduce` and `table`; answers --help without torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lra.options import PLACES, PORT, RESULTS, TRUST, Command, option
+from lra.records.options import PRESETS_SHOWN
 
 RECORD = option("record", "its JSON file", Path)
 LEVELS = (
@@ -26,6 +27,25 @@ COMMANDS = {
             *PLACES,
         ),
     ),
+    "table": Command(
+        "lra.leaderboard.tables:show_table",
+        (
+            RESULTS,
+            option(
+                "--format",
+                "Markdown, LaTeX (booktabs), or CSV (a line per record)",
+                ("md", "tex", "csv"),
+                "md",
+            ),
+            option("--compact", "accuracies of the default runs alone, in narrow Markdown", bool),
+            PRESETS_SHOWN,
+            option(
+                "--write",
+                "a file; of a Markdown file only the text between its results markers changes",
+                Path,
+            ),
+        ),
+    ),
     "leaderboard submit": Command(
         "lra.leaderboard.submit:submit",
         (
@@ -40,7 +60,7 @@ COMMANDS = {
         "lra.leaderboard.submit:verify_all",
         (
             option("files", "JSON files of records (default: all of --results)", Path, nargs="*"),
-            option("--level", LEVELS, range(5), 1),
+            option("--level", LEVELS, range(5), 1, type=int),
             TRUST,
             *PLACES,
         ),

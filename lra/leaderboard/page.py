@@ -17,8 +17,7 @@ from lra.figures.style import INK, color
 from lra.leaderboard.submit import Verdict, verified
 from lra.options import UsageError
 from lra.records import measured, published, table
-from lra.records.cells import Cell, Table
-from lra.records.entries import Column, Entry
+from lra.records.cells import Cell, Column, Entry, Table
 from lra.records.markup import flat, html_fragment
 from lra.records.record import report_skipped
 from lra.records.stats import mean_sd
@@ -78,7 +77,8 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
     script = (HERE / "page.js").read_text(encoding="utf-8")
     verdicts = verified(results)
     rows = [row for t in tables for row in _rows(results, t, verdicts)]
-    blocks = [*table.blocks(tables), *measured.blocks(results), *published.blocks()]
+    reproduced = {place: v.reproduction for place, v in verdicts.items() if v.reproduction}
+    blocks = [*table.blocks(tables, reproduced), *measured.blocks(results), *published.blocks()]
     return environment.get_template("page.html.j2").render(
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),

@@ -12,13 +12,13 @@ import numpy as np
 
 from lra import registry
 from lra.leaderboard.consistency import places
-from lra.leaderboard.levels import identity
+from lra.leaderboard.identity import identity
 from lra.leaderboard.rerun import run_of, unlike
 from lra.leaderboard.submit import counter_root
 from lra.machine import pick_device, set_threads
 from lra.options import UsageError
 from lra.records import schema
-from lra.records.record import read_labels, read_predictions, read_record, write_record
+from lra.records.record import read_labels, read_predictions, read_record, write_labels, write_record
 from lra.records.stats import margin, mcnemar, paired_bootstrap
 from lra.training.train import Interrupted, train
 from lra.training.trainer import Where
@@ -58,6 +58,9 @@ def reproduce(args: Namespace) -> int:
                 raise KeyboardInterrupt from None
             again = read_record(path)
             reruns[threads] = again, read_predictions(path, again) if again["result"] else None
+    write_labels(
+        args.results, prepared.splits["test"].labels.tobytes()
+    )  # what the counter-record is counted by
     return _report(args, record, reruns, target)
 
 
@@ -67,11 +70,11 @@ def _report(args: Namespace, record: dict, reruns: dict[int, tuple], target: Pat
     (first, (again, predictions)), *others = reruns.items()
     worst = 0
     for threads, rerun in reruns.items():
-        verdict, details = compare(original, rerun, args.results)
+        verdict, details = same_run(original, rerun, args.results)
         worst |= verdict == "different"
         print(f"threads {threads}, against the record: {verdict}{details}")
     for threads, rerun in others:
-        verdict, details = compare(reruns[first], rerun, args.results)
+        verdict, details = same_run(reruns[first], rerun, args.results)
         print(f"threads {threads} against {first}: {verdict}{details}")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_record(target, again, predictions)
@@ -79,27 +82,28 @@ def _report(args: Namespace, record: dict, reruns: dict[int, tuple], target: Pat
     return worst
 
 
-def compare(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
+def same_run(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
     """Two runs of one cell and seed, each (record, predictions): a verdict, and what differs.
 
-    "bitwise equal": initial weights, curve, probe, counts and predictions are the same. "within tolerance": the
-    probe agrees as V2 asks, and the accuracies differ by no more than V4's margin. Else "different".
+    bitwise equal     initial weights, curve, probe, counts and predictions are the same
+    within tolerance  the probe agrees as V2 asks, and the accuracies differ by no more than V4's margin
+    different         else
     """
-    (a, stored), (b, found) = original, rerun
+    (a, stored), (b, fresh) = original, rerun
     if a["status"] != b["status"] or not a["result"]:
         same = a["status"] == b["status"]
         return ("bitwise equal" if same else "different"), f": {a['status']}, then {b['status']}"
     first, second = a["result"], b["result"]
-    if first == second and stored == found and a["model"]["init_sha256"] == b["model"]["init_sha256"]:
+    if first == second and stored == fresh and a["model"]["init_sha256"] == b["model"]["init_sha256"]:
         return "bitwise equal", ""
     n = first["n_test"]
     gap = (second["n_correct"] - first["n_correct"]) / n
     apart = unlike(first["probe"]["losses"], second["probe"]["losses"])
     close = apart is None and abs(gap) <= margin(first["n_correct"] / n, n)
-    return ("within tolerance" if close else "different"), _details(a, stored, b, found, apart, results)
+    return ("within tolerance" if close else "different"), _details(a, stored, b, fresh, apart, results)
 
 
-def _details(a: dict, stored: bytes, b: dict, found: bytes, apart: int | None, results: Path) -> str:
+def _details(a: dict, stored: bytes, b: dict, fresh: bytes, apart: int | None, results: Path) -> str:
     """Where two runs part, in words: initial weights, probe, curve, predictions, accuracy."""
     first, second = a["result"], b["result"]
     parts = [] if a["model"]["init_sha256"] == b["model"]["init_sha256"] else ["other initial weights"]
@@ -108,7 +112,7 @@ def _details(a: dict, stored: bytes, b: dict, found: bytes, apart: int | None, r
     pairs = zip(first["curve"], second["curve"], strict=True)
     if step := next((x for x, y in pairs if x != y), None):
         parts.append(f"the curve parts at step {step[0]}")
-    x, y = (np.frombuffer(p, np.uint8) for p in (stored, found))
+    x, y = (np.frombuffer(p, np.uint8) for p in (stored, fresh))
     parts.append(f"{int((x != y).sum())} of {len(x)} predictions differ")
     split = a["data"]["splits"]["test"]
     labels = np.frombuffer(read_labels(results, split["labels_sha256"], split["n"]), np.uint8)
@@ -139,12 +143,12 @@ def _data(record: dict[str, Any], args: Namespace) -> Prepared:
     task, source, expected = record["task"], record["data"]["source"], record["data"]["manifest_sha256"]
     folder = args.data / task["name"] / task["preset"]
     try:
-        found = load(folder)
-        if data_identity(found.manifest) == expected:
-            return found
+        prepared = load(folder)
+        if data_identity(prepared.manifest) == expected:
+            return prepared
     except SourceError:
         pass  # not there yet, or damaged: made again
-    found, _ = prepare(
+    prepared, _ = prepare(
         registry.load_task(task["name"]),
         task["preset"],
         out=args.data,
@@ -152,6 +156,6 @@ def _data(record: dict[str, Any], args: Namespace) -> Prepared:
         data_dir=args.data_dir,
         workers=os.cpu_count() or 1,
     )
-    if data_identity(found.manifest) != expected:
+    if data_identity(prepared.manifest) != expected:
         raise UsageError(f"{folder} is not the data of {args.record}: give another --data, or --data-dir")
-    return found
+    return prepared

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lra.leaderboard.consistency import Places, places, prepared_data
-from lra.leaderboard.levels import manifest
+from lra.leaderboard.identity import manifest
 from lra.machine import environment, pick_device
 from lra.options import UsageError
 from lra.records.record import read_predictions, read_record, record_path
@@ -64,13 +64,13 @@ def model_again(record: dict[str, Any], places: Places) -> None:
     Initial weights are compared only with the software and processor of the record: others round otherwise.
     """
     run = run_of(record, places)
-    found = model_facts(run)
-    expected = {f"model.{k}": v for k, v in found.items()}
+    facts = model_facts(run)
+    expected = {f"model.{k}": v for k, v in facts.items() if k != "source_sha256"}
     expected |= {
         "training.recipe": asdict(run.recipe.train),
         "training.budget": run.recipe.budget,
         "training.overrides": run.overrides,
-        "task.protocol": protocol(run, found["n_params_ratio_to_softmax"]),
+        "task.protocol": protocol(run, facts["n_params_ratio_to_softmax"]),
         "command": run.command,
     }
     here = environment(torch.device("cpu"))
@@ -100,8 +100,8 @@ def probe_again(path: Path, record: dict[str, Any], places: Places) -> None:
     if again["batch"] != record["result"]["probe"]["batch"]:
         raise Rejected(f"result.probe.batch must be {again['batch']}")
     if (k := unlike(recorded, again["losses"])) is not None:
-        found = again["losses"][k]
-        raise Rejected(f"result.probe.losses[{k}] is {recorded[k]}, and running the step again gives {found}")
+        loss = again["losses"][k]
+        raise Rejected(f"result.probe.losses[{k}] is {recorded[k]}, and running the step again gives {loss}")
 
 
 def unlike(recorded: list[float | None], again: list[float | None]) -> int | None:

@@ -1,4 +1,4 @@
-"""`leaderboard`: take records in, verify them, and say how far each was verified. Nothing here loads torch itself.
+"""`leaderboard submit` and `verify`: take records in, and keep how far each was verified. Loads no torch itself.
 
 results/verification.json keeps, for each record, the levels passed and the sha256 of what was checked: a record
 or predictions changed afterwards have lost their badge. It holds no date, so checking again gives the same bytes.
@@ -11,17 +11,18 @@ import json
 import shutil
 from argparse import Namespace
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lra.leaderboard.consistency import places
-from lra.leaderboard.levels import Context, Outcome, identity, missing_seeds, verify
+from lra.leaderboard.consistency import labels_of, places
+from lra.leaderboard.identity import identity
+from lra.leaderboard.levels import Context, Reproduction, Verdict, missing_seeds, verify
 from lra.options import UsageError
-from lra.records.record import iterate_records, predictions_path, read_limited, read_record
-from lra.records.stats import Estimate, equivalence, margin
+from lra.records.compare import equivalent
+from lra.records.record import iterate_records, predictions_path, read_limited, read_record, write_labels
 from tasks.store.files import atomic_path
 
 SCHEMA = "lra-verification/1"
@@ -29,88 +30,64 @@ FIELDS = {"sha256", "levels", "rejected", "reason"}
 FEWEST = 3  # runs by somebody else that V4 takes
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How far a record was verified: `levels` passed, whether it was rejected, why it is not higher, and V4."""
-
-    levels: tuple[int, ...] = ()
-    rejected: bool = False
-    reason: str = "never verified, or changed since: python -m lra leaderboard verify"
-    reproduction: Reproduction | None = None
-
-    @property
-    def badge(self) -> str:
-        """rejected, unverified, or V0 to V4; with `disputed` where somebody else's runs disagree."""
-        if self.rejected:
-            return "rejected"
-        disputed = self.reproduction and self.reproduction.verdict == "disputed"
-        return (f"V{max(self.levels)}" if self.levels else "unverified") + (" disputed" if disputed else "")
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """V4: the runs of a cell against those of somebody else. `gap` is theirs minus the recorded, in fractions."""
-
-    by: str
-    seeds: int
-    verdict: str  # reproduced, disputed or inconclusive
-    gap: Estimate  # with its 90% interval
-    margin: float
-
-    def __str__(self) -> str:
-        numbers = (100 * x for x in (self.gap.value, self.gap.low, self.gap.high, self.margin))
-        gap, low, high, within = numbers
-        return (
-            f"{self.verdict} by {self.by} ({self.seeds} seeds): {gap:+.1f} points [{low:+.1f}, {high:+.1f}], "
-            f"equivalent within ±{within:.1f}"
-        )
-
-
 def verify_all(args: Namespace) -> int:
     """`leaderboard verify`: every record, or those named, up to --level; what is known of unchanged ones is kept.
 
-    --level 4 is V1 and what the counter-records say, which are asked for V1 alone. Exit code 1 when a record did not
-    reach the level.
+    --level 4 is V1 and what the counter-records show; a counter-record itself is asked for V1 alone. Exit code 1 if
+    a record did not reach the level.
     """
     results, level = args.results, 1 if args.level == 4 else args.level
-    known, where, reached, seen = _read(results), places(args), {}, set()
-    named = {path.resolve() for path in args.files}
+    known, where = _read(results), places(args)
+    shortfalls: dict[Path, str] = {}  # why a record did not reach the level; empty if it did
+    named, checked = {path.resolve() for path in args.files}, set()
     for root in roots(results):
         paths = sorted(root.glob("*/*/*/seed*.json"))
         wanted = [p for p in paths if not named or p.resolve() in named]
-        seen |= {p.resolve() for p in wanted}
+        checked |= {p.resolve() for p in wanted}
         context = Context(root, iterate_records(root.parent, report=lambda line: None)) if wanted else None
         for path in tqdm(wanted, desc="verifying", unit="record", disable=None, leave=False, delay=2):
-            outcome = verify(path, level, where, context)
-            place = path.relative_to(results)
-            known[place.as_posix()] = _entry(path, outcome, known.get(place.as_posix()), results)
-            reached[place] = _said(outcome, level)
+            verdict, place = verify(path, level, where, context), path.relative_to(results)
+            known[place.as_posix()] = _entry(path, verdict, known.get(place.as_posix()), results)
+            shortfalls[place] = _shortfall(verdict, level)
     if not named:
         known = {place: entry for place, entry in known.items() if (results / place).exists()}
     _write(results, known)
-    for path in sorted(named - seen):  # not under --results: said, and kept nowhere
-        reached[path] = _said(verify(path, level, where), level)
+    for path in sorted(named - checked):  # not under --results: checked, and kept nowhere
+        shortfalls[path] = _shortfall(verify(path, level, where), level)
     if args.level == 4:
-        found = verified(results)
-        reached = {place: why for place, why in reached.items() if why or place.parts[0] != "counter"}
-        for place in [p for p, why in reached.items() if not why and p in found]:
-            if 4 not in found[place].levels:
-                reached[place] = str(
-                    found[place].reproduction or f"not V4: no {FEWEST} verified counter-records"
-                )
-    for place, why in reached.items():
-        if why:
-            print(f"{place}: {why}")
-    short = sum(map(bool, reached.values()))
-    print(f"{len(reached)} records: {len(reached) - short} reached V{args.level}, {short} did not")
+        shortfalls = _without_v4(shortfalls, verified(results))
+    _print_grouped(shortfalls)
+    short = sum(map(bool, shortfalls.values()))
+    print(f"{len(shortfalls)} records: {len(shortfalls) - short} reached V{args.level}, {short} did not")
     return 1 if short else 0
 
 
-def _said(outcome: Outcome, level: int) -> str:
-    """Why a record did not reach a level; nothing if it did."""
-    if outcome.rejected:
-        return f"rejected: {outcome.reason}"
-    return "" if level in outcome.levels else f"not V{level}: {outcome.reason}"
+def _shortfall(verdict: Verdict, level: int) -> str:
+    """Why a record did not reach a level; empty if it did."""
+    if verdict.rejected:
+        return f"rejected: {verdict.reason}"
+    return "" if level in verdict.levels else f"not V{level}: {verdict.reason}"
+
+
+def _without_v4(shortfalls: dict[Path, str], verdicts: dict[Path, Verdict]) -> dict[Path, str]:
+    """The same for V4: records that reached V1 and have no equivalent runs by somebody else fall short, too."""
+    asked = {place: why for place, why in shortfalls.items() if why or place.parts[0] != "counter"}
+    for place, why in asked.items():
+        if not why and place in verdicts and 4 not in verdicts[place].levels:
+            none = f"not V4: no {FEWEST} verified counter-records"
+            asked[place] = str(verdicts[place].reproduction or none)
+    return asked
+
+
+def _print_grouped(shortfalls: dict[Path, str]) -> None:
+    """One line for each rejected record, and one for each other reason, such as data that are not prepared."""
+    groups = defaultdict(list)
+    for place, why in shortfalls.items():
+        if why:
+            groups[why, place if why.startswith("rejected") else None].append(place)
+    for (why, _), group in groups.items():
+        others = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        print(f"{group[0]}{others}: {why}")
 
 
 def submit(args: Namespace) -> int:
@@ -121,11 +98,13 @@ def submit(args: Namespace) -> int:
     """
     root = counter_root(args.results, args.by) if args.by else args.results / "records"
     taken: dict[Path, Path] = {}
+    labels: set[bytes] = set()
     for path in args.files:
-        outcome = verify(path, 1, places(args))
-        if 1 not in outcome.levels:
-            raise UsageError(f"{path} is refused: {outcome.reason}")
-        target = root / identity(read_record(path))
+        verdict = verify(path, 1, places(args))
+        if 1 not in verdict.levels:
+            raise UsageError(f"{path} is refused: {verdict.reason}")
+        record = read_record(path)
+        target = root / identity(record)
         if target.exists():
             same = target.read_bytes() == path.read_bytes()
             way_out = "" if same else ": --by NAME adds it as a counter-record"
@@ -135,10 +114,13 @@ def submit(args: Namespace) -> int:
         if target in taken:
             raise UsageError(f"{path} is refused: {taken[target]} records the same run")
         taken[target] = path
+        labels |= {labels_of(record, places(args))} if record["result"] else set()
     for folder in {target.parent for target in taken}:
         names = {p.stem for p in folder.glob("seed*.json")} | {t.stem for t in taken if t.parent == folder}
         if gap := missing_seeds(names):
-            raise UsageError(f"refused: the seeds of {folder} must be 0, 1, ...; missing {gap[0]}")
+            raise UsageError(f"{folder} is refused: {gap}")
+    for content in labels:
+        write_labels(args.results, content)
     for target, path in taken.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         for source, goal in ((predictions_path(path), predictions_path(target)), (path, target)):
@@ -172,12 +154,11 @@ def verified(results: Path) -> dict[Path, Verdict]:
         if gap := missing_seeds(p.stem for p in cell):
             for place in cell:
                 if verdicts[place].levels:
-                    reason = f"the cell's seeds must be 0, 1, ...: missing {', '.join(map(str, gap))}"
-                    verdicts[place] = replace(verdicts[place], levels=(0,), reason=reason)
-    for place, found in _reproductions(results, verdicts).items():
+                    verdicts[place] = replace(verdicts[place], levels=(0,), reason=gap)
+    for place, reproduction in _reproductions(results, verdicts).items():
         before = verdicts[place]
-        levels = (*before.levels, 4) if found.verdict == "reproduced" else before.levels
-        verdicts[place] = replace(before, levels=levels, reproduction=found)
+        levels = (*before.levels, 4) if reproduction.verdict == "reproduced" else before.levels
+        verdicts[place] = replace(before, levels=levels, reproduction=reproduction)
     return verdicts
 
 
@@ -211,42 +192,40 @@ def _reproductions(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, R
             counter = place.parts[0] == "counter"
             cells[place.parts[1] if counter else "", place.parts[3 if counter else 1 : -1]].append(place)
     order = ("disputed", "inconclusive", "reproduced")
-    found: dict[Path, Reproduction] = {}
+    worst: dict[Path, Reproduction] = {}
     for (by, cell), theirs in sorted(cells.items()):
         ours = cells.get(("", cell), [])
         if not by or len(theirs) < FEWEST or not ours:
             continue
-        reproduction = _compare(results, by, ours, theirs)
+        reproduction = _reproduction(results, by, ours, theirs)
         for place in ours if reproduction else ():
-            other = found.get(place)
+            other = worst.get(place)
             if other is None or order.index(reproduction.verdict) < order.index(other.verdict):
-                found[place] = reproduction
-    return found
+                worst[place] = reproduction
+    return worst
 
 
-def _compare(results: Path, by: str, ours: list[Path], theirs: list[Path]) -> Reproduction | None:
+def _reproduction(results: Path, by: str, ours: list[Path], theirs: list[Path]) -> Reproduction | None:
     """The equivalence test of a cell; None without enough runs that ended on both sides."""
-    scores = []
-    for places_ in (theirs, ours):
-        ended = {p.stem: r["result"] for p in places_ if (r := read_record(results / p))["result"]}
-        scores.append({seed: r["n_correct"] / r["n_test"] for seed, r in ended.items()})
-        n = next((r["n_test"] for r in ended.values()), 0)
-    if min(map(len, scores)) < FEWEST:
+    accuracies, n = [], 0
+    for group in (ours, theirs):
+        ended = {p.stem: r["result"] for p in group if (r := read_record(results / p))["result"]}
+        accuracies.append({seed: result["n_correct"] / result["n_test"] for seed, result in ended.items()})
+        n = n or next((result["n_test"] for result in ended.values()), 0)
+    if min(map(len, accuracies)) < FEWEST:
         return None
-    a, b = scores
-    paired = a.keys() == b.keys()
-    if paired:
-        b = {seed: b[seed] for seed in a}
-    within = margin(sum(b.values()) / len(b), n)
-    verdict, gap = equivalence([*a.values()], [*b.values()], within, paired)
-    return Reproduction(by, len(a), verdict, gap, within)
+    verdict, gap, within = equivalent(*accuracies, n)
+    return Reproduction(by, len(accuracies[1]), verdict, gap, within)
 
 
-def _entry(path: Path, outcome: Outcome, before: dict[str, Any] | None, results: Path) -> dict[str, Any]:
-    """What is kept of an outcome, with what was known of the same bytes: levels add up, a rejection stays until
-    the level it happened at is passed. Reasons of this machine, such as absent weights, are not kept."""
-    levels, rejected, sha256 = set(outcome.levels), outcome.rejected, _fingerprint(path)
-    reason = outcome.reason.replace(f"{results}/", "") if rejected or 1 not in levels else ""
+def _entry(path: Path, verdict: Verdict, before: dict[str, Any] | None, results: Path) -> dict[str, Any]:
+    """What is kept of a verdict, with what was known of the same bytes.
+
+    * Levels add up. A rejection stays until the level it happened at is passed.
+    * A reason of this machine, such as absent weights, is not kept.
+    """
+    levels, rejected, sha256 = set(verdict.levels), verdict.rejected, _fingerprint(path)
+    reason = verdict.reason.replace(f"{results}/", "") if rejected or 1 not in levels else ""
     if before and before["sha256"] == sha256 and not rejected:
         if before["rejected"] and levels <= set(before["levels"]):
             return before
@@ -272,9 +251,9 @@ def _fingerprint(path: Path) -> str:
 def _read(results: Path) -> dict[str, dict[str, Any]]:
     path = Path(results) / "verification.json"
     try:
-        found = json.loads(read_limited(path))
-        entries = found["records"]
-        if found["schema"] != SCHEMA or not all(e.keys() == FIELDS for e in entries.values()):
+        file = json.loads(read_limited(path))
+        entries = file["records"]
+        if file["schema"] != SCHEMA or not all(e.keys() == FIELDS for e in entries.values()):
             raise ValueError
     except FileNotFoundError:
         return {}

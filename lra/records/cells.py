@@ -1,25 +1,165 @@
-"""From records to the cells of tables: which runs share a row, a column and a cell. No torch."""
+"""From records to tables: which runs share a row, a column and a cell. No torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from lra.options import PRESETS, unknown
 from lra.records import measured
-from lra.records.entries import TASKS, Column, Entry, read_entry
-from lra.records.record import iterate_records, report_skipped
-from lra.records.stats import Estimate, over_seeds
+from lra.records.markup import flat
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, iterate_records, report_skipped
+from lra.records.stats import Estimate, over_seeds, wilson
+
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
+Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
+
+
+def row_name(row: Row) -> str:
+    """A row as it is named everywhere: its attention, and what differs from the defaults."""
+    _, attention, label = row
+    return flat(attention) + (f" [{flat(', '.join(label))}]" if label else "")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One task on one data set at one length. Records share a column if their examples are the same."""
+
+    task: str
+    substitute: bool
+    dataset: str
+    version: int
+    seq_len: int
+    data: str  # sha256 over the content hashes of the splits
+
+    @property
+    def order(self) -> tuple:
+        """Sort key: the five tasks first, in their usual order; substitutes after the real set."""
+        place = TASKS.index(self.task) if self.task in TASKS else len(TASKS)
+        return place, self.task, self.substitute, self.dataset, self.version, self.seq_len, self.data
+
+    @property
+    def parts(self) -> list[str]:
+        """Task; data set, if its name adds something; length."""
+        dataset = self.dataset
+        if self.substitute and "substitute" not in dataset.lower():
+            dataset = f"substitute: {dataset}"
+        datasets = [] if dataset.lower() == self.task.lower() else [dataset]
+        return [self.task, *datasets, f"{self.seq_len:,} tokens"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What tables, figures and the page read of one record."""
+
+    path: Path
+    preset: str
+    column: Column
+    floors: dict[str, float]
+    attention: str
+    label: tuple[str, ...]  # what differs from the defaults: ("attention.num_features=256",)
+    overrides: str
+    config: dict[str, str]  # flat: every setting that may differ between runs of one name
+    open: bool  # outside PROTOCOL
+    seed: int
+    n_correct: int | None  # None: the run failed
+    n_test: int
+    params_ratio: float
+    peak_bytes: int | None
+    machine: str  # equal for two runs whose memory may be compared
+    dirty: bool
+    status: str
+    command: str
+    protocol: str
+    device: str
+    curve: tuple[tuple[int, float], ...]  # (step, validation accuracy)
+
+    @property
+    def results(self) -> Path:
+        """The folder that holds records/ and labels/."""
+        return self.path.parents[4]
+
+    @property
+    def row(self) -> Row:
+        """Key and order of the row: constant, softmax, the others by name; default runs before changed ones."""
+        return {"constant": 0, "softmax": 1}.get(self.attention, 2), self.attention, self.label
+
+    @cached_property
+    def setting(self) -> tuple:
+        """Equal for two runs that differ in their attention alone."""
+        shared = {k: v for k, v in self.config.items() if not k.startswith("attention.")}
+        return self.column, self.machine, json.dumps(shared, sort_keys=True)
+
+
+def read_entry(path: Path, record: dict[str, Any]) -> Entry:
+    """The entry of the record at `path`.
+
+    Raises KeyError, TypeError, ValueError or AttributeError for a record that makes no sense.
+    """
+    task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
+    result, cost, env = record["result"], record["cost"] or {}, record["env"]
+    hashes = json.dumps({name: split["sha256"] for name, split in data["splits"].items()}, sort_keys=True)
+    overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]
+    rule = [] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"]
+    n_test = int((result or {"n_test": data["splits"]["test"]["n"]})["n_test"])
+    n_correct = int(result["n_correct"]) if record["status"] == "ok" else None
+    wilson(n_correct or 0, n_test)  # raises ValueError unless the counts are a proportion
+    ratio, processes = float(model["n_params_ratio_to_softmax"]), training["world_size"]
+    hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
+    execution = [training["precision"], training["compile"] and "compiled"]
+    execution += [processes > 1 and f"{processes} processes"]
+    points = (result or {}).get("curve", ())
+    return Entry(
+        path=path,
+        preset=str(task["preset"]),
+        column=Column(
+            task=str(task["name"]),
+            substitute=bool(task["substitute"]),
+            dataset=str(task["dataset"]),
+            version=int(task["version"]),
+            seq_len=int(task["seq_len"]),
+            data=hashlib.sha256(hashes.encode()).hexdigest(),
+        ),
+        floors={str(k): float(v) for k, v in data["floors"].items()},
+        attention=str(model["attention"]),
+        label=(*overrides, *rule),
+        overrides=" ".join(overrides),
+        config=_flatten("attention", model["attention_config"])
+        | _flatten("encoder", model["encoder"])
+        | _flatten("train", training["recipe"]),
+        open=task["protocol"] != PROTOCOL or ratio > MAX_PARAMETER_RATIO,
+        seed=int(training["seed"]),
+        n_correct=n_correct,
+        n_test=n_test,
+        params_ratio=ratio,
+        peak_bytes=None if cost.get("peak_bytes") is None else int(cost["peak_bytes"]),
+        machine=", ".join(str(part) for part in hardware + execution if part),
+        dirty=bool(record["suite"]["git_dirty"]),
+        status=str(record["status"]),
+        command=str(record.get("command", "")),
+        protocol=str(task["protocol"]),
+        device=str(cost.get("gpu") or cost.get("device")),
+        curve=tuple((int(step), correct / n) for step, split, _, correct, n in points if split == "val"),
+    )
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, str]:
+    """A nested dictionary as {"a.b.c": value}."""
+    if not isinstance(value, dict):
+        return {prefix: str(value)}
+    return {k: v for key, inner in value.items() for k, v in _flatten(f"{prefix}.{key}", inner).items()}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one row in one column; `seeds` is how many the column's fullest default row has."""
+    """The runs of one row in one column. `seeds`: the most seeds that a default row of the column has."""
 
     runs: tuple[Entry, ...]
     seeds: int
@@ -59,57 +199,67 @@ class Table:
         return sorted({e.column for e in self.entries}, key=lambda c: c.order)
 
     @cached_property
-    def rows(self) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Row keys in the order shown."""
+    def rows(self) -> list[Row]:
+        """In the order shown."""
         return sorted({e.row for e in self.entries})
 
     @cached_property
-    def cells(self) -> dict[tuple, Cell]:
-        """(row, column) to cell, for the cells that have runs."""
+    def cells(self) -> dict[tuple[Row, Column], Cell]:
+        """The cells that have runs."""
         runs = defaultdict(list)
         for e in sorted(self.entries, key=lambda e: e.seed):
             runs[e.row, e.column].append(e)
         seeds: dict[Column, int] = defaultdict(int)
-        for ((*_, label), column), found in runs.items():
+        for ((*_, label), column), entries in runs.items():
             if not label:
-                seeds[column] = max(seeds[column], len(found))
-        return {(row, column): Cell(tuple(found), seeds[column]) for (row, column), found in runs.items()}
+                seeds[column] = max(seeds[column], len(entries))
+        return {key: Cell(tuple(entries), seeds[key[1]]) for key, entries in runs.items()}
 
     def cell(self, attention: str, column: Column) -> Cell | None:
         """The cell of an attention's default row."""
         return next((self.cells.get((r, column)) for r in self.rows if r[1:] == (attention, ())), None)
 
     def efficiency(self, cell: Cell) -> tuple[float | None, float | None]:
-        """Speed, by `bench tasks`, and peak memory, median over seeds, relative to softmax; None where nothing was
-        measured."""
-        peaks = [(e.peak_bytes, self._softmax_peaks.get(e.setting)) for e in cell.ok]
-        memory = [mine / softmax for mine, softmax in peaks if mine is not None and softmax]
-        return self.speeds.get(cell.runs[0].digest), statistics.median(memory) if memory else None
+        """Speed by `bench tasks` and median peak memory, relative to softmax; None: not measured."""
+        peaks = self._softmax_peaks
+        runs = [e for e in cell.ok if e.peak_bytes and e.setting in peaks]
+        memory = [e.peak_bytes / median(peaks[e.setting]) for e in runs]
+        return self.speeds.get(cell.runs[0].path.parent.name), median(memory) if memory else None
 
     @cached_property
-    def _softmax_peaks(self) -> dict[tuple, float]:
-        """Median peak memory of softmax by setting."""
+    def _softmax_peaks(self) -> dict[tuple, list[int]]:
+        """Peak memory of the runs of softmax by setting."""
         peaks = defaultdict(list)
         for e in self.entries:
             if e.attention == "softmax" and e.peak_bytes:
                 peaks[e.setting].append(e.peak_bytes)
-        return {setting: statistics.median(found) for setting, found in peaks.items()}
+        return dict(peaks)
 
     def first(self, column: Column) -> Entry:
         """Any entry of a column, for what its entries share: floors and test set."""
         return next(e for e in self.entries if e.column == column)
 
+    def floor(self, column: Column, kind: str) -> tuple[str, Estimate] | None:
+        """Name and interval of a floor: majority, shortcut (the highest of the others) or highest (of all)."""
+        floors, n_test = self.first(column).floors, self.first(column).n_test
+        if kind != "highest":
+            floors = {n: v for n, v in floors.items() if (n == "majority") == (kind == "majority")}
+        if not floors:
+            return None
+        name = max(sorted(floors), key=floors.__getitem__)
+        return name, Estimate(floors[name], *wilson(floors[name] * n_test, n_test))
+
     @cached_property
     def averaged(self) -> list[Column]:
-        """The average's columns: the first of each of the five tasks, real before substitute; else none."""
-        found = [next((c for c in self.columns if c.task == task), None) for task in TASKS]
-        return [] if None in found else found
+        """The columns of the average: the first of each of the five tasks, real before substitute; else none."""
+        firsts = [next((c for c in self.columns if c.task == task), None) for task in TASKS]
+        return [] if None in firsts else firsts
 
 
 def build(
     results: Path, presets: Sequence[str] | None = None, report: Callable[[str], None] = report_skipped
 ) -> list[Table]:
-    """Tables of all records under a results folder, one per preset: smoke, small, paper, then others by name.
+    """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
 
     A file that is no record of this schema and every copy of a run recorded twice are left out and reported, a
     line each. Raises UsageError for a preset without records.
@@ -122,19 +272,18 @@ def build(
             report(f"{path} is not a usable record: {type(error).__name__} {error}")
             continue
         runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
+    by_preset = defaultdict(list)
     for copies in runs.values():
+        by_preset[copies[0].preset] += copies if len(copies) == 1 else []
         if len(copies) > 1:
             report(f"{' and '.join(str(e.path) for e in copies)} record the same run: none of them is shown")
-    entries = [copies[0] for copies in runs.values() if len(copies) == 1]
-    known = {e.preset for e in entries}
     for preset in presets or ():
-        if known and preset not in known:
-            raise unknown("preset of the records", preset, known)
+        if by_preset and preset not in by_preset:
+            raise unknown("preset of the records", preset, by_preset)
     # What says most comes first, smoke runs last but for presets that nobody knows.
-    order = [p for p in reversed(PRESETS) if p in known] + sorted(known - set(PRESETS))
+    order = [p for p in reversed(PRESETS) if p in by_preset] + sorted(by_preset.keys() - set(PRESETS))
     chosen = [p for p in order if not presets or p in presets]
-    told = {p: tuple(_tell_apart([e for e in entries if e.preset == p])) for p in chosen}
-    return [Table(p, found, measured.speeds(results, p)) for p, found in told.items()]
+    return [Table(p, tuple(_tell_apart(by_preset[p])), measured.speeds(results, p)) for p in chosen]
 
 
 def _tell_apart(entries: list[Entry]) -> list[Entry]:
@@ -142,9 +291,9 @@ def _tell_apart(entries: list[Entry]) -> list[Entry]:
     groups = defaultdict(list)
     for e in entries:
         groups[e.row, e.column].append(e)
-    told = []
+    labelled = []
     for group in groups.values():
         keys = sorted({k for e in group for k in e.config})
         differ = [k for k in keys if len({e.config.get(k) for e in group}) > 1]
-        told += [replace(e, label=(*e.label, *(f"{k}={e.config.get(k)}" for k in differ))) for e in group]
-    return told
+        labelled += [replace(e, label=(*e.label, *(f"{k}={e.config.get(k)}" for k in differ))) for e in group]
+    return labelled

@@ -1,87 +1,132 @@
-"""Which cells of a table differ from softmax: paired tests on stored predictions, corrected for their number."""
+"""`compare`: a user's runs beside the reference's, cell by cell, and how far they are the same. No torch.
+
+Two sets of runs of one cell (same task, data, recipe, attention and options) are
+
+=  equal bit for bit: every seed that both ran has the same curve and the same predictions
+≈  within seed noise: accuracies equivalent within max(1 point, noise of the test set)
+?  not told apart: equivalence is neither shown nor excluded
+≠  different
+–  without a reference
+
+Equivalence takes two seeds on both sides. With one, the gap itself is held against the margin.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-
-import numpy as np
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from lra.options import UsageError
-from lra.records.cells import Cell, Column, Table
-from lra.records.record import read_labels, read_predictions
-from lra.records.stats import ALPHA, holm, paired_test
+from lra.records import compact
+from lra.records.cells import Cell, build, row_name
+from lra.records.markup import MISSING, Grid, flat, markdown
+from lra.records.record import read_record, report_skipped
+from lra.records.stats import Estimate, equivalence, margin, mean_sd
 
-FEWEST = 3  # seeds of either method, below which nothing is said
-Row = tuple[int, str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A cell against softmax in its column: gap of mean accuracies (a fraction), p-value, and that by Holm."""
-
-    gap: float
-    p: float
-    adjusted: float
-
-    @property
-    def verdict(self) -> str | None:
-        """above or below softmax where significant, else None."""
-        if self.adjusted >= ALPHA:
-            return None
-        return "above" if self.gap > 0 else "below"
+EQUAL, WITHIN, UNCLEAR, DIFFERENT, NONE = "=", "≈", "?", "≠", "–"
+MEANINGS = {
+    EQUAL: "equal bit for bit",
+    WITHIN: "within seed noise",
+    UNCLEAR: "not told apart",
+    DIFFERENT: "different",
+    NONE: "without a reference",
+}
+ALWAYS = (EQUAL, WITHIN, DIFFERENT)  # counted in the last line even if there are none
 
 
-def against_softmax(table: Table) -> dict[tuple[Row, Column], Comparison]:
-    """Every cell with FEWEST seeds against the softmax row of the same settings, Holm over the whole table.
+def compare(args: Namespace) -> int:
+    """`compare`: yours beside the reference, a table for each preset, and how many cells are the same.
 
-    A cell without stored predictions, or whose test labels are not kept, is in no comparison.
+    Exit code 1 if a file was left out.
     """
-    tests, answers = {}, {}
-    labels_of = cache(read_labels)
-    for (row, column), cell in table.cells.items():
-        settings = tuple(part for part in row[2] if not part.startswith("attention."))
-        softmax = table.cells.get(((1, "softmax", settings), column))
-        if row[1] == "softmax" or softmax is None or min(len(cell.ok), len(softmax.ok)) < FEWEST:
-            continue
-        for each in (cell, softmax):
-            if id(each) not in answers:
-                answers[id(each)] = _answers(each, labels_of)
-        mine, theirs = answers[id(cell)], answers[id(softmax)]
-        if mine is not None and theirs is not None:
-            tests[row, column] = paired_test(mine, theirs)
-    adjusted = holm([p for _, p in tests.values()])
-    return {
-        key: Comparison(*test, by_holm) for (key, test), by_holm in zip(tests.items(), adjusted, strict=True)
-    }
+    skipped: list[str] = []
+    marks: list[str] = []
+
+    def text(cell: Cell | None) -> str:
+        if cell is None:
+            return MISSING
+        mark, theirs = against(cell, args.results, args.reference)
+        marks.append(mark)
+        return f"{_percent(cell.accuracies)} {mark}" + (
+            f" {_percent(theirs)}" if mark not in (EQUAL, NONE) else ""
+        )
+
+    for table in build(args.results, args.preset, skipped.append):
+        names = compact.column_names(table)
+        rows = [(row_name(r), *(text(table.cells.get((r, c))) for c in table.columns)) for r in table.rows]
+        header = (f"{flat(table.preset)}: yours, reference", *names.values())
+        print(markdown([Grid(header, tuple(rows))]))
+    shares = [f"{marks.count(m)} {words} ({m})" for m, words in MEANINGS.items() if m in marks or m in ALWAYS]
+    print(f"{len(marks)} cells beside {args.reference}: {', '.join(shares)}")
+    for line in skipped:
+        report_skipped(line)
+    return 1 if skipped else 0
 
 
-def footnote(compared: dict[tuple[Row, Column], Comparison]) -> list[str]:
-    """What bold and italics mean in a table, where there were any tests."""
-    if not compared:
-        return []
-    found = [c.verdict for c in compared.values()]
-    return [
-        "Bold: above softmax; italics: below it; both significant at 5% by a paired test on the stored predictions "
-        f"of at least {FEWEST} seeds of either (McNemar's, with the noise of training), corrected by Holm for the "
-        f"{len(found)} comparisons of this table: {found.count('above')} above, {found.count('below')} below."
-    ]
+def against(cell: Cell, results: Path, reference: Path) -> tuple[str, list[float]]:
+    """How a cell compares with that of the reference: a mark of MEANINGS, and the reference's accuracies."""
+    ours = {e.path.relative_to(results): read_record(e.path) for e in cell.runs}
+    folders = {reference / place.parent for place in ours}
+    theirs = {p.relative_to(reference): _read(p) for folder in folders for p in folder.glob("seed*.json")}
+    theirs = {place: record for place, record in theirs.items() if record}
+    accuracies = [_accuracies(records) for records in (ours, theirs)]
+    shared = ours.keys() & theirs.keys()
+    if not theirs:
+        mark = NONE
+    elif shared and all(_equal(ours[place], theirs[place]) for place in shared):
+        mark = EQUAL
+    elif not all(accuracies):
+        mark = DIFFERENT  # every run of one side failed, not of the other
+    else:
+        mark = _mark(*accuracies, cell.runs[0].n_test)
+    return mark, list(accuracies[1].values())
 
 
-def _answers(cell: Cell, labels_of: Callable) -> np.ndarray | None:
-    """(seeds, examples): which answers were right; None unless predictions and labels of all runs are kept."""
-    found = []
-    for e in cell.ok:
-        if e.predictions_sha256 is None or e.labels_sha256 is None:
-            return None
-        stub = {"result": {"n_test": e.n_test, "predictions_sha256": e.predictions_sha256}}
-        try:
-            both = read_predictions(e.path, stub), labels_of(e.results, e.labels_sha256, e.n_test)
-        except UsageError:
-            return None
-        predictions, labels = (np.frombuffer(b, np.uint8) for b in both)
-        if len(predictions) != len(labels) or len(labels) < 2:
-            return None
-        found.append(predictions == labels)
-    return np.array(found)
+def equivalent(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -> tuple[str, Estimate, float]:
+    """The equivalence test of two sets of runs of one cell, accuracies by seed on n test examples.
+
+    Returns the verdict of lra.records.stats.equivalence, the gap theirs - ours, and the margin. Equal sets of seeds
+    are compared in pairs.
+    """
+    within = margin(sum(ours.values()) / len(ours), n)
+    paired = ours.keys() == theirs.keys()
+    seeds = sorted(ours) if paired else sorted(theirs)
+    verdict, gap = equivalence(
+        [theirs[seed] for seed in seeds], [ours[seed] for seed in sorted(ours)], within, paired
+    )
+    return verdict, gap, within
+
+
+def _mark(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -> str:
+    if min(len(ours), len(theirs)) > 1:
+        verdict, _, _ = equivalent(ours, theirs, n)
+        return {"reproduced": WITHIN, "disputed": DIFFERENT, "inconclusive": UNCLEAR}[verdict]
+    mine, other = (mean_sd([*side.values()])[0] for side in (ours, theirs))
+    return WITHIN if abs(mine - other) <= margin(mine, n) else DIFFERENT
+
+
+def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Bit for bit: curve and predictions; of failed runs, the reason."""
+    if not a["result"] or not b["result"]:
+        return a["status"] == b["status"]
+    return all(a["result"][key] == b["result"][key] for key in ("curve", "predictions_sha256"))
+
+
+def _accuracies(records: Mapping[Path, dict[str, Any]]) -> dict[Path, float]:
+    """Fractions of the runs that ended."""
+    ended = {place: record["result"] for place, record in records.items() if record["result"]}
+    return {place: result["n_correct"] / result["n_test"] for place, result in ended.items()}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record of the reference; None for a file that is none."""
+    try:
+        return read_record(path)
+    except UsageError:
+        return None
+
+
+def _percent(accuracies: Sequence[float]) -> str:
+    return f"{100 * mean_sd(accuracies)[0]:.1f}" if accuracies else "failed"

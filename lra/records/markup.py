@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from lra.options import UsageError
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Grid:
 
 
 Block = Heading | Text | Bullets | Grid
+MISSING = "–"  # in a cell of which nothing is known
 
 
 class Bold(str):
@@ -58,14 +62,34 @@ def flat(text: str) -> str:
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
+def refresh_block(text: str, name: str, block: str) -> str:
+    """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `block`.
+
+    Raises UsageError unless each marker stands there once, in that order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UsageError(f"cannot place the block: the text must hold {begin} once and, after it, {end} once")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{block.strip()}\n{end}{rest.partition(end)[2]}"
+
+
 # Markdown
 
 _MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\|*`~"})
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """GitHub's Markdown."""
-    return "\n\n".join(map(_markdown_block, blocks)) + "\n"
+def markdown(blocks: Sequence[Block], width: int = 0) -> str:
+    """GitHub's Markdown; paragraphs are broken into lines of at most `width` characters, if given."""
+    texts = [_markdown_block(block) for block in blocks]
+    if width:
+        texts = [
+            textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+            if isinstance(block, Text)
+            else text
+            for block, text in zip(blocks, texts, strict=True)
+        ]
+    return "\n\n".join(texts) + "\n"
 
 
 def _markdown(text: str) -> str:
@@ -163,28 +187,6 @@ def _latex_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 # HTML
-
-_HTML_BEGIN = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Results</title>
-<style>
-:root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem }
-div { overflow-x: auto }
-table { border-collapse: collapse }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8885 }
-th:first-child, td:first-child { text-align: left }
-</style>
-</head>
-<body>"""
-
-
-def html_document(blocks: Sequence[Block]) -> str:
-    """A whole page, without script."""
-    return f"{_HTML_BEGIN}\n{html_fragment(blocks)}\n</body>\n</html>\n"
 
 
 def html_fragment(blocks: Sequence[Block]) -> str:

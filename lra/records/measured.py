@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lra.options import UsageError
-from lra.records.markup import Block, Grid, Heading, Text
+from lra.records.markup import MISSING, Block, Grid, Heading, Text
 
 BASELINE = "softmax"
-MISSING = "–"
 SPEED = (
     "Forward and backward of the attention alone, relative to softmax in the same interleaved benchmark "
     "(results/bench/attention.json): softmax's time divided by the method's (above 1 = faster) / peak memory "
@@ -105,9 +104,9 @@ def blocks(results: Path) -> list[Block]:
     base = {p.x: p for p in curves[BASELINE]}
     rows = []
     for name, curve in curves.items():
-        found = {p.x: p for p in curve}
+        points = {p.x: p for p in curve}
         cross = crossover(curve, curves[BASELINE]) if name != BASELINE else None
-        cells = (_ratios(found.get(n), base[n]) for n in base)
+        cells = (_ratios(points.get(n), base[n]) for n in base)
         rows.append((name, *cells, MISSING if cross is None else f"{cross:,.0f}"))
     header = ("attention", *(f"N {n:,.0f}" for n in base), "crossover")
     return [Heading("Time and memory against length"), Text(SPEED), Grid(header, tuple(rows))]

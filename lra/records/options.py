@@ -1,4 +1,4 @@
-"""Options of `table`; answers --help without torch."""
+"""Options of `compare`; answers --help without torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,7 @@ from pathlib import Path
 
 from lra.options import RESULTS, Command, option
 
-COMMANDS = {
-    "table": Command(
-        "lra.records.show:show_table",
-        (
-            RESULTS,
-            option(
-                "--format",
-                "Markdown, LaTeX (a document with booktabs), HTML (a page), or CSV (one line per record)",
-                ("md", "tex", "html", "csv"),
-                "md",
-            ),
-            option("--preset", "only this preset (default: all)", list),
-            option(
-                "--write",
-                "a file; of a Markdown file only the text between its results markers changes",
-                Path,
-            ),
-        ),
-    )
-}
+PRESETS_SHOWN = option("--preset", "only this preset (default: all)", list)
+REFERENCE = option("--reference", "folder of the records beside them", Path, Path("results/reference"))
+
+COMMANDS = {"compare": Command("lra.records.compare:compare", (RESULTS, REFERENCE, PRESETS_SHOWN))}

@@ -102,12 +102,12 @@ def blocks() -> list[Block]:
     intro = (
         "Accuracy in percent, from the papers; other data, code and sizes: no row compares with one above."
     )
-    made: list[Block] = [Heading("Published, not rerun"), Text(intro)]
+    tables: list[Block] = [Heading("Published, not rerun"), Text(intro)]
     for source in ACCURACY:
         averaged = {name: (*row, mean_sd(row)[0]) for name, row in source.rows.items()}
-        made += _table(source, (*TASKS, "average"), averaged)
+        tables += _table(source, (*TASKS, "average"), averaged)
     header = (*(f"{n} steps/s" for n in LENGTHS), *(f"{n} GB" for n in LENGTHS))
-    return made + _table(SPEED, header, SPEED.rows)
+    return tables + _table(SPEED, header, SPEED.rows)
 
 
 def _table(source: Publication, header: tuple[str, ...], rows: dict[str, tuple[float, ...]]) -> list[Block]:

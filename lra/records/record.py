@@ -112,8 +112,8 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} is not a JSON record: {error}") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise UsageError(f"{path} is not a record of schema {SCHEMA!r}: found {str(found)[:60]!r}")
+        schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise UsageError(f"{path} is not a record of schema {SCHEMA!r}: found {str(schema)[:60]!r}")
     missing = [s for s in SECTIONS if s not in record]
     if missing:
         raise UsageError(f"{path} lacks {', '.join(missing)}")
@@ -172,8 +172,8 @@ def suite_facts() -> dict[str, Any]:
 
     commit = git("rev-parse", "HEAD")
     # A new file is an edit, as of an attention that is being developed; records, data and tables are none.
-    made = [f":!{name}" for name in ("results", "data", "runs", "README.md")]
-    dirty = git("status", "--porcelain", "--untracked-files=normal", "--", ".", *made)
+    outputs = [f":!{name}" for name in ("results", "data", "runs", "README.md")]
+    dirty = git("status", "--porcelain", "--untracked-files=normal", "--", ".", *outputs)
     return {"version": __version__, "git_commit": commit, "git_dirty": bool(dirty) if commit else None}
 
 
@@ -219,7 +219,7 @@ def _within_64_bits(text: str) -> int:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError(f"a key stands twice among {repr(sorted(k for k, _ in pairs))[:200]}")
-    return found
+    return unique

@@ -1,7 +1,8 @@
 """V0, the form of a record: every field there, none beside them, each of its type and within its bounds.
 
-A specification is a function (value, name) that raises Rejected, or a dictionary of them: the exact fields of
-a JSON object. Only names, numbers and short printable texts without angle brackets get through.
+RECORD is the table of fields and bounds. A dictionary of rules is an object with exactly these fields, of which those
+that end in ? may be missing; a list of rules is a list of exactly these values. Only names, numbers and short
+printable texts without angle brackets get through.
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from lra.options import PRESETS
 from lra.records.record import PROTOCOL, SCHEMA
 from tasks.base import SPLITS, Encoder, Optim
 
-Spec = Callable[[Any, str], None] | dict
-
 MANY = 10**12  # beyond any count of examples, tokens or parameters
 FINITE = 1e300  # any number: the reader refuses infinities
-OPTIONAL = {"source_sha256"}  # fields that records of before they were introduced lack
 WORD = "[A-Za-z_][A-Za-z0-9_]{0,59}"
 
 
@@ -31,6 +29,34 @@ class Unchecked(Exception):
     """A level that cannot be decided here; one line that says why, and the way out."""
 
 
+class Value(NamedTuple):
+    """A single value: what it must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], Any]
+
+
+class Maybe(NamedTuple):
+    """That, or null."""
+
+    rule: Any
+
+
+class Items(NamedTuple):
+    """A list of `low` to `high` values."""
+
+    rule: Any
+    low: int
+    high: int
+
+
+class Names(NamedTuple):
+    """An object of at most 50 entries whose names are not fixed."""
+
+    name: Value
+    rule: Any
+
+
 def check(record: dict[str, Any]) -> None:
     """Raise Rejected, naming the field, unless the record has the form of RECORD."""
     _check(record, RECORD, "")
@@ -38,178 +64,136 @@ def check(record: dict[str, Any]) -> None:
         raise Rejected("result must be there if status is ok, and null if the run failed")
 
 
-def _check(value: Any, spec: Spec, name: str) -> None:
-    if not isinstance(spec, dict):
-        return spec(value, name)
-    if not isinstance(value, dict):
-        raise _wrong(name, "an object", value)
+def _check(value: Any, rule: Any, name: str) -> None:
+    match rule:
+        case Value():
+            _require(rule.holds(value), name, rule.words, value)
+        case Maybe():
+            if value is not None:
+                _check(value, rule.rule, name)
+        case Items():
+            sized = isinstance(value, list) and rule.low <= len(value) <= rule.high
+            _require(sized, name, f"a list of {rule.low} to {rule.high}", value)
+            for i, item in enumerate(value):
+                _check(item, rule.rule, f"{name}[{i}]")
+        case Names():
+            sized = isinstance(value, dict) and len(value) <= 50
+            _require(sized, name, "an object of at most 50 entries", value)
+            for key, item in value.items():
+                _check(key, rule.name, f"a name in {name}")
+                _check(item, rule.rule, f"{name}.{key}")
+        case list():
+            sized = isinstance(value, list) and len(value) == len(rule)
+            _require(sized, name, f"a list of {len(rule)}", value)
+            for item, inner in zip(value, rule, strict=True):
+                _check(item, inner, name)
+        case dict():
+            _require(isinstance(value, dict), name, "an object", value)
+            _check_fields(value, rule, name)
+
+
+def _check_fields(value: dict[str, Any], rules: dict[str, Any], name: str) -> None:
+    known = {key.removesuffix("?"): rule for key, rule in rules.items()}
     for key in value:
-        if key not in spec:
+        if key not in known:
             raise Rejected(f"unknown field {f'{name}.{key}'.lstrip('.')[:90]!r}")
-    for key, inner in spec.items():
-        if key not in value and key in OPTIONAL:
-            continue
-        if key not in value:
+    for key, rule in known.items():
+        if key in value:
+            _check(value[key], rule, f"{name}.{key}".lstrip("."))
+        elif f"{key}?" not in rules:
             raise Rejected(f"field {f'{name}.{key}'.lstrip('.')} is missing")
-        _check(value[key], inner, f"{name}.{key}".lstrip("."))
-    return None
 
 
-def _wrong(name: str, what: str, value: Any) -> Rejected:
-    return Rejected(f"{name} must be {what}; got {repr(value)[:60]}")
+def _require(holds: Any, name: str, words: str, value: Any) -> None:
+    if not holds:
+        raise Rejected(f"{name} must be {words}; got {repr(value)[:60]}")
 
 
-def whole(low: int = 0, high: int = MANY) -> Spec:
+def whole(low: int = 0, high: int = MANY) -> Value:
     """A whole number within bounds."""
-
-    def spec(value, name):
-        if type(value) is not int or not low <= value <= high:
-            raise _wrong(name, f"a whole number from {low} to {high}", value)
-
-    return spec
+    return Value(f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high)
 
 
-def real(low: float = 0.0, high: float = FINITE) -> Spec:
+def real(low: float = 0.0, high: float = FINITE) -> Value:
     """A number within bounds."""
-
-    def spec(value, name):
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise _wrong(name, f"a number from {low:g} to {high:g}", value)
-
-    return spec
+    return Value(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high)
 
 
-def one_of(*choices: Any) -> Spec:
+def one_of(*choices: Any) -> Value:
     """One of these values, of the same type."""
-
-    def spec(value, name):
-        if not any(type(value) is type(c) and value == c for c in choices):
-            raise _wrong(name, f"one of {', '.join(map(str, choices))}", value)
-
-    return spec
+    words = f"one of {', '.join(map(str, choices))}"
+    return Value(words, lambda v: any(type(v) is type(choice) and v == choice for choice in choices))
 
 
-def pattern(regex: str, what: str) -> Spec:
+def matching(regex: str, words: str) -> Value:
     """A text that matches as a whole."""
-
-    def spec(value, name):
-        if not isinstance(value, str) or not re.fullmatch(regex, value):
-            raise _wrong(name, what, value)
-
-    return spec
+    return Value(words, lambda v: isinstance(v, str) and re.fullmatch(regex, v))
 
 
-def text(value: Any, name: str) -> None:
-    """At most 300 printable characters, none of them an angle bracket."""
-    if not isinstance(value, str) or len(value) > 300 or not value.isprintable() or set(value) & set("<>"):
-        raise _wrong(name, "printable text of at most 300 characters without < and >", value)
+def of_dataclass(cls: type) -> dict[str, Value]:
+    """The fields of a dataclass by their declared types; no number is negative."""
+    kinds, hints = {int: whole(0, 2**31), float: real()}, get_type_hints(cls)
+    names = {field.name: hints[field.name] for field in fields(cls)}
+    return {name: kinds.get(hint) or one_of(*get_args(hint)) for name, hint in names.items()}
 
 
-def maybe(spec: Spec) -> Spec:
-    """That, or null."""
-    return lambda value, name: None if value is None else _check(value, spec, name)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 300 and value.isprintable() and not set(value) & set("<>")
 
 
-def items(spec: Spec, low: int, high: int) -> Spec:
-    """A list of low to high of these."""
-
-    def listed(value, name):
-        if not isinstance(value, list) or not low <= len(value) <= high:
-            raise _wrong(name, f"a list of {low} to {high}", value)
-        for i, item in enumerate(value):
-            _check(item, spec, f"{name}[{i}]")
-
-    return listed
-
-
-def mapping(spec: Spec, key: Spec) -> Spec:
-    """An object of at most 50 entries whose names are not fixed."""
-
-    def mapped(value, name):
-        if not isinstance(value, dict) or len(value) > 50:
-            raise _wrong(name, "an object of at most 50 entries", value)
-        for k, v in value.items():
-            _check(k, key, f"a name in {name}")
-            _check(v, spec, f"{name}.{k}")
-
-    return mapped
-
-
-def point(value: Any, name: str) -> None:
-    """An entry of the curve: [step, split, loss or null, n_correct, n]."""
-    if not isinstance(value, list) or len(value) != 5:
-        raise _wrong(name, "[step, split, loss, n_correct, n]", value)
-    parts = (whole(1), one_of("train", "val"), maybe(real()), whole(), whole(1))
-    for part, spec in zip(value, parts, strict=True):
-        _check(part, spec, name)
-
-
-def scalar(value: Any, name: str) -> None:
-    """An option of an attention: a number, a truth value or a text."""
-    if type(value) is bool:
-        return
-    (text if isinstance(value, str) else real(-FINITE))(value, name)
-
-
-def of_dataclass(cls: type, high: int = 2**31) -> dict[str, Spec]:
-    """The fields of a recipe's dataclass by their declared types; no number is negative."""
-    hints, specs = get_type_hints(cls), {}
-    for field in fields(cls):
-        kind = hints[field.name]
-        if get_origin(kind) is Literal:
-            specs[field.name] = one_of(*get_args(kind))
-        else:
-            specs[field.name] = {int: whole(0, high), float: real()}[kind]
-    return specs
-
-
-SHA256 = pattern("[0-9a-f]{64}", "a sha256 in 64 hexadecimal digits")
-NAME = pattern(WORD, "a name of letters, digits and underscores")
-OUTSIDE = rf"{WORD}(\.{WORD}){{0,9}}:{WORD}"
-TIME = pattern(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "a time like 2026-01-31T12:00:00+00:00")
+TEXT = Value("printable text of at most 300 characters without < and >", _is_text)
+NUMBER = real(-FINITE)
+OPTION = Value("a number, a flag or a text", lambda v: type(v) is bool or _is_text(v) or NUMBER.holds(v))
 FLAG = one_of(True, False)
+SHA256 = matching("[0-9a-f]{64}", "a sha256 in 64 hexadecimal digits")
+NAME = matching(WORD, "a name of letters, digits and underscores")
+TIME = matching(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "a time like 2026-01-31T12:00:00+00:00")
+# An entry of the curve: step, split, loss, n_correct, n.
+POINT = [whole(1), one_of("train", "val"), Maybe(real()), whole(), whole(1)]
+EXAMPLES = 10**8
+LENGTH = 10**7
 SPLIT = {
-    "n": whole(1, 10**8),
+    "n": whole(1, EXAMPLES),
     "sha256": SHA256,
     "labels_sha256": SHA256,
-    "mean_length": real(0, 10**7),
-    "max_length": whole(1, 10**7),
+    "mean_length": real(0, LENGTH),
+    "max_length": whole(1, LENGTH),
 }
 
-RECORD: dict[str, Spec] = {
+RECORD: dict[str, Any] = {
     "schema": one_of(SCHEMA),
     "suite": {
-        "version": pattern(r"[0-9a-z.+-]{1,40}", "a version"),
-        "git_commit": maybe(pattern("[0-9a-f]{40,64}", "a commit in hexadecimal digits")),
-        "git_dirty": maybe(FLAG),
+        "version": matching(r"[0-9a-z.+-]{1,40}", "a version"),
+        "git_commit": Maybe(matching("[0-9a-f]{40,64}", "a commit in hexadecimal digits")),
+        "git_dirty": Maybe(FLAG),
     },
     "task": {
         "name": NAME,
         "version": whole(1, 10**6),
         "preset": one_of(*PRESETS),
         "protocol": one_of(PROTOCOL, "open"),
-        "seq_len": whole(1, 10**7),
-        "dataset": text,
+        "seq_len": whole(1, LENGTH),
+        "dataset": TEXT,
         "substitute": FLAG,
-        "source_sha256": SHA256,
+        "source_sha256?": SHA256,
     },
     "data": {
         "source": one_of("embedded", "hub", "local", "generated"),
-        "revision": text,
+        "revision": TEXT,
         "splits": dict.fromkeys(SPLITS, SPLIT),
-        "floors": mapping(real(0, 1), text),
+        "floors": Names(TEXT, real(0, 1)),
         "manifest_sha256": SHA256,
         "val_rule": one_of("held-out", "legacy"),
     },
     "model": {
-        "attention": pattern(f"{WORD}|{OUTSIDE}", "a name, or package.module:Class"),
-        "attention_config": mapping(scalar, NAME),
+        "attention": matching(rf"{WORD}|{WORD}(\.{WORD}){{0,9}}:{WORD}", "a name, or package.module:Class"),
+        "attention_config": Names(NAME, OPTION),
         "encoder": of_dataclass(Encoder),
         "exact": FLAG,
         "n_params": whole(1),
         "n_params_ratio_to_softmax": real(),
         "init_sha256": SHA256,
-        "source_sha256": SHA256,
+        "source_sha256?": SHA256,
     },
     "training": {
         "seed": whole(0, 10**6),
@@ -218,22 +202,22 @@ RECORD: dict[str, Spec] = {
         "optimizer": one_of("AdamW"),
         "recipe": of_dataclass(Optim),
         "budget": whole(0, 10**6),
-        "overrides": mapping(text, pattern(rf"(attention|encoder|train)\.{WORD}", "a group.option")),
+        "overrides": Names(matching(rf"(attention|encoder|train)\.{WORD}", "a group.option"), TEXT),
         "world_size": whole(1, 10**6),
         "steps": whole(1),
         "examples_seen": whole(1),
         "selected_step": whole(),
         "resumed": whole(0, 10**6),
     },
-    "result": maybe(
+    "result": Maybe(
         {
-            "n_correct": whole(0, 10**8),
-            "n_test": whole(1, 10**8),
-            "val_n_correct": whole(0, 10**8),
-            "n_val": whole(1, 10**8),
-            "curve": items(point, 2, 20_000),
+            "n_correct": whole(0, EXAMPLES),
+            "n_test": whole(1, EXAMPLES),
+            "val_n_correct": whole(0, EXAMPLES),
+            "n_val": whole(1, EXAMPLES),
+            "curve": Items(POINT, 2, 20_000),
             "predictions_sha256": SHA256,
-            "probe": {"batch": whole(1, 10**4), "losses": items(maybe(real()), 20, 20)},
+            "probe": {"batch": whole(1, 10**4), "losses": Items(Maybe(real()), 20, 20)},
         }
     ),
     "cost": {
@@ -241,16 +225,16 @@ RECORD: dict[str, Spec] = {
         "wall_s": real(),
         "steps_per_s": real(),
         "tokens_per_s": real(),
-        "peak_bytes": maybe(whole(0, 10**14)),
-        "softmax_same_machine": maybe({"step_time_ratio": real(1e-9, 1e9), "pairs": whole(1, 1000)}),
+        "peak_bytes": Maybe(whole(0, 10**14)),
+        "softmax_same_machine?": Maybe({"step_time_ratio": real(1e-9, 1e9), "pairs": whole(1, 1000)}),
     },
     "env": {
-        **dict.fromkeys(("python", "torch", "numpy", "os", "cpu"), text),
+        **dict.fromkeys(("python", "torch", "numpy", "os", "cpu"), TEXT),
         "threads": whole(1, 10**5),
-        "gpu": maybe(text),
+        "gpu": Maybe(TEXT),
     },
-    "status": pattern("ok|failed: [ -;=?-~]{1,200}", "ok, or failed: and a reason"),
-    "command": text,
+    "status": matching("ok|failed: [ -;=?-~]{1,200}", "ok, or failed: and a reason"),
+    "command": TEXT,
     "started": TIME,
     "ended": TIME,
 }

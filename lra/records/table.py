@@ -1,23 +1,20 @@
-"""Tables as Markdown, LaTeX, HTML and CSV: a pure function of the records, so the same bytes again. No torch."""
+"""The wide tables of the records, as Markdown, LaTeX and CSV: the same records give the same bytes. No torch."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lra.leaderboard.submit import reproductions
 from lra.options import UsageError
-from lra.records import markup, measured, published
-from lra.records.cells import Cell, Column, Entry, Table, build
-from lra.records.compare import Comparison, against_softmax, footnote
-from lra.records.markup import Block, Bold, Bullets, Grid, Heading, Italic, Text, flat
+from lra.records import compact, markup, measured, published
+from lra.records.cells import Cell, Column, Row, Table, build, row_name
+from lra.records.markup import MISSING, Block, Bold, Bullets, Grid, Heading, Italic, Text, flat, refresh_block
 from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, report_skipped
+from lra.records.significance import Comparison, against_softmax, footnote
 from lra.records.stats import Estimate, average, difference, mean_sd, wilson
 from tasks.store.files import atomic_path
-
-__all__ = ["DOCUMENTS", "blocks", "build", "refresh_block", "render", "row_name", "to_csv", "write"]
 
 HEADINGS = {
     "smoke": "smoke runs: they show that everything runs, not accuracy",
@@ -26,7 +23,6 @@ HEADINGS = {
     "paper-large": "paper-large: the lengths and the encoders of Long Range Arena",
     "path-x": "path-x: Pathfinder of 128 x 128 pixels",
 }
-MISSING = "–"
 LEGEND = (
     "Test accuracy in percent: mean ± sample standard deviation over seeds (number of seeds) [95% interval]. "
     "The interval holds the noise of the test set (Wilson) and, with several seeds, that of training. "
@@ -44,7 +40,6 @@ CSV_HEADER = (
     "task,dataset,substitute,preset,attention,overrides,seed,n_correct,n_test,accuracy,wilson_low,"
     "wilson_high,n_params_ratio,speed_ratio,peak_bytes,status,command"
 ).split(",")
-DOCUMENTS = {"md": markup.markdown, "tex": markup.latex, "html": markup.html_document}
 
 
 def render(
@@ -52,12 +47,19 @@ def render(
     form: str,
     presets: Sequence[str] | None = None,
     report: Callable[[str], None] = report_skipped,
+    reproduced: Mapping[Path, object] | None = None,
 ) -> str:
-    """The records under a results folder as text; `form` is md, tex, html or csv. Reports and raises as `build`."""
+    """The records under a results folder as text; `form` is md, tex, csv or compact. Reports and raises as `build`.
+
+    `reproduced`: what somebody else's runs say of a record, by the record's path relative to `results`.
+    """
     tables = build(results, presets, report)
     if form == "csv":
         return to_csv(tables)
-    return DOCUMENTS[form]([*blocks(tables), *measured.blocks(results), *published.blocks()])
+    if form == "compact":
+        return markup.markdown(compact.blocks(tables), compact.WIDTH)
+    documents = {"md": markup.markdown, "tex": markup.latex}
+    return documents[form]([*blocks(tables, reproduced), *measured.blocks(results), *published.blocks()])
 
 
 def write(path: Path, text: str) -> None:
@@ -76,11 +78,11 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def blocks(tables: Sequence[Table]) -> list[Block]:
-    """All tables of the records, for lra.records.markup."""
+def blocks(tables: Sequence[Table], reproduced: Mapping[Path, object] | None = None) -> list[Block]:
+    """All tables of the records, for lra.records.markup; `reproduced` as in `render`."""
     if not tables:
-        return [Text("No results yet: no record was found; bash run_all.sh makes them.")]
-    return [Text(LEGEND), *(block for table in tables for block in _preset(table))]
+        return [Text(compact.EMPTY)]
+    return [Text(LEGEND), *(block for table in tables for block in _preset(table, reproduced or {}))]
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -96,21 +98,16 @@ def to_csv(tables: Sequence[Table]) -> str:
                 scores = tuple(f"{x:.6f}" for x in (e.n_correct / e.n_test, *interval))
             c = e.column
             line = (c.task, c.dataset, str(c.substitute).lower(), e.preset, e.attention, e.overrides, e.seed)
-            line += (e.n_correct, e.n_test, *scores, e.params_ratio, table.speeds.get(e.digest), e.peak_bytes)
+            line += (
+                e.n_correct,
+                e.n_test,
+                *scores,
+                e.params_ratio,
+                table.speeds.get(e.path.parent.name),
+                e.peak_bytes,
+            )
             writer.writerow([_inert(x) for x in (*line, e.status, e.command)])
     return file.getvalue()
-
-
-def refresh_block(text: str, name: str, block: str) -> str:
-    """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `block`.
-
-    Raises UsageError unless each marker stands there once, in that order.
-    """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UsageError(f"cannot place the block: the text must hold {begin} once and, after it, {end} once")
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{block.strip()}\n{end}{rest.partition(end)[2]}"
 
 
 def _inert(value: object) -> object:
@@ -118,12 +115,12 @@ def _inert(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r")) else value
 
 
-def _preset(table: Table) -> list[Block]:
+def _preset(table: Table, reproduced: Mapping[Path, object]) -> list[Block]:
     headers = _headers(table)
     averages = ["average"] if table.averaged else []
     if substitutes := sum(c.substitute for c in table.averaged):
         averages = [f"average\nof 5 columns,\n{substitutes} with substitutes"]
-    rows = [("majority", *_floor_row(table, _majority)), ("shortcut", *_floor_row(table, _shortcut))]
+    rows = [(kind, *_floor_row(table, kind)) for kind in ("majority", "shortcut")]
     compared = against_softmax(table)
     for row in table.rows:
         cells = [_cell(table.cells.get((row, c)), compared.get((row, c))) for c in table.columns]
@@ -131,7 +128,7 @@ def _preset(table: Table) -> list[Block]:
         estimates = [cell.estimate for cell in whole if cell and cell.complete]
         rows.append((row_name(row), *cells, *_average(table, estimates)))
     header = ("attention", *(headers[c] for c in table.columns))
-    remarks = (*footnote(compared), *_remarks(table), *_reproduced(table))
+    remarks = (*footnote(compared), *_remarks(table), *_reproductions(table, reproduced))
     costs = tuple((row_name(r), *(_cost(table, r, c) for c in table.columns)) for r in table.rows)
     machines = "; ".join(sorted({flat(e.machine) for e in table.entries}))
     return [
@@ -147,14 +144,8 @@ def _preset(table: Table) -> list[Block]:
 def _headers(table: Table) -> dict[Column, str]:
     """Names of the columns; where two would read the same, the hash of their data tells them apart."""
     names = {c: "\n".join(map(flat, c.parts)) for c in table.columns}
-    shown = list(names.values())
-    return {c: n if shown.count(n) == 1 else f"{n}\nv{c.version} {c.data[:8]}" for c, n in names.items()}
-
-
-def row_name(row: tuple[int, str, tuple[str, ...]]) -> str:
-    """A row as it is named everywhere: its attention, and what differs from the defaults."""
-    _, attention, label = row
-    return flat(attention) + (f" [{flat(', '.join(label))}]" if label else "")
+    texts = list(names.values())
+    return {c: n if texts.count(n) == 1 else f"{n}\nv{c.version} {c.data[:8]}" for c, n in names.items()}
 
 
 def _percent(estimate: Estimate) -> str:
@@ -189,68 +180,23 @@ def _average(table: Table, estimates: list[Estimate]) -> list[str]:
     return [f"{100 * mean.value:.1f} {_percent(mean)}"]
 
 
-def _floor(entry: Entry, name: str) -> Estimate:
-    value = entry.floors[name]
-    return Estimate(value, *wilson(value * entry.n_test, entry.n_test))
-
-
-def _majority(floors: dict[str, float]) -> str | None:
-    return "majority" if "majority" in floors else None
-
-
-def _shortcut(floors: dict[str, float]) -> str | None:
-    """The name of the best floor other than majority."""
-    return max((n for n in sorted(floors) if n != "majority"), key=floors.__getitem__, default=None)
-
-
-def _floor_row(table: Table, pick: Callable[[dict[str, float]], str | None]) -> list[str]:
-    found = {}
-    for column in table.columns:
-        entry = table.first(column)
-        if name := pick(entry.floors):
-            found[column] = name, _floor(entry, name)
+def _floor_row(table: Table, kind: str) -> list[str]:
+    floors = {c: floor for c in table.columns if (floor := table.floor(c, kind))}
 
     def text(column):
-        if column not in found:
+        if column not in floors:
             return MISSING
-        name, floor = found[column]
+        name, floor = floors[column]
         named = "" if name == "majority" else f" {flat(name)}"
         return f"{100 * floor.value:.1f}{named} {_percent(floor)}"
 
-    return [*map(text, table.columns), *_average(table, [found[c][1] for c in table.averaged if c in found])]
+    averaged = [floors[c][1] for c in table.averaged if c in floors]
+    return [*map(text, table.columns), *_average(table, averaged)]
 
 
 def _remarks(table: Table) -> list[str]:
-    remarks = []
-    for column in table.columns:
-        name = flat(", ".join(column.parts))
-        softmax, constant = (table.cell(a, column) for a in ("softmax", "constant"))
-        if softmax and softmax.ok:
-            if constant and constant.ok:
-                gap = difference(softmax.estimate, constant.estimate)
-                if gap.low <= 0:
-                    verb = "ties" if gap.high >= 0 else "beats"
-                    above = _above(table, column, constant)
-                    remarks.append(
-                        f"{name}: constant {verb} softmax (softmax − constant: {100 * gap.value:.1f} points, "
-                        f"{_percent(gap)}), so "
-                        + (
-                            f"softmax has not learned to use attention here (above constant: {above}), and a gap "
-                            "to softmax in this column says nothing about approximation."
-                            if above
-                            else "this column does not measure attention at this size."
-                        )
-                    )
-            floors = table.first(column).floors
-            highest = max(sorted(floors), key=floors.__getitem__, default=None)
-            if highest is not None and softmax.estimate.low <= floors[highest]:
-                remarks.append(
-                    f"{name}: softmax, {_percent(softmax.estimate)}, does not clear the highest floor, "
-                    f"{flat(highest)} at {100 * floors[highest]:.1f}."
-                )
-        seeds = [{e.seed for e in cell.runs} for (_, c), cell in table.cells.items() if c == column]
-        if not all(s <= max(seeds, key=len) for s in seeds):
-            remarks.append(f"{name}: the rows were not run with the same seeds.")
+    """What a reader must know of the columns, and of the code that made the runs."""
+    remarks = [remark for column in table.columns for remark in _column_remarks(table, column)]
     if len({c.task for c in table.columns}) < len(table.columns) and table.averaged:
         columns = "; ".join(flat(", ".join(c.parts)) for c in table.averaged)
         remarks.append(f"The average is over one column per task: {columns}.")
@@ -261,15 +207,42 @@ def _remarks(table: Table) -> list[str]:
     return remarks
 
 
-def _reproduced(table: Table) -> list[str]:
+def _column_remarks(table: Table, column: Column) -> Iterator[str]:
+    """Is attention measured here, is softmax above the floors, were the seeds the same?"""
+    name = flat(", ".join(column.parts))
+    softmax, constant = (table.cell(a, column) for a in ("softmax", "constant"))
+    if softmax and softmax.ok and constant and constant.ok:
+        gap = difference(softmax.estimate, constant.estimate)
+        above = _above(table, column, constant)
+        verb = "ties" if gap.high >= 0 else "beats"
+        meaning = "this column does not measure attention at this size."
+        if above:
+            meaning = (
+                f"softmax has not learned to use attention here (above constant: {above}), and a gap "
+                "to softmax in this column says nothing about approximation."
+            )
+        if gap.low <= 0:
+            points = f"{100 * gap.value:.1f} points, {_percent(gap)}"
+            yield f"{name}: constant {verb} softmax (softmax − constant: {points}), so {meaning}"
+    if softmax and softmax.ok and (highest := table.floor(column, "highest")):
+        floor, estimate = highest
+        if softmax.estimate.low <= estimate.value:
+            yield (
+                f"{name}: softmax, {_percent(softmax.estimate)}, does not clear the highest floor, "
+                f"{flat(floor)} at {100 * estimate.value:.1f}."
+            )
+    seeds = [{e.seed for e in cell.runs} for (_, c), cell in table.cells.items() if c == column]
+    if not all(s <= max(seeds, key=len) for s in seeds):
+        yield f"{name}: the rows were not run with the same seeds."
+
+
+def _reproductions(table: Table, reproduced: Mapping[Path, object]) -> list[str]:
     """One line for each cell that somebody else ran as well (V4)."""
-    found = {}
-    for results in sorted({e.results for e in table.entries}):
-        counter = reproductions(results)
-        for e in table.entries:
-            if reproduction := counter.get(e.path.relative_to(results)):
-                found[f"{flat(e.column.task)}, {row_name(e.row)}: {reproduction}."] = None
-    return sorted(found)
+    lines = set()
+    for e in table.entries:
+        if reproduction := reproduced.get(e.path.relative_to(e.results)):
+            lines.add(f"{flat(e.column.task)}, {row_name(e.row)}: {reproduction}.")
+    return sorted(lines)
 
 
 def _above(table: Table, column: Column, constant: Cell) -> str:
@@ -281,7 +254,7 @@ def _above(table: Table, column: Column, constant: Cell) -> str:
     return ", ".join(sorted(names))
 
 
-def _cost(table: Table, row: tuple[int, str, tuple[str, ...]], column: Column) -> str:
+def _cost(table: Table, row: Row, column: Column) -> str:
     cell = table.cells.get((row, column))
     if cell is None:
         return MISSING

@@ -19,7 +19,7 @@ from lra import registry
 from lra.bench.base import PAIRS, markdown_table
 from lra.machine import cores
 from lra.options import unknown
-from lra.records.table import refresh_block
+from lra.records.markup import refresh_block
 from lra.scaling import calibration
 from lra.scaling.calibration import Machine, planned_manifest
 from lra.scaling.trace import Uncountable, Work, trace

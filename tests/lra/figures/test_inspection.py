@@ -11,7 +11,7 @@ from PIL import Image
 
 from lra.__main__ import main
 from lra.figures import cards, inspection
-from lra.records.table import refresh_block
+from lra.records.markup import refresh_block
 from lra.registry import load_task, task_names
 from tasks import listops, pathfinder
 from tasks.base import SPLITS, Meta, Split

@@ -10,9 +10,8 @@ from lra.__main__ import main
 from lra.figures import plots, style
 from lra.records import measured
 from lra.records.cells import build
+from tests.lra.builders import FIVE, LINEAR, QUADRATIC, bench, point, put
 from tests.lra.leaderboard.test_page import HOSTILE, give_curve
-from tests.lra.records.test_measured import LINEAR, QUADRATIC, bench, point
-from tests.lra.records.test_table import FIVE, put
 
 
 def texts(path):

@@ -17,9 +17,8 @@ from lra.leaderboard.submit import Reproduction, Verdict
 from lra.records.record import SCHEMA
 from lra.records.stats import Estimate
 from tests.conftest import ROOT
+from tests.lra.builders import FIVE, LINEAR, QUADRATIC, bench, put
 from tests.lra.leaderboard.browser import ABSENT, CHROMIUM, DRIVER, Browser
-from tests.lra.records.test_measured import LINEAR, QUADRATIC, bench
-from tests.lra.records.test_table import FIVE, put
 
 HOSTILE = "</td></script><script>hacked=1</script><img src=x onerror=hacked=1>\"'>{{7*7}}\u202e&#60;"
 CURVE = [[step, split, 1.0, step, 1000] for step in (100, 200, 300) for split in ("train", "val")]

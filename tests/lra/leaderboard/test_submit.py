@@ -9,7 +9,6 @@ import pytest
 from lra.__main__ import main
 from lra.leaderboard.submit import verified
 from lra.records.record import labels_path, predictions_path, read_record
-from lra.records.table import render
 from tests.conftest import Lab, plug_in
 
 
@@ -112,7 +111,14 @@ def test_weights_reach_v3_and_without_them_the_reason_is_said(lab, tmp_path, cap
     assert badges(lab) == ["V3"] * 3
     lab.runs = tmp_path / "no-runs"
     assert leaderboard(lab, "verify", "--level=3") == 1
-    assert "not V3: V3: no checkpoint at" in capsys.readouterr().out
+    assert "seed0.json: not V3: V3: no weights of" in capsys.readouterr().out
+
+
+def test_data_that_are_not_prepared_are_said_once(lab, tmp_path, capsys):
+    lab.data = tmp_path / "none"
+    assert leaderboard(lab, "verify", "--level=2") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "seed0.json and 2 more: not V2: V2: no prepared data in" in lines[0]
 
 
 def test_an_empty_results_folder_is_verified_at_once(tmp_path, lab, capsys):
@@ -154,6 +160,7 @@ def test_submitted_records_go_where_they_belong_with_a_badge(lab, inbox, tmp_pat
     lab.results = tmp_path / "board"
     assert leaderboard(lab, "submit", *sorted(inbox.glob("*.json"))) == 0
     assert [p.read_bytes() for p in lab.records()] == before and badges(lab) == ["V1"] * 3
+    assert len(list((lab.results / "labels").iterdir())) == 1
     assert capsys.readouterr().out.count("added ") == 3
 
 
@@ -198,6 +205,12 @@ def counter(lab, inbox, by="anna"):
     return leaderboard(lab, "submit", *sorted(inbox.glob("*.json")), f"--by={by}")
 
 
+def tables(lab):
+    """What `table` writes."""
+    assert main(["table", "--results", str(lab.results), "--write", str(lab.results / "t.csv")]) == 0
+    return (lab.results / "t.csv").read_text()
+
+
 def with_correct(lab, path, n):
     """Rewrite a submitted record so that it is consistent with n right answers."""
     import gzip
@@ -221,7 +234,7 @@ def test_three_equal_runs_of_somebody_else_make_v4_and_are_shown(lab, inbox, cap
     assert "\n3 records: 3 reached V4, 0 did not\n" in capsys.readouterr().out, (
         "counter-records are asked for V1"
     )
-    assert "tiny, performer: reproduced by anna (3 seeds): +0.0 points" in render(lab.results, "md")
+    assert "tiny, performer: reproduced by anna (3 seeds): +0.0 points" in tables(lab)
 
 
 def test_runs_that_disagree_dispute_the_cell_and_lower_no_level(lab, inbox):
@@ -230,7 +243,7 @@ def test_runs_that_disagree_dispute_the_cell_and_lower_no_level(lab, inbox):
         with_correct(lab, path, 1)
     assert counter(lab, inbox) == 0
     assert badges(lab)[3:] == ["V1 disputed"] * 3
-    assert "disputed by anna" in render(lab.results, "md")
+    assert "disputed by anna" in tables(lab)
 
 
 def test_of_several_people_the_least_favourable_counts(lab, inbox):

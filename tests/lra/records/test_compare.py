@@ -1,98 +1,96 @@
-"""Bold cells: which differences to softmax a table claims, from predictions made for the purpose."""
+"""A user's runs beside the reference's: each verdict from runs made for it."""
 
 import hashlib
 import json
 
-import numpy as np
 import pytest
 
-from lra.records.cells import build
-from lra.records.compare import against_softmax
-from lra.records.record import write_labels, write_record
-from lra.records.stats import holm, paired_test
-from lra.records.table import render
-from tests.lra.records.test_table import grid, only, put
+from lra.__main__ import main
+from tests.lra.builders import put
 
-N = 997
-LABELS = np.random.default_rng(7).integers(0, 10, N).astype(np.uint8)
+N = 4000  # the margin at 34% is 1.5 points
 
 
-def run(results, attention, seed, accuracy, **options):
-    """A record whose stored predictions are right for a random share of the examples; returns its answers."""
-    rng = np.random.default_rng([seed, *attention.encode()])
-    right = rng.random(N) < accuracy
-    predictions = np.where(right, LABELS, (LABELS + 1) % 10).astype(np.uint8).tobytes()
-    path = put(results, attention=attention, seed=seed, correct=int(right.sum()), n=N, **options)
-    record = json.loads(path.read_text())
-    record["result"]["predictions_sha256"] = hashlib.sha256(predictions).hexdigest()
-    record["data"]["splits"]["test"]["labels_sha256"] = hashlib.sha256(LABELS.tobytes()).hexdigest()
-    write_labels(results, LABELS.tobytes())
-    write_record(path, record, predictions)
-    return right
+def runs(results, *corrects, attention="softmax", curve=0.5, **options):
+    """One run for each number of right answers; `curve` stands for what the validations measured."""
+    for seed, correct in enumerate(corrects):
+        failed = "loss is not finite" if correct is None else None
+        path = put(results, attention=attention, seed=seed, correct=correct, n=N, failed=failed, **options)
+        if not failed:
+            record = json.loads(path.read_text())
+            predictions = hashlib.sha256(f"{correct}".encode()).hexdigest()
+            record["result"] |= {"predictions_sha256": predictions, "curve": [[10, "val", curve, 5, 10]]}
+            path.write_text(json.dumps(record))
 
 
 @pytest.fixture
-def grid_of_runs(tmp_path):
-    """Three seeds of softmax, of one method above, one below and one equal; the answers by method."""
-    levels = {"softmax": 0.5, "performer": 0.7, "linformer": 0.3, "darkformer": 0.5}
-    return {a: np.array([run(tmp_path, a, k, p) for k in range(3)]) for a, p in levels.items()}
+def compared(tmp_path, capsys):
+    """`compared()`: the row of softmax and the last line that `compare` prints."""
+
+    def run(*words, code=0):
+        places = [f"--results={tmp_path / 'mine'}", f"--reference={tmp_path / 'theirs'}"]
+        assert main(["compare", *places, *words]) == code
+        lines = capsys.readouterr().out.splitlines()
+        (row,) = [line for line in lines if line.startswith("| softmax |")] or [""]
+        return row.removeprefix("| softmax | ").removesuffix(" |"), lines[-1]
+
+    return run
 
 
-def verdicts(results):
-    """The verdict of every comparison of the only table, by attention."""
-    (table,) = build(results)
-    return {row[1]: c.verdict for (row, _), c in against_softmax(table).items()}
+CASES = {
+    "the same runs": ((1360, 1380, 1400), (1360, 1380, 1400), "34.5 ="),
+    "a seed less": ((1360,), (1360, 1380, 1400), "34.0 ="),
+    "one seed, a gap within the margin": ((1360,), (1380,), "34.0 ≈ 34.5"),
+    "one seed, a gap beyond the margin": ((1360,), (1500,), "34.0 ≠ 37.5"),
+    "seeds that are equivalent": ((1360, 1370, 1380), (1361, 1371, 1379), "34.2 ≈ 34.3"),
+    "seeds that are not": ((1360, 1370, 1380), (1560, 1570, 1581), "34.2 ≠ 39.3"),
+    "seeds that spread too far to tell": ((1200, 1370, 1500), (1300, 1250, 1600), "33.9 ? 34.6"),
+    "failures of one kind": ((None,), (None,), "failed ="),
+    "a failure where the reference ends": ((None,), (1360,), "failed ≠ 34.0"),
+}
 
 
-def test_p_values_are_those_of_the_paired_test_on_the_answers_corrected_by_holm(grid_of_runs, tmp_path):
-    (table,) = build(tmp_path)
-    found = against_softmax(table)
-    tests = {a: paired_test(x, grid_of_runs["softmax"]) for a, x in grid_of_runs.items() if a != "softmax"}
-    assert {row[1]: (c.gap, c.p) for (row, _), c in found.items()} == tests
-    assert [c.adjusted for c in found.values()] == holm([c.p for c in found.values()])
+@pytest.mark.parametrize("case", CASES)
+def test_a_cell_has_one_of_the_verdicts(case, tmp_path, compared):
+    mine, theirs, row = CASES[case]
+    runs(tmp_path / "mine", *mine)
+    runs(tmp_path / "theirs", *theirs)
+    assert compared()[0] == row
 
 
-def test_bold_is_above_softmax_italics_below_and_equals_stay_plain(grid_of_runs, tmp_path):
-    assert verdicts(tmp_path) == {"performer": "above", "linformer": "below", "darkformer": None}
-    text = render(tmp_path, "md")
-    cells = {name: only(row) for name, row in grid(text).items()}
-    assert cells["performer"].startswith("**6") and cells["performer"].endswith("]**")
-    assert cells["linformer"][:2] == "*2" and cells["linformer"].endswith("]*")
-    assert "*" not in cells["darkformer"] + cells["softmax"]
-    assert "for the 3 comparisons of this table: 1 above, 1 below." in text
+def test_another_curve_with_the_same_predictions_is_not_bit_for_bit(tmp_path, compared):
+    runs(tmp_path / "mine", 1360, curve=0.5)
+    runs(tmp_path / "theirs", 1360, curve=0.5000001)
+    row, last = compared()
+    assert row == "34.0 ≈ 34.0"
+    assert last.endswith("0 equal bit for bit (=), 1 within seed noise (≈), 0 different (≠)")
 
 
-def test_nothing_is_bold_with_fewer_than_three_seeds_of_either(tmp_path):
-    for seed in range(3):
-        run(tmp_path, "softmax", seed, 0.2)
-        if seed < 2:
-            run(tmp_path, "performer", seed, 0.9)
-    assert verdicts(tmp_path) == {}
-    assert "**" not in render(tmp_path, "md") and "Bold" not in render(tmp_path, "md")
+def test_cells_are_counted_and_one_without_a_reference_is_said_to_have_none(tmp_path, compared):
+    for attention in ("softmax", "constant", "linear"):
+        runs(tmp_path / "mine", 1360, attention=attention)
+    runs(tmp_path / "mine", 1360, lr=0.5, overrides={"train.lr": "0.5"})
+    runs(tmp_path / "theirs", 1360)
+    runs(tmp_path / "theirs", 3000, attention="constant")
+    row, last = compared()
+    assert last == (
+        f"4 cells beside {tmp_path / 'theirs'}: 1 equal bit for bit (=), 0 within seed noise (≈), "
+        "1 different (≠), 2 without a reference (–)"
+    )
 
 
-def test_a_failed_seed_does_not_count(tmp_path):
-    for seed in range(3):
-        run(tmp_path, "softmax", seed, 0.2)
-        run(tmp_path, "performer", seed, 0.9) if seed else put(tmp_path, attention="performer", failed="no")
-    assert verdicts(tmp_path) == {}
+def test_presets_are_chosen_and_nothing_is_written(tmp_path, compared):
+    runs(tmp_path / "mine", 1360)
+    runs(tmp_path / "mine", 1360, preset="paper", data="long")
+    before = sorted(tmp_path.rglob("*"))
+    assert compared("--preset=small")[1].startswith("1 cells beside")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("lost", ["labels/*.gz", "records/listops/performer/*/seed1.pred.gz"])
-def test_nothing_is_claimed_without_predictions_and_labels(grid_of_runs, tmp_path, lost):
-    for path in tmp_path.glob(lost):
-        path.unlink()
-    assert "performer" not in verdicts(tmp_path)
-
-
-def test_methods_are_compared_with_softmax_at_the_same_settings(tmp_path):
-    for seed in range(3):
-        for accuracy, rate in ((0.2, 1e-3), (0.9, 1e-2)):
-            options = {"lr": rate, "overrides": {"train.lr": str(rate)} if rate == 1e-2 else {}}
-            run(tmp_path, "softmax", seed, accuracy, **options)
-        run(tmp_path, "performer", seed, 0.5, lr=1e-2, overrides={"train.lr": "0.01"})
-        wide = {"overrides": {"attention.num_features": "256"}, "config": {"num_features": 256}}
-        run(tmp_path, "performer", seed, 0.5, **wide)
-    (table,) = build(tmp_path)
-    found = {row[2]: c.verdict for (row, _), c in against_softmax(table).items()}
-    assert found == {("train.lr=0.01",): "below", ("attention.num_features=256",): "above"}
+def test_a_damaged_record_of_yours_is_reported_and_one_of_the_reference_is_none(tmp_path, compared, capsys):
+    runs(tmp_path / "mine", 1360, 1360)
+    runs(tmp_path / "theirs", 1360)
+    (path,) = (tmp_path / "theirs").rglob("seed0.json")
+    path.write_text("{")
+    next((tmp_path / "mine").rglob("seed1.json")).write_text("{")
+    assert compared(code=1)[0] == "34.0 –"

@@ -1,29 +1,11 @@
 """Times per length, read from files of `bench`: ratios, the crossover, and one line for a broken file."""
 
-import json
-
 import pytest
 
 from lra.options import UsageError
 from lra.records import measured
 from lra.records.markup import Grid
-
-
-def bench(results, points, name="attention"):
-    """Write a file of points under results/bench/."""
-    path = results / "bench" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"points": points}))
-    return path
-
-
-def point(name, n, seconds, peak=None):
-    """One point of attention.json."""
-    return {"name": name, "N": n, "seconds": seconds, "peak_bytes": peak}
-
-
-QUADRATIC = [point("softmax", n, (n / 512) ** 2, n * n) for n in (512, 1024, 2048)]
-LINEAR = [point("performer", n, 3 * n / 512, 2048 * n) for n in (512, 1024, 2048)]
+from tests.lra.builders import LINEAR, QUADRATIC, bench, point
 
 
 def test_ratios_are_taken_to_softmax_at_the_same_length(tmp_path):

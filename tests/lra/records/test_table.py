@@ -1,9 +1,7 @@
 """Tables made from synthetic records: what shares a column, what is missing, failed, marked or averaged."""
 
 import csv
-import hashlib
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -13,87 +11,20 @@ import pytest
 
 from lra.options import UsageError
 from lra.records import published
-from lra.records.markup import Bold, Bullets, Grid, Heading, Text, html_document, latex, markdown
-from lra.records.record import SCHEMA, record_path, write_record
-from lra.records.table import blocks, build, refresh_block, render, to_csv, write
-
-FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
-DATASETS = {"text": "IMDb", "retrieval": "AAN", "image": "CIFAR-10"}
-
-
-def put(
-    results,
-    task="listops",
-    attention="softmax",
-    seed=0,
-    correct=1360,
-    n=4000,
-    *,
-    preset="small",
-    dataset=None,
-    substitute=False,
-    data="a",
-    floors=None,
-    overrides=None,
-    config=None,
-    lr=1e-3,
-    source="generated",
-    val_rule="held-out",
-    protocol="lra-v1",
-    params=1.0,
-    speed=None,
-    peak=None,
-    threads=2,
-    failed=None,
-    dirty=False,
-):
-    """Write one record; `data` stands for the content of the splits, `speed` is what `bench tasks` measured. Returns
-    its path."""
-    overrides, config = overrides or {}, config or {"num_features": 64}
-    splits = {s: {"n": n, "sha256": f"{data}-{s}", "max_length": 100} for s in ("train", "val", "test")}
-    record = {
-        "schema": SCHEMA,
-        "suite": {"version": "0.1.0", "git_commit": "c0ffee", "git_dirty": dirty},
-        "task": {"name": task, "version": 1, "preset": preset, "protocol": protocol, "seq_len": 100,
-                 "dataset": dataset or DATASETS.get(task, task), "substitute": substitute},
-        "data": {"source": source, "revision": "1", "manifest_sha256": data, "splits": splits,
-                 "val_rule": val_rule, "floors": floors or {"majority": 0.169}},
-        "model": {"attention": attention, "attention_config": config, "encoder": {"width": 64},
-                  "n_params": 110474, "n_params_ratio_to_softmax": params},
-        "training": {"seed": seed, "precision": "fp32", "compile": False, "world_size": 1,
-                     "recipe": {"lr": lr}, "budget": 64, "overrides": overrides},
-        "result": None if failed else {"n_correct": correct, "n_test": n},
-        "cost": {"device": "cpu", "peak_bytes": peak, "softmax_same_machine": {"step_time_ratio": 77.0, "pairs": 5}},
-        "env": {"cpu": "Some CPU", "gpu": None, "threads": threads},
-        "status": f"failed: {failed}" if failed else "ok",
-        "command": f"python -m lra train {task} --attention {attention} --seed {seed}",
-    }  # fmt: skip
-    identity = repr((task, preset, data, source, val_rule, overrides, config, lr, attention))
-    digest = hashlib.sha256(identity.encode()).hexdigest()
-    path = record_path(results, task, attention, digest, seed)
-    write_record(path, record, None)
-    if speed:
-        report = results / "bench" / f"tasks-{preset}.json"
-        report.parent.mkdir(exist_ok=True)
-        points = json.loads(report.read_text())["points"] if report.exists() else []
-        report.write_text(json.dumps({"points": [*points, {"digest": path.parent.name, "ratio": speed}]}))
-    return path
-
-
-def grid(text, nth=0, preset="small"):
-    """The nth table of a preset's section as {row name: {column header: cell}}."""
-    section = text.split(f"### {preset}")[1].split("\n### ")[0]
-    blocks = [b for b in section.split("\n\n") if b.startswith("| ")]
-    lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in blocks[nth].splitlines()]
-    header, _, *rows = lines
-    assert all(len(row) == len(header) for row in rows)
-    return {row[0].strip(): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
-
-
-def only(cells):
-    """The single cell of a row."""
-    (cell,) = cells.values()
-    return cell
+from lra.records.markup import (
+    Bold,
+    Bullets,
+    Grid,
+    Heading,
+    Text,
+    html_fragment,
+    latex,
+    markdown,
+    refresh_block,
+)
+from lra.records.record import SCHEMA
+from lra.records.table import blocks, build, render, to_csv, write
+from tests.lra.builders import FIVE, grid, only, put
 
 
 def test_empty_results_folder_says_so_instead_of_a_table(tmp_path):
@@ -442,7 +373,7 @@ DOCUMENT = [
 def test_tables_come_in_every_format_with_the_same_cells(tmp_path):
     for seed in (0, 1):
         put(tmp_path, seed=seed, speed=1.5, floors={"majority": 0.2, "bag": 0.3})
-    for form, interval in (("md", "[32.5, 35.5]"), ("html", "[32.5, 35.5]"), ("tex", "{[}32.5, 35.5{]}")):
+    for form, interval in (("md", "[32.5, 35.5]"), ("tex", "{[}32.5, 35.5{]}")):
         text = render(tmp_path, form)
         for cell in ("softmax", "34.0", interval, "30.0 bag", "majority", "published", "18.01"):
             assert cell in text, (form, cell)
@@ -451,11 +382,9 @@ def test_tables_come_in_every_format_with_the_same_cells(tmp_path):
 
 def test_html_holds_nothing_of_a_name_but_text():
     reader = Tags()
-    reader.feed(html_document(DOCUMENT))
-    assert reader.found <= set(
-        "html head meta title style body h3 p ul li div table thead tr th td br strong".split()
-    )
-    assert "alert(1)" in html_document(DOCUMENT)
+    reader.feed(html_fragment(DOCUMENT))
+    assert reader.found <= set("h3 p ul li div table thead tr th td br strong".split())
+    assert "alert(1)" in html_fragment(DOCUMENT)
 
 
 class Tags(HTMLParser):
@@ -507,7 +436,7 @@ def test_brackets_are_escaped_only_where_they_would_be_a_link():
 def test_bold_cells_are_bold_in_every_language():
     grid = [Grid(("a", "b"), (("x", Bold("1\n2")),))]
     assert "**1**<br>**2**" in markdown(grid)
-    assert "<strong>1</strong><br><strong>2</strong>" in html_document(grid)
+    assert "<strong>1</strong><br><strong>2</strong>" in html_fragment(grid)
     assert r"\shortstack[r]{\textbf{1}\\\textbf{2}}" in latex(grid)
 
 

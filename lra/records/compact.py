@@ -1,0 +1,84 @@
+"""The one compact table: method x task, accuracy with its interval, narrow enough for README. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lra.records.cells import Cell, Column, Row, Table, row_name
+from lra.records.markup import MISSING, Block, Bold, Grid, Italic, Text, flat
+from lra.records.record import PROTOCOL
+from lra.records.significance import Comparison, against_softmax
+from lra.records.stats import Estimate
+
+WIDTH = 110  # columns of a line of text
+EMPTY = "No results yet: no record was found; bash run_all.sh makes them."
+
+
+def blocks(tables: Sequence[Table]) -> list[Block]:
+    """For each preset a table of its default rows, and below it a paragraph that says what stands in it."""
+    return [block for table in tables for block in _preset(table)] or [Text(EMPTY)]
+
+
+def _preset(table: Table) -> list[Block]:
+    compared = against_softmax(table)
+    names = column_names(table)
+    rows = [(kind, *(_floor(table, c, kind) for c in table.columns)) for kind in ("majority", "shortcut")]
+    for row in table.rows:
+        if not row[2]:
+            cells = (_cell(table.cells.get((row, c)), compared.get((row, c))) for c in table.columns)
+            rows.append((row_name(row), *cells))
+    grid = Grid(("method", *(names[c] for c in table.columns)), tuple(rows))
+    return [grid, Text(" ".join(_sentences(table, compared)))]
+
+
+def column_names(table: Table) -> dict[Column, str]:
+    """Task and whether it is a substitute; of two columns that would read the same, the hash of their data, too."""
+    names = {c: flat(c.task) + (" (substitute)" if c.substitute else "") for c in table.columns}
+    texts = list(names.values())
+    return {c: n if texts.count(n) == 1 else f"{n} {c.data[:8]}" for c, n in names.items()}
+
+
+def interval(estimate: Estimate) -> str:
+    """Percent ± the longer half of the 95% interval."""
+    half = max(estimate.high - estimate.value, estimate.value - estimate.low)
+    return f"{100 * estimate.value:.1f} ± {100 * half:.1f}"
+
+
+def _floor(table: Table, column: Column, kind: str) -> str:
+    floor = table.floor(column, kind)
+    return interval(floor[1]) if floor else MISSING
+
+
+def _cell(cell: Cell | None, compared: Comparison | None) -> str:
+    if cell is None:
+        return MISSING
+    seeds = max(cell.seeds, len(cell.runs))
+    if not cell.ok:
+        return f"failed {len(cell.runs)}/{seeds}"
+    count = "" if len(cell.ok) == seeds else f" ({len(cell.ok)}/{seeds})"
+    dagger = " †" if any(e.open for e in cell.ok) else ""
+    face = {"above": Bold, "below": Italic}.get(compared.verdict if compared else None, str)
+    return face(f"{interval(cell.estimate)}{count}{dagger}")
+
+
+def _sentences(table: Table, compared: dict[tuple[Row, Column], Comparison]) -> list[str]:
+    """What the table holds: unit, seeds, columns, floors, marks; a mark only if it occurs."""
+    cells = list(table.cells.values())
+    seeds = max(cell.seeds or len(cell.runs) for cell in cells)
+    columns = "; ".join(f"{flat(c.task)}: {flat(', '.join(c.parts[1:]))}" for c in table.columns)
+    sentences = [
+        f"Test accuracy in percent ± half of its 95% interval, preset {flat(table.preset)}, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}. {columns}.",
+        "majority and shortcut: floors, scored without solving the task. constant: every token averages all tokens.",
+    ]
+    if compared:
+        sentences.append(
+            "Bold: above softmax; italics: below it; significant at 5% by a paired test with Holm's rule."
+        )
+    if not all(cell.complete for cell in cells):
+        sentences.append("2/3: seeds that ended, of those that were run elsewhere in the column.")
+    if any(e.open for e in table.entries):
+        sentences.append(f"†: outside {PROTOCOL}.")
+    if changed := sum(1 for row in table.rows if row[2]):
+        sentences.append(f"{changed} rows with changed options: see the wide table.")
+    return sentences
