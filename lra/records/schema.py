@@ -19,7 +19,7 @@ Spec = Callable[[Any, str], None] | dict
 
 MANY = 10**12  # beyond any count of examples, tokens or parameters
 FINITE = 1e300  # any number: the reader refuses infinities
-OPTIONAL = {"source_sha256"}  # fields that records of before they were introduced lack
+OPTIONAL = {"source_sha256", "softmax_same_machine"}  # fields that only newer, or only older, records have
 WORD = "[A-Za-z_][A-Za-z0-9_]{0,59}"
 
 
