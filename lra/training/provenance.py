@@ -28,7 +28,9 @@ def build_record(
     command: str,
     clocks: Clocks,
 ) -> dict[str, Any]:
-    """The whole record, of the arena and of the Gemma track; `sections` are its task, data, model, training and cost.
+    """The whole record, of the arena and of the Gemma track.
+
+    `sections` are its task, data, model, training, cost and, where there are more packages to name, env.
 
     The end is counted from the start by a monotonic clock: the date may be set while a run goes on.
     """
@@ -40,7 +42,7 @@ def build_record(
         **{name: sections[name] for name in ("task", "data", "model", "training")},
         "result": result,
         "cost": sections["cost"],
-        "env": environment(device),
+        "env": environment(device) | sections.get("env", {}),
         "status": status,
         "command": command,
         "started": started.isoformat(timespec="seconds"),
