@@ -333,7 +333,7 @@ finetune.Finetuner.step = stopping
 @pytest.mark.parametrize("number, code, last", [("SIGKILL", -signal.SIGKILL, 6), ("SIGTERM", 85, 8)])
 def test_a_stopped_run_resumes_and_ends_like_an_undisturbed_one(places, tmp_path, number, code, last):
     words = ("--attention=constant",)
-    assert child(places, KILL.replace("NUMBER", number), *words).wait(timeout=60) == code
+    assert child(places, KILL.replace("NUMBER", number), *words).wait(timeout=240) == code
     (kept,) = tmp_path.rglob("checkpoint.safetensors")
     assert checkpoint.load(kept)[1]["progress"]["step"] == last
     run("finetune", *places, *TRAIN, *words)
