@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from lra.gemma import adapter
-from lra.gemma.data import Blocks, Corpus, documents
+from lra.gemma.data import Blocks, TextSplits, documents
 from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references
 from lra.gemma.finetune import finetune as finetune_one
 from lra.gemma.finetune import trainable
@@ -93,7 +93,7 @@ def anisotropy(args: Namespace) -> None:
     setting = Setting(args)
     model, blocks = setting.base.model, setting.blocks("calibration")
     exact = Method("softmax", {}, tuple(range(len(bridge.text_layers(model)))))
-    source = setting.base, setting.corpus.documents
+    source = setting.base, setting.text.documents
     experiment = Experiment("anisotropy", *source, {"test": blocks}, exact, args.precision, 0)
     path = experiment.path(args.results)
     if not path.exists():
@@ -153,12 +153,12 @@ class Setting:
         longest = self.base.model.config.max_position_embeddings
         if args.length > longest:
             raise UsageError(f"--length {args.length} exceeds the {longest} tokens of {self.base.name}")
-        self.corpus = Corpus(texts, self.base.encode, self.base.bos, args.length)
+        self.text = TextSplits(texts, self.base.encode, self.base.bos, args.length)
 
     def blocks(self, name: str) -> Blocks:
         """The blocks of a split that are not trained on."""
         option = {"calibration": "calibration", "val": "validation", "test": "eval_blocks"}[name]
-        return self.corpus.blocks(name, getattr(self.args, option))
+        return self.text.blocks(name, getattr(self.args, option))
 
     def experiments(
         self, kind: str, blocks: dict[str, Blocks], recipes: Sequence[dict[str, Any]]
@@ -179,7 +179,7 @@ class Setting:
                 random = bool(recipe) or attention_class(spec.split(",")[0]).random
                 for replacement in (method(spec, m, **where) for m in self.features):
                     for seed in range(a.seeds if random else 1):
-                        parts = self.base, self.corpus.documents, blocks, replacement, a.precision
+                        parts = self.base, self.text.documents, blocks, replacement, a.precision
                         experiment = Experiment(kind, *parts, seed, recipe)
                         chosen.setdefault((experiment.digest, seed), experiment)
         for e in {json.dumps(asdict(e.method)): e for e in chosen.values()}.values():
@@ -193,7 +193,7 @@ class Setting:
         """Finetune each experiment from the base model's own weights; `changes` are made to the recipe."""
         a = self.args
         blocks = {name: self.blocks(name) for name in ("calibration", "val", "test")}
-        blocks["train"] = self.corpus.blocks("train", a.tokens // (a.batch * a.length) * a.batch)
+        blocks["train"] = self.text.blocks("train", a.tokens // (a.batch * a.length) * a.batch)
         experiments = self.experiments(kind, blocks, [self.recipe | change for change in changes])
         model = self.base.model
         before = {n: t.detach().clone() for n, t in model.state_dict().items() if "embed" not in n}

@@ -134,7 +134,7 @@ def pack(texts: Sequence[str], encode: Encode, *, bos: int, length: int, blocks:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TextSplits:
     """Documents of each split, in blocks of `length` tokens, made when they are asked for."""
 
     documents: Documents

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from models.features.projections import balance
+from models.features.projections import balance, inverse
 from models.gemma import bridge
 
 
@@ -69,7 +69,7 @@ def align(q_HTD: torch.Tensor, k_HTD: torch.Tensor) -> tuple[torch.Tensor, torch
     """Centred and balanced: T^-1 (q - mean q) and T (k - mean k), which have one covariance (projections.balance)."""
     q, k = (x - x.mean(1, keepdim=True) for x in (q_HTD, k_HTD))
     T = balance(second_moment(q), second_moment(k))
-    return q @ torch.linalg.inv(T), k @ T  # T is symmetric
+    return q @ inverse(T), k @ T  # T is symmetric
 
 
 def log10_pair(q_HTD: torch.Tensor, k_HTD: torch.Tensor, pairs: int = 4096) -> dict[str, float]:
