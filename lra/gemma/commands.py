@@ -84,7 +84,7 @@ def finetune(args: Namespace) -> int:
 
 def stability(args: Namespace) -> int:
     """`gemma stability`: the same at every learning rate."""
-    rates = numbers(args, "lrs", float)
+    rates = [float(rate) for rate in args.lrs.split(",")]
     return Setting(args).train("stability", [{"lr": rate, "lr_kernel": rate} for rate in rates])
 
 
@@ -141,7 +141,7 @@ class Setting:
             if getattr(args, name, 0) is None:  # an option of this command, and not given
                 setattr(args, name, sizes[args.model != "tiny"])
         if hasattr(args, "features"):
-            self.features = numbers(args, "features", int)
+            self.features = [int(m) for m in args.features.split(",")]
             for spec in args.attention:
                 method(spec, self.features[0], layers=())
         self.recipe = recipe(args) if hasattr(args, "train") else {}
@@ -217,24 +217,8 @@ class Setting:
         write_record(experiment.path(self.args.results), record, None)
 
 
-def numbers(args: Namespace, name: str, kind: type) -> list:
-    """The values of a comma-separated option. Raises UsageError unless all are above 0."""
-    text = getattr(args, name)
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = [0]
-    if not all(0 < value < float("inf") for value in values):
-        example = "64,256" if kind is int else "1e-4,1e-3"
-        raise UsageError(f"--{name} {text}: give numbers above 0, such as {example}")
-    return values
-
-
 def recipe(args: Namespace) -> dict[str, Any]:
     """Training options, as they go into digest and record. Raises UsageError for one that cannot be meant."""
-    for name in ("lr", "lr_kernel"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0; got {getattr(args, name)}")
     if args.tokens < args.batch * args.length:
         step = f"{args.batch} x {args.length}"
         raise UsageError(f"--tokens {args.tokens}: less than one step of {step} tokens")

@@ -77,10 +77,8 @@ def carry_out(
             resume(training, folder)
             world.check_equal("checkpoints", lambda: str(training.progress.step))
             tested = failure = None
-            written = (
-                RunLog(folder, training.hparams(), training.progress.step) if world.is_main else nullcontext()
-            )
-            with written as log:
+            step, hparams = training.progress.step, training.hparams()
+            with RunLog(folder, hparams, step) if world.is_main else nullcontext() as log:
                 try:
                     fit(training, folder, log)
                 except Diverged as error:
@@ -89,7 +87,14 @@ def carry_out(
                 if failure is None:
                     tested = training.test()
                 if log:
-                    record = conclude(training, folder, tested, failure, peak, clocks)
+                    record = build_record(
+                        training.sections(peak),
+                        device=training.where.device,
+                        status="ok" if failure is None else f"failed: {failure}",
+                        result=training.outcome(tested, folder) if failure is None else None,
+                        command=training.command,
+                        clocks=clocks,
+                    )
                     log.finish(record)
             if log:
                 publish(record, tested)  # last: once the record is there, so is all the rest
@@ -112,26 +117,6 @@ def tidy(path: Path, folder: Path) -> None:
     """Remove what a killed process was writing."""
     for file in (path, predictions_path(path), *(folder / n for n in (*CHECKPOINTS, WEIGHTS, LOG))):
         remove_temporaries(file)
-
-
-def conclude(
-    training: Training,
-    folder: Path,
-    tested: Any,
-    failure: str | None,
-    peak: int | None,
-    clocks: tuple[datetime, float],
-) -> dict[str, Any]:
-    """Save the weights; returns the record. `tested` is None if the run failed."""
-    result = training.outcome(tested, folder) if failure is None else None
-    return build_record(
-        training.sections(peak),
-        device=training.where.device,
-        status="ok" if failure is None else f"failed: {failure}",
-        result=result,
-        command=training.command,
-        clocks=clocks,
-    )
 
 
 def run_folder(runs: Path, run: Run) -> Path:

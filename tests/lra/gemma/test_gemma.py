@@ -396,7 +396,6 @@ def test_the_command_of_a_record_repeats_it(places, tmp_path):
         (["--attention=constant", "--train=kernel"], "learns nothing of its own"),
         (["--attention=softmax", "--transfer-tokens=5"], "no effect without --warmstart"),
         (["--attention=softmax", "--attention=constant", "--train=kernel+qk"], "learns nothing of its own"),
-        (["--attention=softmax", "--lr=0"], "--lr must be above 0"),
         (["--attention=softmax", "--tokens=60"], "less than one step"),
     ],
 )
@@ -408,12 +407,13 @@ def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["finetune", "--features=0"], "--features"),
+        (["finetune", "--features=0"], "--features: must be numbers above 0, comma-separated; got 0"),
         (["finetune", "--features=8,x"], "--features"),
-        (["finetune", "--lr-kernel=nan"], "--lr-kernel must be above 0"),
+        (["finetune", "--lr=0"], "--lr: must be a number above 0; got 0"),
+        (["finetune", "--lr-kernel=nan"], "--lr-kernel: must be a number above 0"),
         (["finetune", "--tokens=60"], "less than one step"),
-        (["stability", "--lrs=1e-3,0"], "--lrs 1e-3,0: give numbers above 0"),
-        (["stability", "--lrs=fast"], "--lrs fast: give numbers"),
+        (["stability", "--lrs=1e-3,0"], "--lrs: must be numbers above 0"),
+        (["stability", "--lrs=fast"], "--lrs: must be numbers"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_before_a_model_is_loaded(
