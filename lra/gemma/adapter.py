@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra.gemma.run import VERSION, Cell, Method, plug_in
+from lra.gemma.experiment import VERSION, Experiment, Method, plug_in
 from lra.gemma.weights import Base
 from lra.options import UsageError
 from lra.training import checkpoint
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 FORMAT = f"lra-gemma-adapter/{VERSION}"
 
 
-def describe(cell: Cell) -> dict[str, Any]:
+def describe(experiment: Experiment) -> dict[str, Any]:
     """The header: format, base model and its weights' hash, method, seed, length."""
+    base = experiment.base
     return {
         "format": FORMAT,
-        "base": {"name": cell.base.name, "source": cell.base.source, "sha256": cell.base.sha256},
-        "method": asdict(cell.method),
-        "seed": cell.seed,
-        "length": int(cell.blocks["test"].tokens.shape[1]),
+        "base": {"name": base.name, "source": base.source, "sha256": base.sha256},
+        "method": asdict(experiment.method),
+        "seed": experiment.seed,
+        "length": experiment.length,
     }
 
 

@@ -1,38 +1,22 @@
-"""What finetuning steps cost, beside what the machine could do at best."""
+"""What finetuning steps cost at least, on this machine."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lra.machine import synchronize
+from lra.training.trainer import Where
 from models.gemma import bridge
 
-if TYPE_CHECKING:
-    from lra.gemma.trainer import Finetuner
 
-
-def cost(tuner: Finetuner, seconds: float, transfer_seconds: float) -> dict[str, Any]:
-    """Seconds, tokens per second and peak memory of training steps, and the floor of their matrix products."""
-    recipe, blocks = tuner.cell.recipe, tuner.cell.blocks["train"]
-    length = blocks.tokens.shape[1]
-    steps = tuner.progress.step
-    flops = step_flops(tuner.model, recipe["batch"], length - 1)
-    peak = peak_flops(tuner.device, tuner.cell.precision)
-    tokens = recipe["batch"] * length
-    return {
-        "wall_s": round(seconds, 3),
-        "transfer_s": round(transfer_seconds, 3),
-        "steps_per_s": round(steps / seconds, 4) if seconds else None,
-        "tokens_per_s": round(steps * tokens / seconds, 1) if seconds else None,
-        "peak_bytes": tuner.memory.read(),
-        "step_flops": flops,
-        "measured_peak_flops": round(peak),
-        "floor_tokens_per_s": round(tokens * peak / flops, 1),
-        "softmax_same_machine": None,
-    }
+def bound(model: torch.nn.Module, batch: int, length: int, where: Where) -> dict[str, Any]:
+    """The matrix products of a step of `batch` blocks of `length` tokens, and tokens/s if nothing else took time."""
+    flops, peak = step_flops(model, batch, length - 1), peak_flops(where.device, where.precision)
+    floor = round(batch * length * peak / flops, 1)
+    return {"step_flops": flops, "measured_peak_flops": round(peak), "floor_tokens_per_s": floor}
 
 
 def step_flops(model: torch.nn.Module, batch: int, length: int) -> int:
@@ -46,11 +30,9 @@ def step_flops(model: torch.nn.Module, batch: int, length: int) -> int:
     reached = False
     for layer in layers:
         attention = layer.self_attn
-        size = sum(p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and ".socket." not in n)
-        learned = sum(
-            p.numel() for n, p in layer.named_parameters()
-            if p.dim() == 2 and p.requires_grad and ".socket." not in n
-        )  # fmt: skip
+        matrices = [p for n, p in layer.named_parameters() if p.dim() == 2 and ".socket." not in n]
+        size = sum(p.numel() for p in matrices)
+        learned = sum(p.numel() for p in matrices if p.requires_grad)
         reached = reached or any(p.requires_grad for p in layer.parameters())
         total += 2 * T * (size * (2 if reached else 1) + learned)
         heads, dim = attention.q_proj.out_features // attention.head_dim, attention.head_dim

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,23 @@ def pack(texts: Sequence[str], encode: Encode, *, bos: int, length: int, blocks:
         f"the text has {len(rows):,} blocks of {length} tokens for {what}, {blocks:,} are asked for: "
         "ask for fewer tokens or give more text"
     )
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """Documents of each split, in blocks of `length` tokens, made when they are asked for."""
+
+    documents: Documents
+    encode: Encode
+    bos: int
+    length: int
+
+    @cached_property
+    def splits(self) -> dict[str, list[str]]:
+        """Texts by split."""
+        return split(self.documents.texts)
+
+    def blocks(self, name: str, count: int) -> Blocks:
+        """The first `count` blocks of a split."""
+        size = {"length": self.length, "blocks": count}
+        return pack(self.splits[name], self.encode, bos=self.bos, **size, what=name)

@@ -1,214 +1,220 @@
-"""Finetuning of one cell, read from top to bottom: transfer -> steps -> test -> record and adapter."""
+"""Finetuning of one experiment: what is trained, its optimizer step, its transfer, its validations and its test."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from torch import nn
 from tqdm import tqdm
 
+from lra.gemma import cost
 from lra.gemma.adapter import describe
-from lra.gemma.cost import cost
-from lra.gemma.run import Cell, build_record, evaluate
-from lra.gemma.trainer import Finetuner, Progress
-from lra.machine import StopSignals
+from lra.gemma.experiment import BlockScores, Experiment, evaluate, hidden
+from lra.machine import PeakMemory, StopSignals
 from lra.options import UsageError
 from lra.records.record import finite, write_record
 from lra.training import checkpoint
 from lra.training.evaluate import autocast
 from lra.training.log import RunLog
 from lra.training.optim import learning_rate
-from lra.training.train import Interrupted
-from lra.training.trainer import Diverged
+from lra.training.train import Interrupted, carry_out
+from lra.training.trainer import Diverged, Progress, Training, Where
 from models.gemma import bridge
-from models.gemma.transfer import Transfer
+from models.gemma.loss import Head, cross_entropy
+from models.gemma.transfer import PROJECTIONS, Transfer, layer_parameters
 from tasks.base import Optim
 
 
 def finetune(
-    cell: Cell, *, results: Path, runs: Path, device: torch.device, command: str
+    experiment: Experiment, *, results: Path, runs: Path, device: torch.device, command: str
 ) -> tuple[Path, bool]:
-    """Run a cell unless its record exists; returns (its record, newly made).
-
-    Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and UsageError when another process holds it.
-    """
-    path = cell.path(results)
-    if path.exists():
-        return path, False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = run_folder(runs, cell)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Train, and write the record. Returns (its path, newly made); raises what training.train.carry_out raises."""
+    path = experiment.path(results)
     try:
-        with FileLock(folder / "lock", timeout=0):
-            started = datetime.now(timezone.utc)
-            tuner = Finetuner(cell, device)
-            resume(tuner, folder)
-            status, result = "ok", None
-            with RunLog(folder, None, tuner.progress.step) as log:
-                try:
-                    fit(tuner, folder, log)
-                    result = test(tuner)
-                    save_adapter(tuner, folder)
-                except Diverged as error:
-                    status = f"failed: {error}"
-                record = _record(tuner, status, result, started, command)
-                log.writer.add_hparams(_hparams(cell), _metrics(result), run_name=".")
-            write_record(path, record, None)
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    except Timeout:
-        raise UsageError(f"another process is training this cell: {folder / 'lock'} is held") from None
+        new = carry_out(
+            lambda: Finetuner(experiment, device, command),
+            path,
+            run_folder(runs, experiment),
+            lambda record, _: write_record(path, record, None),
+        )
     finally:
-        bridge.detach(cell.base.model)
-    return path, True
+        bridge.detach(experiment.base.model)
+    return path, new
 
 
-def run_folder(runs: Path, cell: Cell) -> Path:
+def run_folder(runs: Path, experiment: Experiment) -> Path:
     """runs/gemma-<kind>/<attention>/<base>-<digest>/seed<k>."""
-    name = f"{cell.base.name.replace('/', '-')}-{cell.digest[:8]}"
-    attention = cell.method.attention.replace(":", "-")
-    return Path(runs) / f"gemma-{cell.kind}" / attention / name / f"seed{cell.seed}"
+    name = f"{experiment.base.name.replace('/', '-')}-{experiment.digest[:8]}"
+    attention = experiment.method.attention.replace(":", "-")
+    return Path(runs) / f"gemma-{experiment.kind}" / attention / name / f"seed{experiment.seed}"
 
 
-def fit(tuner: Finetuner, folder: Path, log: RunLog) -> None:
-    """Transfer if asked, then all steps, with validations and checkpoints. Raises Diverged or Interrupted."""
-    p, o, r = tuner.progress, tuner.optim, tuner.cell.recipe
-    every = max(1, math.ceil(o.steps / r["evaluations"]))
-    with StopSignals() as stop:
-        if not p.step and not p.curve:
-            if r["warmstart"] == "transfer":
-                transfer(tuner, log, lambda: stop.requested)
-            validate(tuner, log)
-            save(tuner, folder)
-        with tqdm(
-            total=o.steps, initial=p.step, desc=tuner.cell.method.attention, unit="step", disable=None
-        ) as bar:
-            while p.step < o.steps:
-                start = time.perf_counter()
-                loss, accuracy, norm = tuner.step(p.step)
-                p.seconds += time.perf_counter() - start
-                p.losses.append(finite(loss))
-                p.step += 1
-                bar.update()
-                if not math.isfinite(loss):
-                    raise Diverged(f"loss is not finite at step {p.step}")
-                tags = {"train/loss": loss, "train/acc": accuracy, "opt/grad_norm": norm}
-                log.scalars(p.step, tags | {"opt/lr": tuner.optimizer.param_groups[1]["lr"]})
-                due = p.step % every == 0 or p.step == o.steps
-                if due:
-                    validate(tuner, log)
-                if due or stop.requested or p.step % r["checkpoint_every"] == 0:
-                    log.flush()
-                    save(tuner, folder)
-                if stop.requested and p.step < o.steps:
-                    raise Interrupted(
-                        f"stopped at step {p.step} of {o.steps}; the same command resumes there"
-                    )
+@dataclass
+class FinetuningProgress(Progress):
+    """Adds what the record of a finetuning keeps of every step."""
+
+    transfer_seconds: float = 0.0
+    transfer_losses: list[float | None] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)  # null: not finite
 
 
-def transfer(tuner: Finetuner, log: RunLog, stopped: Callable[[], bool]) -> None:
-    """Attention transfer on training blocks, from the first; the finetuning that follows reads them again."""
-    r, p = tuner.cell.recipe, tuner.progress
-    per_step = r["batch"] * tuner.cell.blocks["train"].tokens.shape[1]
-    steps = max(1, r["transfer_tokens"] // per_step)
-    optim = Optim(steps=steps, lr=1.0, warmup=max(1, steps // 20))
-    try:
-        students = Transfer(tuner.model, r["train"], lr=r["lr"], lr_kernel=r["lr_kernel"])
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    start = time.perf_counter()
-    for step in tqdm(range(steps), desc="transfer", unit="step", disable=None):
-        if stopped():
-            raise Interrupted("stopped during the transfer, which starts again with the same command")
-        with autocast(tuner.device, tuner.cell.precision):
-            loss = students.step(tuner.batch(step % tuner.optim.steps)[0], step, learning_rate(step, optim))
-        p.transfer_losses.append(finite(loss))
-        log.writer.add_scalar("transfer/loss", loss, step + 1)
-        if not math.isfinite(loss):
-            raise Diverged(f"transfer loss is not finite at step {step + 1}")
-    students.finish()
-    p.transfer_seconds += time.perf_counter() - start
+class Finetuner(Training):
+    """A finetuning as train.py sees it. Nothing is selected by validation: the weights of the last step are tested."""
+
+    read_every = 1
+
+    def __init__(self, experiment: Experiment, device: torch.device, command: str):
+        self.experiment, self.command, self.recipe = experiment, command, experiment.recipe
+        self.title, self.digest, self.seed = experiment.method.attention, experiment.digest, experiment.seed
+        self.where = Where(device, experiment.precision)
+        self.memory = PeakMemory(device)
+        self.model = experiment.plug_in(device)
+        self.groups = trainable(self.model, self.recipe["train"])
+        self.peaks = (self.recipe["lr_kernel"], self.recipe["lr"])
+        groups = [{"params": g, "lr": p} for g, p in zip(self.groups, self.peaks, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self.head = Head.of(self.model, experiment.precision)
+        if self.recipe["recompute"]:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train = experiment.blocks["train"]
+        self.steps = len(self.train.tokens) // self.recipe["batch"]
+        self.optim = Optim(steps=self.steps, lr=1.0, warmup=max(1, self.steps // 20))
+        self.eval_every = max(1, math.ceil(self.steps / self.recipe["evaluations"]))
+        self.save_every = self.recipe["checkpoint_every"]
+        self.order = np.random.default_rng(self.seed).permutation(len(self.train.tokens))
+        self.progress = FinetuningProgress()
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, N) and which next tokens count (B, N - 1), of one step; every block is read once."""
+        size = self.recipe["batch"]
+        rows = self.order[step * size : (step + 1) * size]
+        tokens, scored = torch.from_numpy(self.train.tokens[rows]), torch.from_numpy(self.train.scored[rows])
+        return tokens.long().to(self.where.device), scored.to(self.where.device)
+
+    def begin(self, log: RunLog, stop: StopSignals) -> bool:
+        """Attention transfer, if asked for, on the training blocks, which the finetuning then reads again."""
+        if self.recipe["warmstart"] != "transfer":
+            return True
+        r, p = self.recipe, self.progress
+        steps = max(1, r["transfer_tokens"] // (r["batch"] * self.experiment.length))
+        optim = Optim(steps=steps, lr=1.0, warmup=max(1, steps // 20))
+        students = Transfer(self.model, r["train"], lr=r["lr"], lr_kernel=r["lr_kernel"])
+        start = time.perf_counter()
+        for step in tqdm(range(steps), desc="transfer", unit="step", disable=None):
+            if stop.requested:
+                raise Interrupted("stopped during the transfer, which starts again with the same command")
+            with autocast(self.where.device, self.where.precision):
+                loss = students.step(self.batch(step % self.steps)[0], step, learning_rate(step, optim))
+            p.transfer_losses.append(finite(loss))
+            log.writer.add_scalar("transfer/loss", loss, step + 1)
+            if not math.isfinite(loss):
+                raise Diverged(f"transfer loss is not finite at step {step + 1}")
+        students.finish()
+        p.transfer_seconds += time.perf_counter() - start
+        return True
+
+    def step(self, step: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """One optimizer step: (mean loss, number correct, gradient norm before clipping)."""
+        for socket in bridge.sockets(self.model).values():
+            socket.kernel.before_step(step)
+        factor = learning_rate(step, self.optim)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = factor * peak
+        tokens_BN, scored_BN = self.batch(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        h_BNE = hidden(self.model, tokens_BN, self.where.precision)
+        total, correct = cross_entropy(h_BNE[scored_BN], self.head, tokens_BN[:, 1:][scored_BN])
+        self.predictions = int(scored_BN.sum())
+        self.progress.tokens += tokens_BN.numel()
+        (total / self.predictions).backward()
+        norm = nn.utils.clip_grad_norm_([p for g in self.groups for p in g], 1.0)
+        self.optimizer.step()
+        return total.item() / self.predictions, correct, norm
+
+    def count(self, loss: float, correct: int) -> None:
+        """Every loss is in the record."""
+        self.progress.losses.append(finite(loss))
+
+    def scores(self, split: str) -> BlockScores:
+        """Of all blocks of a split."""
+        e = self.experiment
+        return evaluate(self.model, self.head, e.blocks[split], e.precision, self.where.device)
+
+    def validate(self) -> dict[str, float]:
+        """Count on the validation blocks."""
+        s = self.scores("val")
+        n, correct = int(s.n.sum()), int(s.correct.sum())
+        loss = float(s.loss.sum() / n)
+        self.progress.curve.append([self.progress.step, "val", finite(loss), correct, n])
+        return {"val/loss": loss, "val/acc": correct / n}
+
+    def test(self) -> BlockScores:
+        """The test blocks."""
+        return self.scores("test")
+
+    def outcome(self, tested: BlockScores, folder: Path) -> dict[str, Any]:
+        """Counts of every block. What was trained becomes an adapter, with what puts it on its base model again."""
+        checkpoint.save(folder / "adapter.safetensors", self.tensors(), describe(self.experiment))
+        curve = self.progress.curve
+        return tested.facts() | {"curve": curve, "val_n_correct": curve[-1][3], "n_val": curve[-1][4]}
+
+    def sections(self, peak: int | None) -> dict[str, Any]:
+        """Of the experiment, and of this run of it."""
+        p = self.progress
+        training = self.training_section(self.recipe["batch"]) | {
+            "n_trainable": sum(x.numel() for g in self.groups for x in g),
+            "selected_step": p.step,
+            "losses": p.losses,
+            "transfer_losses": p.transfer_losses,
+        }
+        spent = self.cost_section(peak) | {"transfer_s": round(p.transfer_seconds, 3)}
+        size = self.recipe["batch"], self.experiment.length
+        return self.experiment.sections(training, spent | cost.bound(self.model, *size, self.where))
+
+    def hparams(self) -> dict[str, Any]:
+        """The experiment, and of its recipe what is a number or a word."""
+        e, m = self.experiment, self.experiment.method
+        options = {"task": f"gemma-{e.kind}", "model": e.base.name, "attention": m.attention}
+        options |= {"options": str(m.config), "layers": str(m.layers), "seed": e.seed}
+        return options | {k: v for k, v in e.recipe.items() if isinstance(v, int | float | str)}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that differs from the base model: trained weights, and the kernels with their buffers."""
+        trained = {id(p) for g in self.groups for p in g}
+        weights = {n: p for n, p in self.model.named_parameters() if id(p) in trained}
+        return weights | {n: t for n, t in self.model.state_dict().items() if ".socket." in n}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put them back; the base model has the rest."""
+        self.model.load_state_dict(tensors, strict=False)
 
 
-def validate(tuner: Finetuner, log: RunLog) -> None:
-    """Count on the validation blocks; nothing is selected by it, the last step is the one that is tested."""
-    p, cell = tuner.progress, tuner.cell
-    s = evaluate(tuner.model, tuner.head, cell.blocks["val"], cell.precision, tuner.device)
-    n = int(s.n.sum())
-    loss = float(s.loss.sum() / n)
-    p.curve.append([p.step, "val", finite(loss), int(s.correct.sum()), n])
-    per_step = cell.blocks["train"].tokens[: cell.recipe["batch"]].size
-    tags = {"val/loss": loss, "val/acc": int(s.correct.sum()) / n}
-    if p.step:
-        tags |= {"perf/steps_per_s": p.step / p.seconds, "perf/tokens_per_s": p.step * per_step / p.seconds}
-    log.scalars(p.step, tags | {"perf/peak_mem_mb": (tuner.memory.read() or 0) / 1e6})
-
-
-def test(tuner: Finetuner) -> dict[str, Any]:
-    """The one reading of the test blocks."""
-    cell, p = tuner.cell, tuner.progress
-    s = evaluate(tuner.model, tuner.head, cell.blocks["test"], cell.precision, tuner.device)
-    last = p.curve[-1]
-    return s.facts() | {"curve": p.curve, "val_n_correct": last[3], "n_val": last[4]}
-
-
-def save(tuner: Finetuner, folder: Path) -> None:
-    """Everything a bitwise continuation needs; the sampler's position is the step itself."""
-    groups = {"model": tuner.tensors(), "optim": checkpoint.optimizer_tensors(tuner.optimizer)}
-    tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
-    state = {"digest": tuner.cell.digest, "progress": asdict(tuner.progress)}
-    checkpoint.save(folder / "checkpoint.safetensors", tensors, state)
-
-
-def resume(tuner: Finetuner, folder: Path) -> None:
-    """Continue from the folder's checkpoint, if there is one. Raises UsageError when it is another run's."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return
-    tensors, state = checkpoint.load(path)
-    if state["digest"] != tuner.cell.digest:
-        raise UsageError(f"{path} was made with other settings: remove it, or give another --runs")
-    tuner.model.load_state_dict(checkpoint.under("model", tensors), strict=False)
-    checkpoint.restore_optimizer(tuner.optimizer, checkpoint.under("optim", tensors))
-    tuner.progress = Progress(**state["progress"])
-    tuner.progress.resumed += 1
-
-
-def save_adapter(tuner: Finetuner, folder: Path) -> None:
-    """What was trained, with everything needed to put it back on its base model (adapter.py)."""
-    checkpoint.save(folder / "adapter.safetensors", tuner.tensors(), describe(tuner.cell))
-
-
-def _record(tuner: Finetuner, status, result, started, command) -> dict[str, Any]:
-    cell, p = tuner.cell, tuner.progress
-    training = {
-        "optimizer": "AdamW",
-        "n_trainable": sum(x.numel() for g in tuner.groups for x in g),
-        "steps": p.step,
-        "examples_seen": p.step * cell.recipe["batch"],
-        "selected_step": p.step,
-        "resumed": p.resumed,
-        "losses": p.losses,
-        "transfer_losses": p.transfer_losses,
-    }
-    spent = cost(tuner, p.seconds, p.transfer_seconds)
-    return build_record(
-        cell, command=command, device=tuner.device, started=started, status=status, result=result,
-        training=training, cost=spent,
-    )  # fmt: skip
-
-
-def _hparams(cell: Cell) -> dict[str, Any]:
-    options = {"task": f"gemma-{cell.kind}", "model": cell.base.name, "attention": cell.method.attention}
-    options |= {"options": str(cell.method.config), "layers": str(cell.method.layers), "seed": cell.seed}
-    return options | {k: v for k, v in cell.recipe.items() if isinstance(v, int | float | str)}
-
-
-def _metrics(result: dict[str, Any] | None) -> dict[str, float]:
-    return {"hparam/test_acc": result["n_correct"] / result["n_test"] if result else 0.0}
+def trainable(model: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Freeze the rest; returns (parameters of kernels, pretrained parameters). UsageError if there are none."""
+    model.requires_grad_(False).train()
+    layers, sockets = bridge.text_layers(model), bridge.sockets(model)
+    kernels, pretrained = [], []
+    for index in sockets:
+        own, projections = layer_parameters(layers[index].self_attn, train)
+        kernels += own
+        pretrained += projections
+    if train == "all":
+        outer = [p for m in (model.model.embed_tokens, model.lm_head) for p in m.parameters()]
+        # What makes queries and keys for kernels that look at neither.
+        blind = [layers[i].self_attn for i, s in sockets.items() if not s.kernel.reads_qk]
+        unread = [getattr(a, n) for a in blind for n in PROJECTIONS["kernel+qk"] if hasattr(a, n)]
+        skip = {id(p) for p in (*outer, *kernels, *(p for m in unread for p in m.parameters()))}
+        pretrained = [p for p in model.parameters() if id(p) not in skip]
+    if not kernels and not pretrained:
+        raise UsageError(
+            f"--train {train}: this attention learns nothing of its own; use --train kernel+qkvo"
+        )
+    for p in (*kernels, *pretrained):
+        p.requires_grad_()
+    return kernels, pretrained

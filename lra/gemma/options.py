@@ -8,12 +8,20 @@ from pathlib import Path
 from lra.options import DEVICE, THREADS, Command, at_least, option
 
 
-def features(text: str) -> str:
-    """An argparse type: whole numbers from 1, comma-separated."""
-    for word in text.split(","):
-        if not word.strip().isdecimal() or int(word) < 1:
-            raise argparse.ArgumentTypeError(f"must be whole numbers from 1, as 64,256; got {text}")
-    return text
+def above_zero(kind: type, several: bool = False):
+    """An argparse type: a number above 0; with `several`, the text of such numbers, comma-separated."""
+
+    def number(text: str):
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = [0]
+        if not all(0 < value < float("inf") for value in values) or len(values) > 1 and not several:
+            what = "numbers above 0, comma-separated" if several else "a number above 0"
+            raise argparse.ArgumentTypeError(f"must be {what}; got {text}")
+        return text if several else values[0]
+
+    return number
 
 
 DATA = option("--data", "folder that holds gemma/", Path, Path("data"))
@@ -46,7 +54,7 @@ METHOD = (
     option(
         "--features",
         "random features M per head, or what a method has instead; several as 64,256",
-        features,
+        above_zero(int, several=True),
         "256",
     ),
     option(
@@ -68,8 +76,8 @@ TRAIN = (
     ),
     option("--tokens", "training tokens (default: tiny 16384, others 40960)", at_least(1)),
     option("--batch", "sequences per step (default: tiny 8, others 2)", at_least(1)),
-    option("--lr", "peak learning rate of pretrained weights", float, 1e-4),
-    option("--lr-kernel", "peak learning rate of what the kernel itself learns", float, 1e-3),
+    option("--lr", "peak learning rate of pretrained weights", above_zero(float), 1e-4),
+    option("--lr-kernel", "peak learning rate of what the kernel itself learns", above_zero(float), 1e-3),
     option(
         "--warmstart",
         "transfer: first, each replaced layer learns alone to reproduce the exact layer's output",
@@ -82,7 +90,9 @@ TRAIN = (
     option("--checkpoint-every", "steps between checkpoints", at_least(1), 20),
     option("--recompute", "recompute activations in the backward pass, to save memory", bool),
 )
-RATES = option("--lrs", "peak learning rates; both groups take the same", default="1e-5,1e-4,1e-3,3e-3,1e-2")
+RATES = option(
+    "--lrs", "peak learning rates of both groups", above_zero(float, several=True), "1e-5,1e-4,1e-3,3e-3,1e-2"
+)
 COMMANDS = {
     "gemma swap": Command(
         "lra.gemma.commands:swap",

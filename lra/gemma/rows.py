@@ -15,7 +15,7 @@ RECIPE = ("lr", "lr_kernel", "batch", "warmstart", "transfer_tokens")  # of fine
 
 
 def setting_of(r: Record) -> str:
-    """What runs must share to stand in one table: model, text, length, layers and, trained, tokens and parameters."""
+    """What the runs of one table share: model, text, length, layers, precision; of training, tokens and parameters."""
     e, recipe = r["model"]["encoder"], r["training"]["recipe"]
     first, last = e["layers"][0], e["layers"][-1]
     whole = e["layers"] == list(range(first, last + 1))
@@ -34,21 +34,21 @@ def setting_of(r: Record) -> str:
 
 
 def grouped(records: Sequence[Record], key: Callable) -> dict:
-    """In the order of the keys."""
-    found = defaultdict(list)
+    """Records by key, in the order of the keys."""
+    groups = defaultdict(list)
     for r in records:
-        found[key(r)].append(r)
-    return {k: found[k] for k in sorted(found)}
+        groups[key(r)].append(r)
+    return dict(sorted(groups.items()))
 
 
 def features(r: Record) -> int | None:
-    """M, where the method has it."""
+    """The number of random features M; None for a method without any."""
     return r["model"]["attention_config"].get("num_features")
 
 
 def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
-    """(attention, its options other than defaults, and of the recipe what differs from others of its name in the
-    setting)."""
+    """(attention, options). Options are those not at their defaults, and the parts of the recipe in which the runs of
+    this attention in the setting differ."""
 
     def recipe(run):
         shown = {k: run["training"]["recipe"].get(k) for k in RECIPE}
@@ -62,7 +62,7 @@ def row_of(r: Record, among: Sequence[Record]) -> tuple[str, str]:
 
 
 def without(label: tuple[str, str], option: str) -> tuple[str, str]:
-    """A row's name less the options that begin so."""
+    """A row's name without the options that begin with `option`."""
     return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith(option))
 
 
@@ -78,11 +78,15 @@ def order(label: tuple[str, str]) -> tuple:
 
 
 def baseline(rows, attention: str) -> list[Record]:
-    """Ended runs of softmax, with its windows, or of constant. Of rows that were trained in several ways it is the one
-    with the least validation loss, so that no method looks good beside a baseline that its rate has spoilt; of several
-    that were not, none."""
-    found = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] == attention]
-    found = [x for x in found if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])]
-    if len(found) > 1 and found[0][0]["training"]["recipe"]:
-        return min(found, key=lambda runs: statistics.fmean(r["result"]["curve"][-1][2] for r in runs))
-    return found[0] if len(found) == 1 else []
+    """The runs that methods are compared with: of `softmax` with its windows, or of `constant`; no failed run.
+
+    * One row has such runs: that row.
+    * Several rows, finetuned in different ways: the row with the least validation loss. A method must not look good
+      because the baseline's learning rate was bad.
+    * Several rows without training, or no row: none.
+    """
+    ended = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] == attention]
+    usable = [x for x in ended if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])]
+    if len(usable) > 1 and usable[0][0]["training"]["recipe"]:
+        return min(usable, key=lambda runs: statistics.fmean(r["result"]["curve"][-1][2] for r in runs))
+    return usable[0] if len(usable) == 1 else []

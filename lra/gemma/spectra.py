@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
+from models.features.projections import balance, inverse
 from models.gemma import bridge
-
-RIDGE = 0.03  # of the mean eigenvalue, added to each covariance before it is inverted
 
 
 def spectra(model: torch.nn.Module, tokens_BN: torch.Tensor) -> list[dict[str, Any]]:
@@ -67,29 +66,10 @@ def second_moment(x_HTD: torch.Tensor) -> torch.Tensor:
 
 
 def align(q_HTD: torch.Tensor, k_HTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centred and balanced: T^-T (q - mean q), T (k - mean k), with T^T T = Lk^-1/2 (Lk^1/2 Lq Lk^1/2)^1/2 Lk^-1/2.
-
-    Both then have the same covariance, and |q|^2 + |k|^2 is as small as q.k allows.
-    """
+    """Centred and balanced: T^-1 (q - mean q) and T (k - mean k), which have one covariance (projections.balance)."""
     q, k = (x - x.mean(1, keepdim=True) for x in (q_HTD, k_HTD))
-    Lq, Lk = (ridge(second_moment(x)) for x in (q, k))
-    root, inverse = power(Lk, 0.5), power(Lk, -0.5)
-    T = power(inverse @ power(root @ Lq @ root, 0.5) @ inverse, 0.5)
-    return q @ torch.linalg.inv(T), k @ T  # T is symmetric
-
-
-def ridge(C_HDD: torch.Tensor) -> torch.Tensor:
-    """The covariance with RIDGE of its mean eigenvalue on the diagonal."""
-    mean_H = C_HDD.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return C_HDD + RIDGE * mean_H[:, None, None] * torch.eye(
-        C_HDD.shape[-1], dtype=C_HDD.dtype, device=C_HDD.device
-    )
-
-
-def power(C_HDD: torch.Tensor, exponent: float) -> torch.Tensor:
-    """A symmetric positive matrix to a power."""
-    values, vectors = torch.linalg.eigh(C_HDD)
-    return vectors * values.clamp(min=1e-12).pow(exponent)[:, None] @ vectors.transpose(-1, -2)
+    T = balance(second_moment(q), second_moment(k))
+    return q @ inverse(T), k @ T  # T is symmetric
 
 
 def log10_pair(q_HTD: torch.Tensor, k_HTD: torch.Tensor, pairs: int = 4096) -> dict[str, float]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from lra.gemma.data import documents, pack, split
-from lra.gemma.weights import Base, sha256_files
 from lra.training.optim import learning_rate
 from tasks.base import Optim
 
@@ -23,7 +19,7 @@ PAD, EOS, BOS, FIRST = 0, 1, 2, 3  # ids; byte b is FIRST + b
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TinyRecipe:
     """How it is made; a change makes another model, kept beside the old one."""
 
     width: int = 96
@@ -40,7 +36,7 @@ class Recipe:
     seed: int = 0
 
 
-RECIPE = Recipe()
+RECIPE = TinyRecipe()
 
 
 def encode(texts: list[str]) -> list[list[int]]:
@@ -48,18 +44,14 @@ def encode(texts: list[str]) -> list[list[int]]:
     return [[FIRST + b for b in t.encode()] for t in texts]
 
 
-def load(data: Path) -> Base:
-    """The model, pretrained first if `data` does not hold it."""
+def folder(data: Path) -> Path:
+    """Where the model is kept: another recipe is another model."""
     digest = hashlib.sha256(json.dumps(asdict(RECIPE), sort_keys=True).encode()).hexdigest()
-    folder = data / "gemma" / f"tiny-{digest[:8]}"
-    if not (folder / "weights.sha256").exists():
-        _make(folder)
-    model, sha256 = _load(folder)
-    return Base(model, encode, BOS, "tiny", f"pretrained by this suite for {RECIPE.steps} steps", sha256)
+    return data / "gemma" / f"tiny-{digest[:8]}"
 
 
-def config(recipe: Recipe):
-    """Of transformers."""
+def config(recipe: TinyRecipe):
+    """The configuration of transformers."""
     from transformers import Gemma3TextConfig
 
     return Gemma3TextConfig(
@@ -80,7 +72,7 @@ def config(recipe: Recipe):
     )
 
 
-def pretrain(recipe: Recipe) -> torch.nn.Module:
+def pretrain(recipe: TinyRecipe) -> torch.nn.Module:
     """Next-byte prediction on the end of the training documents, which finetuning reads from the start."""
     from transformers import Gemma3ForCausalLM
 
@@ -105,21 +97,3 @@ def pretrain(recipe: Recipe) -> torch.nn.Module:
             group["lr"] = learning_rate(step, optim)
         optimizer.step()
     return model
-
-
-def _make(folder: Path) -> None:
-    print(f"pretraining the tiny model once ({RECIPE.steps} steps, about a minute) into {folder}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as temporary:
-        made = Path(temporary) / "made"
-        pretrain(RECIPE).save_pretrained(made)
-        (made / "weights.sha256").write_text(sha256_files(sorted(made.glob("*.safetensors"))) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # left without the note that says it is whole
-        os.replace(made, folder)
-
-
-def _load(folder: Path):
-    from transformers import Gemma3ForCausalLM
-
-    model = Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, (folder / "weights.sha256").read_text().strip()

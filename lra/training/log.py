@@ -19,7 +19,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lra.options import UsageError
-from lra.training.config import Run
 from tasks.store.files import atomic_path, one_line
 
 LOG = "log.jsonl"
@@ -57,8 +56,8 @@ class RunLog:
     A context manager: however the run ends, what it wrote reaches the disk.
     """
 
-    def __init__(self, folder: Path, run: Run, step: int):
-        self.run, self.folder, self.step = run, folder, step
+    def __init__(self, folder: Path, hparams: dict[str, Any], step: int):
+        self.hparams, self.folder, self.step = hparams, folder, step
         self.path = folder / LOG
 
     def __enter__(self) -> RunLog:
@@ -108,30 +107,13 @@ class RunLog:
         os.fsync(self.file.fileno())
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Write the run's hyper-parameters and final metrics, the same keys in every run."""
-        run, result = self.run, record["result"] or {}
-        recipe = run.recipe
-        hparams = {
-            "task": run.meta.name,
-            "dataset": run.manifest["dataset"],
-            "preset": run.preset,
-            "attention": run.attention,
-            "options": json.dumps(run.attention_config),
-            "overrides": json.dumps(run.overrides),
-            "seed": run.seed,
-            "seq_len": recipe.data.seq_len,
-            "layers": recipe.encoder.layers,
-            "width": recipe.encoder.width,
-            "heads": recipe.encoder.heads,
-            "lr": recipe.train.lr,
-            "batch": recipe.train.batch,
-            "steps": recipe.train.steps,
-        }
+        """Write the run's hyper-parameters and final metrics, the same keys in every run of a task."""
+        result = record["result"] or {}
         metrics = {
             "hparam/test_acc": result["n_correct"] / result["n_test"] if result else 0.0,
             "hparam/val_acc": result["val_n_correct"] / result["n_val"] if result else 0.0,
         }
-        self.writer.add_hparams(hparams, metrics, run_name=".")
+        self.writer.add_hparams(self.hparams, metrics, run_name=".")
         self.flush()
 
 

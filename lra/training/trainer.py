@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lra.machine import PeakMemory
-from lra.training.batches import Batches
+from lra.machine import PeakMemory, StopSignals
+from lra.records.record import finite
+from lra.training import checkpoint
+from lra.training.batches import Batches, collate, example_lengths
 from lra.training.config import Run
 from lra.training.distributed import ALONE, World, gradient_sync
-from lra.training.evaluate import Counts, autocast, evaluate, to_device
+from lra.training.evaluate import Counts, attention_report, autocast, evaluate, to_device
+from lra.training.log import RunLog
 from lra.training.optim import build_optimizer, learning_rate, micro_batches
+from lra.training.provenance import PROBE_BATCH, PROBE_STEPS, cell_sections
 from tasks.base import Batch, Optim
 from tasks.store.prepared import Prepared
+
+REPORT = 4  # validation examples the attention report looks at
+WEIGHTS = "model.safetensors"
 
 
 class Diverged(Exception):
@@ -49,24 +60,98 @@ class Progress:
     curve: list[list] = field(default_factory=list)  # [step, split, loss, n_correct, n]
 
 
-class Trainer:
-    """Model, optimizer, data and progress of one run, and the optimizer step that advances them."""
+class Training:
+    """A run as train.py sees it: its state, and what it does at each point of its life.
+
+    Two kinds exist: `Trainer` below, and `Finetuner` of lra/gemma. A subclass sets the fields and has the methods
+
+        step(step)               one optimizer step: (mean loss, number correct, gradient norm before clipping)
+        count(loss, correct)     add a step to the progress, whether its loss is finite or not
+        validate()               add a validation to the curve; what to log, val/loss and val/acc among it
+        test()                   the one reading of the test split, after the last step
+        outcome(tested, folder)  the record's `result` from what `test` returned; keeps the weights in `folder`
+        sections(peak)           the record's task, data, model, training and cost; `peak` bytes were in use
+        hparams()                hyper-parameters, for TensorBoard
+    """
+
+    title: str  # beside the progress bar
+    command: str  # repeats the run
+    digest: str  # names the cell: a checkpoint of another one is refused
+    sources: dict[str, str] = {}  # name to hash of code that decides the numbers: as the digest
+    seed: int
+    where: Where
+    steps: int  # in all
+    read_every: int  # steps between two readings of losses from the device
+    eval_every: int
+    save_every: int
+    predictions: int  # of one step
+    memory: PeakMemory
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    best: dict[str, torch.Tensor] = {}  # the weights of the selected step, where one is selected
+
+    def begin(self, log: RunLog, stop: StopSignals) -> bool:
+        """What comes before the first step. True: a validation and a checkpoint follow it."""
+        return False
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights that a checkpoint needs."""
+        return self.model.state_dict()
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        self.model.load_state_dict(tensors)
+
+    def training_section(self, batch: int) -> dict[str, Any]:
+        """The record's training section, as far as all runs share it."""
+        p, where = self.progress, self.where
+        return {
+            "seed": self.seed,
+            "precision": where.precision,
+            "compile": where.compiled,
+            "optimizer": "AdamW",
+            "world_size": where.world.size,
+            "steps": p.step,
+            "examples_seen": p.step * batch,
+            "resumed": p.resumed,
+        }
+
+    def cost_section(self, peak: int | None) -> dict[str, Any]:
+        """Seconds are those of training steps, over all processes of a resumed run; validation is excluded."""
+        p = self.progress
+        return {
+            "device": self.where.device.type,
+            "wall_s": round(p.seconds, 3),
+            "steps_per_s": round(p.step / p.seconds, 4) if p.seconds else None,
+            "tokens_per_s": round(p.tokens / p.seconds, 1) if p.seconds else None,
+            "peak_bytes": peak,
+        }
+
+
+class Trainer(Training):
+    """A run of the arena: model, optimizer and data of one cell and seed."""
+
+    read_every = 10
 
     def __init__(self, run: Run, prepared: Prepared, where: Where):
         self.run, self.prepared, self.where, self.optim = run, prepared, where, run.recipe.train
+        self.title, self.command = f"{run.meta.name} {run.attention}", run.command
+        self.digest, self.seed, self.sources = run.digest, run.seed, run.sources
+        self.steps, self.predictions = self.optim.steps, self.optim.batch
+        self.eval_every = self.save_every = self.optim.eval_every
         self.memory = PeakMemory(where.device)
         self.model = run.build_model()
         self.model.to(where.device).train()
         if where.debug:
             for layer, attention in enumerate(self.model.encoder.attentions):
-                attention.register_forward_hook(finite(layer, self))
+                attention.register_forward_hook(check_finite(layer, self))
         self.forward = where.world.data_parallel(torch.compile(self.model) if where.compiled else self.model)
         where.world.reseed(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
         train_split = prepared.splits["train"]
         self.batches = Batches(train_split, run.meta.towers, size=self.optim.batch, seed=run.seed)
         self.progress = Progress()
-        self.best: dict[str, torch.Tensor] = {}
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step: (mean loss, number correct, gradient norm before clipping), left on the device."""
@@ -76,7 +161,9 @@ class Trainer:
                 world.broadcast_buffers(attention)
             attention.before_step(step)
         if step % o.eval_every == 0:
-            world.check_equal("weights or projections", lambda: tensors_sha256(self.model.state_dict()))
+            world.check_equal(
+                "weights or projections", lambda: checkpoint.tensors_sha256(self.model.state_dict())
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
         batch = self.batches.batch(step)
@@ -85,21 +172,76 @@ class Trainer:
         loss, correct, norm = update(self.forward, self.optimizer, mine, o, self.where.precision)
         return world.all_reduce(loss / world.size), world.all_reduce(correct), norm
 
+    def count(self, loss: float, correct: int) -> None:
+        """Into the window, which the next validation empties."""
+        total, right, steps = self.progress.window
+        self.progress.window = [total + loss, right + correct, steps + 1]
+
+    def validate(self) -> dict[str, float]:
+        """Keep the weights of the step with most validation examples correct, the earliest on a tie."""
+        p, towers, val = self.progress, self.run.meta.towers, self.prepared.splits["val"]
+        loss_sum, correct, steps = p.window
+        p.curve.append([p.step, "train", loss_sum / steps, correct, steps * self.optim.batch])
+        p.window = [0.0, 0, 0]
+        counts = self.evaluate(validation_split(self.run))
+        p.curve.append([p.step, "val", finite(counts.loss), counts.n_correct, counts.n])
+        if counts.n_correct > p.best_correct:
+            p.best_correct, p.best_step = counts.n_correct, p.step
+            self.best = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
+        longest = int(example_lengths(val, towers)[:REPORT].max())
+        first = collate(val, towers, np.arange(min(REPORT, len(val.labels))), longest)
+        report = attention_report(self.model, to_device(first, self.where.device))
+        scalars = {"val/loss": counts.loss, "val/acc": counts.n_correct / counts.n}
+        return scalars | {f"attn/{name}": value for name, value in report.items()}
+
+    def test(self) -> Counts:
+        """The test split, with the selected weights."""
+        self.model.load_state_dict(self.best)
+        return self.evaluate("test")
+
     def evaluate(self, split: str) -> Counts:
         """Counts over a split, in batches twice the training size."""
-        return evaluate(
-            self.model,
-            self.prepared.splits[split],
-            self.run.meta.towers,
-            batch=2 * self.optim.batch,
-            device=self.where.device,
-            precision=self.where.precision,
-            name=split,
-            world=self.where.world,
-        )
+        where = {"device": self.where.device, "precision": self.where.precision, "world": self.where.world}
+        data, towers = self.prepared.splits[split], self.run.meta.towers
+        return evaluate(self.model, data, towers, batch=2 * self.optim.batch, name=split, **where)
+
+    def outcome(self, tested: Counts, folder: Path) -> dict[str, Any]:
+        """Raw counts and the probe; whoever reads the record computes accuracies."""
+        p = self.progress
+        result = {"n_correct": tested.n_correct, "n_test": tested.n}
+        selected = next(entry for entry in p.curve if entry[0] == p.best_step and entry[1] == "val")
+        result |= {"val_n_correct": selected[3], "n_val": selected[4], "curve": p.curve}
+        result["predictions_sha256"] = hashlib.sha256(tested.predictions.tobytes()).hexdigest()
+        result["probe"] = probe(self.run, self.prepared)
+        checkpoint.save(folder / WEIGHTS, self.best, {"digest": self.digest, "seed": self.seed})
+        return result
+
+    def sections(self, peak: int | None) -> dict[str, Any]:
+        """Of the cell, and of this run of it."""
+        own = {
+            "recipe": asdict(self.optim),
+            "budget": self.run.recipe.budget,
+            "overrides": self.run.overrides,
+        }
+        training = self.training_section(self.optim.batch) | own | {"selected_step": self.progress.best_step}
+        return cell_sections(self.run) | {"training": training, "cost": self.cost_section(peak)}
+
+    def hparams(self) -> dict[str, Any]:
+        """The same keys in every run."""
+        run, recipe = self.run, self.run.recipe
+        cell = {"task": run.meta.name, "dataset": run.manifest["dataset"], "preset": run.preset}
+        cell |= {"attention": run.attention, "options": json.dumps(run.attention_config)}
+        cell |= {"overrides": json.dumps(run.overrides), "seed": run.seed, "seq_len": recipe.data.seq_len}
+        cell |= {name: getattr(recipe.encoder, name) for name in ("layers", "width", "heads")}
+        return cell | {name: getattr(self.optim, name) for name in ("lr", "batch", "steps")}
 
 
-def finite(layer: int, trainer: Trainer):
+def validation_split(run: Run) -> str:
+    """Validation data; the test split takes its place only under the `legacy` rule, which the record names."""
+    return "test" if run.val_rule == "legacy" else "val"
+
+
+def check_finite(layer: int, trainer: Trainer):
     """A hook that raises Diverged, naming what of an attention's inputs and output is not finite, and when."""
 
     def check(attention, inputs, out):
@@ -139,9 +281,16 @@ def update(
     return loss, correct, norm
 
 
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over names and contents, in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def probe(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """The first training losses in fp32 on one CPU thread with a small batch: cheap for anybody to repeat."""
+    small = replace(run.recipe.train, batch=PROBE_BATCH, accumulate=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trainer = Trainer(
+            replace(run, recipe=replace(run.recipe, train=small)), prepared, Where(torch.device("cpu"))
+        )
+        losses = [trainer.step(step)[0].item() for step in range(PROBE_STEPS)]
+    finally:
+        torch.set_num_threads(threads)
+    return {"batch": PROBE_BATCH, "losses": [finite(loss) for loss in losses]}

@@ -19,7 +19,7 @@ from lra.records.record import read_record
 from lra.training import checkpoint
 from lra.training.batches import collate, example_lengths
 from lra.training.evaluate import capture
-from lra.training.train import validation_split
+from lra.training.trainer import validation_split
 from models.features.projections import generator, moments
 
 KINDS = ("matched", "skewed")

@@ -1,13 +1,17 @@
-"""The plug: any causal attention of models/attention inside a pretrained Gemma of transformers.
+"""The bridge: any causal attention of models/attention inside a pretrained Gemma of transformers.
 
-`attach` hangs a `Socket` with its kernel on each chosen layer, after the model was loaded (a module made inside
-`from_pretrained` starts on the meta device, and its buffers come out as garbage), and switches the model to
-the attention function below. Layers without a socket keep exact attention, windows and soft cap included.
+`attach` does two things to a loaded model:
 
-Two registrations are needed, because transformers gives an attention without a mask function no mask at all:
-ours is the one of its flash attention, which hands the two-dimensional padding mask through; causality and
-windows are this file's own affair. Shapes: queries (B, H, L, D); keys and values (B, H / groups, S, D) with
-S >= L while decoding, rotated and normalised. S counts keys; the other letters are those of models/base.py.
+* It puts a `Socket` with a kernel on each chosen layer. It cannot do so while the model is loaded: a module made inside
+  `from_pretrained` starts on the meta device, and its buffers come out as garbage.
+* It switches the model to the function `attention` below. A layer without a socket keeps exact attention, with its
+  window and its soft cap.
+
+The switch takes two registrations. transformers gives an attention without a mask function no mask at all. The mask
+function here is that of flash attention, which passes the padding mask (B, S) on; this file adds causality and windows.
+
+Shapes: queries (B, H, L, D); keys and values (B, H / groups, S, D), rotated and normalised; S >= L while decoding.
+S counts keys, L queries; the other letters are those of models/base.py.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ Tap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, f
 
 
 class Socket(nn.Module):
-    """A kernel on one layer. While `exact` is set the layer attends exactly; `tap` sees q, k, v, mask, scale."""
+    """A kernel on one layer. While `exact` is set, the layer attends exactly. `tap` gets q, k, v, mask, scale."""
 
     def __init__(self, kernel: AttentionBase, *, ignore_window: bool, ignore_softcap: bool):
         super().__init__()
@@ -78,10 +82,13 @@ def attach(
 ) -> list[Socket]:
     """Put `build(layer=, heads=, head_dim=, max_len=)` on each of `layers`; returns the sockets in order.
 
-    `ignore_window`: let replaced window layers see all earlier tokens; None = only where the kernel is not exact
-    (no random-feature method has a window). Raises ValueError for a kernel without a causal form, for a
-    soft-capped model (Gemma 2: tanh is no exponential kernel) unless the kernel is exact or `ignore_softcap` is
-    set, and for a model this bridge cannot serve.
+    `ignore_window`: a replaced window layer sees all earlier tokens. None: only where the kernel is not exact (no
+    random-feature method has a window).
+
+    Raises ValueError for
+    * a kernel without a causal form,
+    * a soft-capped model (Gemma 2: tanh is no exponential kernel), unless the kernel is exact or `ignore_softcap`,
+    * a model with bidirectional attention, attention dropout or no attention interface.
     """
     found, config = text_layers(model), model.config
     if getattr(config, "use_bidirectional_attention", False):
@@ -110,7 +117,7 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Take all sockets away again; the model is exact as it was loaded."""
+    """Take all sockets away: the model is again the exact one that was loaded."""
     for layer in text_layers(model):
         if hasattr(layer.self_attn, "socket"):
             if (window := getattr(layer.self_attn, "sliding_window", None)) is not None:
@@ -129,7 +136,7 @@ def sockets(model: nn.Module) -> dict[int, Socket]:
 
 @contextmanager
 def exact_attention(model: nn.Module) -> Iterator[None]:
-    """While entered, every layer attends exactly, replaced or not."""
+    """While entered, every layer attends exactly, those with a kernel too."""
     found = sockets(model).values()
     before = [s.exact for s in found]
     for s in found:
@@ -153,7 +160,7 @@ def calibrate(model: nn.Module, tokens_BN: torch.Tensor) -> None:
 
 @torch.no_grad()
 def watch(model: nn.Module, tokens_BN: torch.Tensor, taps: dict[int, Tap]) -> None:
-    """Run the exact model's body over the tokens and show each tapped layer's q, k, v, mask, scale."""
+    """Run the exact model without its output layer; call each layer's tap with the layer's q, k, v, mask, scale."""
     found = sockets(model)
     try:
         for index, tap in taps.items():
@@ -176,7 +183,7 @@ def attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer: (B, L, H, D), and no attention weights."""
+    """What transformers calls in every layer. Returns (output (B, L, H, D), None: no attention weights)."""
     H, L, S = query.shape[1], query.shape[2], key.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.shape != (query.shape[0], S):
@@ -199,14 +206,14 @@ def attention(
     else:
         if L < S and not (socket.kernel.recurrent or socket.kernel.exact):
             raise ValueError(f"{socket.kernel.name} cannot decode from cached keys alone: use_cache=False")
-        # While decoding, the newest queries are the last ones: earlier ones are filled up and thrown away.
+        # While decoding, the L queries belong to the last keys. Zeros stand for earlier queries: outputs dropped.
         q_BHSD = F.pad(query, (0, 0, S - L, 0))
         out = socket.kernel(q_BHSD, k_BHSD, v_BHSD, attention_mask, causal=True, scale=scale)[:, :, S - L :]
     return out.transpose(1, 2), None
 
 
 def check_window(socket: Socket, window: int | None, tokens: int) -> None:
-    """Raise ValueError if the socket is to keep a window that its kernel cannot, over that many tokens."""
+    """Raise ValueError if the socket keeps a window that is shorter than the tokens, and its kernel has no windows."""
     if not (socket.ignore_window or socket.kernel.exact or window is None or window >= tokens):
         raise ValueError(
             f"{socket.kernel.name} cannot keep a window of {window} over {tokens} tokens: ignore the window, "
@@ -225,8 +232,8 @@ def exact(
 ) -> torch.Tensor:
     """Causal softmax attention of the last L of S tokens, each over the last `window` tokens up to itself.
 
-    With `softcap` c the logits are c tanh(scale q.k / c) (Gemma 2, arXiv 2408.00118). A padding token sees
-    itself, so that its output is finite; nothing reads it.
+    With `softcap` c the logits are c tanh(scale q.k / c) (Gemma 2, arXiv 2408.00118). A padding token attends to
+    itself: its output is finite, and nothing reads it.
     """
     L, S = q_BHLD.shape[2], k_BHSD.shape[2]
     if mask_BS is None and softcap is None and (window is None or window >= S) and L in (1, S):

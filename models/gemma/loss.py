@@ -1,7 +1,7 @@
 """Next-token loss, accuracy and divergence over a vocabulary so large that B x N x V is never held.
 
-Gemma has 262,144 tokens to choose from: the logits of 1,024 positions are a gigabyte in fp32, and autograd would
-hold it several times. Here they exist for one chunk of positions at a time. V counts the vocabulary, T positions.
+Gemma has V = 262,144 tokens. The logits of 1,024 positions are a gigabyte in fp32, and autograd would hold several
+copies. Here logits exist for one chunk of positions at a time. V counts the vocabulary, T positions.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ CHUNK = 128  # positions whose logits exist at a time
 
 @dataclass(frozen=True)
 class Head:
-    """The output layer: weight (V, E), perhaps a bf16 copy made once, and Gemma 2's cap c tanh(logits / c)."""
+    """The output layer: its weight (V, E), in fp32 or bf16, and the cap of Gemma 2: c tanh(logits / c)."""
 
     weight_VE: torch.Tensor
     softcap: float | None = None
 
     @classmethod
     def of(cls, model: nn.Module, precision: str) -> Head:
-        """The head of a causal language model. With bf16 a frozen weight is cast here, once, not per chunk."""
+        """The head of a causal language model. With bf16, a frozen weight is cast once, here."""
         weight, cap = model.lm_head.weight, getattr(model.config, "final_logit_softcapping", None)
         if precision == "bf16" and not weight.requires_grad:
             weight = weight.detach().to(torch.bfloat16)
@@ -36,11 +36,11 @@ class Head:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(h W^T)[target]; the gradients are made in the forward pass, while the logits are there.
+    """Sum of -log softmax(h W^T)[target]. The forward pass computes the gradients too, while the logits exist.
 
         p = softmax(z),  log Z = max z - log max p,  dh = p W - W[target],  dW = p^T h - (h at rows target)
 
-    Two products of the size of the logits' own, where recomputing the logits in the backward pass takes three.
+    Beside the logits this takes two matrix products of their size; logits made again in the backward pass take three.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _parts(hidden_TE: torch.Tensor, targets_T: torch.Tensor, chunk: int):
-    """(hidden, targets as a column, where) of one chunk of positions after another."""
+    """Chunk by chunk of positions: (hidden, targets (chunk, 1), slice)."""
     for start in range(0, len(targets_T), chunk):
         part = slice(start, start + chunk)
         yield hidden_TE[part], targets_T[part, None], part
@@ -87,14 +87,14 @@ def _parts(hidden_TE: torch.Tensor, targets_T: torch.Tensor, chunk: int):
 def cross_entropy(
     hidden_TE: torch.Tensor, head: Head, targets_T: torch.Tensor, chunk: int = CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of losses in nats, number of positions whose likeliest token is the target), never holding T x V."""
+    """(sum of losses in nats, number of positions whose likeliest token is the target); T x V never exists."""
     with torch.autocast(hidden_TE.device.type, enabled=False):
         return _CrossEntropy.apply(hidden_TE, head.weight_VE, head, targets_T, chunk)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the divergence from a model's predictions p needs of it: sum_v p_v log p_v and sum_v p_v W_v."""
+    """What KL(p || q) needs of a model's predictions p: sum_v p_v log p_v and sum_v p_v W_v."""
 
     negentropy_T: torch.Tensor
     mean_TE: torch.Tensor
@@ -102,9 +102,9 @@ class Reference:
 
 @torch.no_grad()
 def reference(hidden_TE: torch.Tensor, head: Head, chunk: int = CHUNK) -> Reference:
-    """The predictions of the exact model, boiled down. Raises ValueError for a head with a soft cap."""
+    """The Reference of the exact model. Raises ValueError for a head with a soft cap."""
     if head.softcap is not None:
-        raise ValueError("a capped head is not linear: its divergence cannot be boiled down")
+        raise ValueError("a capped head is not linear: its divergence needs all logits")
     negentropies, means = [], []
     for h_TE in hidden_TE.split(chunk):
         log_p_TV = head.logits(h_TE).float().log_softmax(-1)
@@ -133,7 +133,7 @@ def score(
 ) -> Scores:
     """Scores of every position.
 
-    The divergence costs no second set of logits: with z_v = h.W_v and log Z = logsumexp z, and the reference's p,
+    The divergence needs no second set of logits. With z_v = h.W_v, log Z = logsumexp z and the reference's p:
 
         KL(p || q) = sum_v p_v log p_v - h.(sum_v p_v W_v) + log Z
     """

@@ -1,11 +1,11 @@
 """Attention transfer: each replaced layer learns alone to reproduce the exact layer, before any finetuning.
 
-The exact model runs once per batch, without gradient and without logits; at every replaced layer the student, a
-copy of the layer with its new kernel, gets the very input of the exact layer and is fitted to its output o:
+The exact model runs once per batch, without gradient and without logits. A student is a copy of a replaced layer with
+its new kernel. It gets the input x of the exact layer and is fitted to the output o of the exact layer:
 
     loss = |student(x) - o|^2 / |o|^2
 
-Layers do not see each other's errors, so they learn side by side, and only one layer's activations exist at a time.
+No layer sees the errors of another: all learn at once, and the activations of one layer exist at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROJECTIONS = {
 
 
 def layer_parameters(attention: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(what the kernel learns, pretrained projections that are trained with it) of one replaced layer."""
+    """Of one replaced layer: (parameters of the kernel, pretrained projections that are trained with them)."""
     kernel = attention.socket.kernel
     unused = () if kernel.reads_qk else PROJECTIONS["kernel+qk"]
     names = [n for n in PROJECTIONS[train] if hasattr(attention, n) and n not in unused]
@@ -38,7 +38,7 @@ class Transfer:
     """Students for all replaced layers of a model, and one optimizer for all of them."""
 
     def __init__(self, model: nn.Module, train: str, *, lr: float, lr_kernel: float):
-        """`train` as in `layer_parameters`; rates are peak rates of AdamW. ValueError if nothing can be trained."""
+        """`train`: a key of PROJECTIONS; `lr`: peak rates of AdamW. Raises ValueError if nothing can be trained."""
         self.model = model
         self.students: dict[int, nn.Module] = {}
         groups: list[dict] = [{"params": [], "lr": lr_kernel}, {"params": [], "lr": lr}]
@@ -85,7 +85,7 @@ class Transfer:
         return sum(losses) / len(losses)
 
     def finish(self) -> None:
-        """Put what the students learned into the model."""
+        """Copy the students' weights into the model."""
         for index, student in self.students.items():
             text_layers(self.model)[index].self_attn.load_state_dict(student.state_dict())
 

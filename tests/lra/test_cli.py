@@ -127,7 +127,7 @@ def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypa
         (["tensorboard", "--port=99999"], "must be at most 65535; got 99999"),
         (
             ["gemma", "swap", "--attention=softmax", "--features=64,0"],
-            "whole numbers from 1, as 64,256; got 64,0",
+            "numbers above 0, comma-separated; got 64,0",
         ),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from lra.__main__ import main
 from lra.gemma import rows, stats, table, tiny
 from lra.gemma.data import documents, pack, split
+from lra.options import BUSY
 from lra.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -333,7 +336,7 @@ finetune.Finetuner.step = stopping
 @pytest.mark.parametrize("number, code, last", [("SIGKILL", -signal.SIGKILL, 6), ("SIGTERM", 85, 8)])
 def test_a_stopped_run_resumes_and_ends_like_an_undisturbed_one(places, tmp_path, number, code, last):
     words = ("--attention=constant",)
-    assert child(places, KILL.replace("NUMBER", number), *words).wait(timeout=60) == code
+    assert child(places, KILL.replace("NUMBER", number), *words).wait(timeout=240) == code
     (kept,) = tmp_path.rglob("checkpoint.safetensors")
     assert checkpoint.load(kept)[1]["progress"]["step"] == last
     run("finetune", *places, *TRAIN, *words)
@@ -351,6 +354,33 @@ def test_a_stopped_run_resumes_and_ends_like_an_undisturbed_one(places, tmp_path
     assert resumed["result"] == whole["result"]
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_a_held_run_is_left_alone(places, tmp_path, capsys):
+    words = ("--attention=constant",)
+    assert child(places, KILL.replace("NUMBER", "SIGKILL"), *words).wait(timeout=240) == -signal.SIGKILL
+    (newest,) = tmp_path.rglob("checkpoint.safetensors")
+    with FileLock(newest.with_name("lock")):
+        assert main(["gemma", "finetune", *places, *TRAIN, *words]) == BUSY
+    newest.write_bytes(newest.read_bytes()[:-40])
+    capsys.readouterr()
+    run("finetune", *places, *TRAIN, *words)
+    assert "set aside as *.damaged, going on from step 5" in capsys.readouterr().err
+    record = records(tmp_path, "finetune")["constant", 0]
+    assert record["training"]["resumed"] == 1 and len(record["training"]["losses"]) == 10
+
+
+def test_the_command_of_a_record_repeats_it(places, tmp_path):
+    run("swap", *places, "--attention=constant")
+    (record,) = records(tmp_path, "swap").values()
+    words = shlex.split(record["command"])
+    assert words[:5] == ["python", "-m", "lra", "gemma", "swap"] and not any("results" in w for w in words)
+    elsewhere = tmp_path / "again"
+    assert (
+        main([*words[3:], *[p for p in places if "--data" in p], f"--results={elsewhere / 'results'}"]) == 0
+    )
+    (again,) = records(elsewhere, "swap").values()
+    assert again["result"] == record["result"] and again["command"] == record["command"]
+
+
 # Bad input
 
 
@@ -365,13 +395,36 @@ def test_a_stopped_run_resumes_and_ends_like_an_undisturbed_one(places, tmp_path
         (["--attention=softmax,size=3"], "unknown option of attention 'size'"),
         (["--attention=constant", "--train=kernel"], "learns nothing of its own"),
         (["--attention=softmax", "--transfer-tokens=5"], "no effect without --warmstart"),
-        (["--attention=softmax", "--lr=0"], "--lr must be above 0"),
+        (["--attention=softmax", "--attention=constant", "--train=kernel+qk"], "learns nothing of its own"),
         (["--attention=softmax", "--tokens=60"], "less than one step"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, words, message):
     assert message in error_line("gemma", "finetune", *places, *TRAIN, *words)
     assert not list(tmp_path.rglob("seed*.json"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["finetune", "--features=0"], "--features: must be numbers above 0, comma-separated; got 0"),
+        (["finetune", "--features=8,x"], "--features"),
+        (["finetune", "--lr=0"], "--lr: must be a number above 0; got 0"),
+        (["finetune", "--lr-kernel=nan"], "--lr-kernel: must be a number above 0"),
+        (["finetune", "--tokens=60"], "less than one step"),
+        (["stability", "--lrs=1e-3,0"], "--lrs: must be numbers above 0"),
+        (["stability", "--lrs=fast"], "--lrs: must be numbers"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_a_model_is_loaded(
+    places, monkeypatch, capsys, words, message
+):
+    monkeypatch.setattr("lra.gemma.commands.load_base", lambda *_: pytest.fail("loaded"))
+    try:
+        code = main(["gemma", words[0], *places, *TRAIN, "--attention=softmax", *words[1:]])
+    except SystemExit as stopped:  # of the parser
+        code = stopped.code
+    assert code == 2 and message in capsys.readouterr().err
 
 
 def test_missing_weights_offline_list_the_ways_out(places, monkeypatch, error_line, tmp_path):

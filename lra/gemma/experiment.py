@@ -1,23 +1,22 @@
-"""One cell of the Gemma track: what it is made of, its model, its digest, its scores, its record."""
+"""One experiment of the Gemma track: what it is made of, its model, its digest, its scores, its part of a record."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lra.gemma.data import Blocks, Documents, pack, split
+from lra.gemma.data import Blocks, Documents
 from lra.gemma.weights import Base
-from lra.machine import environment
 from lra.options import UsageError, construct
-from lra.records.record import SCHEMA, finite, record_path, suite_facts
+from lra.records.record import finite, record_path
 from lra.registry import attention_class, budget_options, build_attention
 from lra.training.config import stored_options
 from lra.training.evaluate import autocast
@@ -26,31 +25,6 @@ from models.gemma import bridge
 from models.gemma.loss import Head, Reference, reference, score
 
 VERSION = 1  # of the track: raised when a number of an old record would come out differently
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents of each split, packed when they are asked for."""
-
-    documents: Documents
-    base: Base
-    length: int
-
-    @cached_property
-    def splits(self) -> dict[str, list[str]]:
-        """Texts by split."""
-        return split(self.documents.texts)
-
-    def blocks(self, name: str, count: int) -> Blocks:
-        """The first `count` blocks of a split."""
-        return pack(
-            self.splits[name],
-            self.base.encode,
-            bos=self.base.bos,
-            length=self.length,
-            blocks=count,
-            what=name,
-        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +44,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Experiment:
     """One record, but for its result. `blocks` are those of the splits it reads."""
 
     kind: str  # swap, finetune, stability or anisotropy
@@ -95,20 +69,69 @@ class Cell:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def length(self) -> int:
+        """Tokens of a block."""
+        return int(self.blocks["test"].tokens.shape[1])
+
     def path(self, results: Path) -> Path:
         """Where its record lives: in a folder of the track's own, where no table of the arena looks."""
-        return record_path(
-            results / "gemma", f"gemma-{self.kind}", self.method.attention, self.digest, self.seed
-        )
+        name = f"gemma-{self.kind}"
+        return record_path(results / "gemma", name, self.method.attention, self.digest, self.seed)
 
     def plug_in(self, device: torch.device) -> torch.nn.Module:
-        """The base model with this cell's kernels, calibrated. Raises UsageError where they do not fit."""
-        length = self.blocks["test"].tokens.shape[1]
-        sockets = plug_in(self.base, self.method, seed=self.seed, length=length)
+        """The base model with this method's kernels, calibrated. Raises UsageError where they do not fit."""
+        sockets = plug_in(self.base, self.method, seed=self.seed, length=self.length)
         if any(type(s.kernel).calibrate is not AttentionBase.calibrate for s in sockets):
             tokens = torch.from_numpy(self.blocks["calibration"].tokens).long()
             bridge.calibrate(self.base.model, tokens.to(device))
         return self.base.model
+
+    def sections(self, training: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
+        """For provenance.build_record, with the base model in the place of the encoder; the kernels are plugged in."""
+        m, base, docs = self.method, self.base, self.documents
+        kernels = [s.kernel for s in bridge.sockets(base.model).values()]
+        n_params = sum(p.numel() for p in base.model.parameters())
+        own = sum(p.numel() for k in kernels for p in k.parameters())
+        encoder = {"base": base.name, "weights_source": base.source, "weights_sha256": base.sha256}
+        return {
+            "task": {
+                "name": f"gemma-{self.kind}",
+                "version": VERSION,
+                "preset": base.name,
+                "protocol": "open",
+                "seq_len": self.length,
+                "dataset": docs.dataset,
+                "substitute": False,
+            },
+            "data": {
+                "source": docs.source,
+                "revision": docs.revision,
+                "files": docs.files,
+                "splits": {name: {"n": len(b.tokens), "sha256": b.sha256} for name, b in self.blocks.items()},
+                "floors": {},
+                "val_rule": "held-out",
+            },
+            "model": {
+                "attention": m.attention,
+                "attention_config": m.config,
+                "encoder": encoder | {"layers": list(m.layers), "keeps_window": m.keeps_window},
+                "exact": attention_class(m.attention).exact,
+                "n_params": n_params,
+                "n_params_ratio_to_softmax": n_params / (n_params - own),
+            },
+            "training": {
+                "seed": self.seed,
+                "precision": self.precision,
+                "compile": False,
+                "recipe": self.recipe,
+                "overrides": {},
+                "world_size": 1,
+            }
+            | training,
+            "cost": cost,
+            "env": {"transformers": metadata.version("transformers")},
+        }
 
 
 def plug_in(base: Base, method: Method, *, seed: int, length: int) -> list[bridge.Socket]:
@@ -170,13 +193,21 @@ class BlockScores:
         }
 
 
-@torch.no_grad()
 def hidden(model: torch.nn.Module, tokens_BN: torch.Tensor, precision: str) -> torch.Tensor:
     """Last hidden states of all tokens but the last, whose next token is unknown."""
     with autocast(tokens_BN.device, precision):
         return model.model(input_ids=tokens_BN[:, :-1], use_cache=False).last_hidden_state
 
 
+def scored(model, blocks: Blocks, precision: str, device: torch.device) -> Iterator[tuple]:
+    """Of every block, one at a time: hidden states (T, E) of the tokens whose successor counts, and these (T)."""
+    for row, keep in zip(blocks.tokens, blocks.scored, strict=True):
+        tokens_BN = torch.from_numpy(row).long().to(device)[None]
+        scored_N = torch.from_numpy(keep).to(device)
+        yield hidden(model, tokens_BN, precision)[0][scored_N], tokens_BN[0, 1:][scored_N]
+
+
+@torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
     head: Head,
@@ -185,17 +216,14 @@ def evaluate(
     device: torch.device,
     against: list[Reference] | None = None,
 ) -> BlockScores:
-    """Scores of every block, one at a time; the model is left in the mode it was in."""
+    """Scores of every block; the model is left in the mode it was in."""
     training = model.training
     model.eval()
     sums = []
-    for i, (row, keep) in enumerate(zip(blocks.tokens, blocks.scored, strict=True)):
-        tokens_BN = torch.from_numpy(row).long().to(device)[None]
-        scored_N = torch.from_numpy(keep).to(device)
-        h_TE, target_T = hidden(model, tokens_BN, precision)[0][scored_N], tokens_BN[0, 1:][scored_N]
+    for i, (h_TE, target_T) in enumerate(scored(model, blocks, precision, device)):
         s = score(h_TE, head, target_T, against[i] if against else None)
-        sums.append([len(target_T), int(s.correct_T.sum()), s.loss_T.double().sum().item(),
-                     s.kl_T.double().sum().item() if s.kl_T is not None else 0.0])  # fmt: skip
+        kl = 0.0 if s.kl_T is None else s.kl_T.double().sum().item()
+        sums.append([len(target_T), int(s.correct_T.sum()), s.loss_T.double().sum().item(), kl])
     model.train(training)
     n, correct, loss, kl = (np.array(c) for c in zip(*sums, strict=True))
     return BlockScores(blocks.document, n, correct, loss, kl if against else None)
@@ -206,65 +234,5 @@ def references(model, head: Head, blocks: Blocks, precision: str, device) -> lis
     """The exact model's predictions on each block, for divergences; None for a head with a soft cap."""
     if head.softcap is not None:
         return None
-    found = []
     with bridge.exact_attention(model):
-        for row, keep in zip(blocks.tokens, blocks.scored, strict=True):
-            h_NE = hidden(model, torch.from_numpy(row).long().to(device)[None], precision)[0]
-            found.append(reference(h_NE[torch.from_numpy(keep).to(device)], head))
-    return found
-
-
-def build_record(
-    cell: Cell, *, command: str, device: torch.device, started: datetime, status: str,
-    result: dict[str, Any] | None, training: dict[str, Any], cost: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The common schema (record.py), with the base model in the place of the encoder."""
-    m, base, docs = cell.method, cell.base, cell.documents
-    kernels = [s.kernel for s in bridge.sockets(base.model).values()]
-    n_params = sum(p.numel() for p in base.model.parameters())
-    own = sum(p.numel() for k in kernels for p in k.parameters())
-    encoder = {"base": base.name, "weights_source": base.source, "weights_sha256": base.sha256}
-    return {
-        "schema": SCHEMA,
-        "suite": suite_facts(),
-        "task": {
-            "name": f"gemma-{cell.kind}",
-            "version": VERSION,
-            "preset": base.name,
-            "protocol": "open",
-            "seq_len": int(cell.blocks["test"].tokens.shape[1]),
-            "dataset": docs.dataset,
-            "substitute": False,
-        },
-        "data": {
-            "source": docs.source,
-            "revision": docs.revision,
-            "files": docs.files,
-            "splits": {name: {"n": len(b.tokens), "sha256": b.sha256} for name, b in cell.blocks.items()},
-            "floors": {},
-            "val_rule": "held-out",
-        },
-        "model": {
-            "attention": m.attention,
-            "attention_config": m.config,
-            "encoder": encoder | {"layers": list(m.layers), "keeps_window": m.keeps_window},
-            "exact": attention_class(m.attention).exact,
-            "n_params": n_params,
-            "n_params_ratio_to_softmax": n_params / (n_params - own),
-        },
-        "training": {"seed": cell.seed, "precision": cell.precision, "compile": False, "recipe": cell.recipe,
-                     "overrides": {}, "world_size": 1} | training,
-        "result": result,
-        "cost": cost | {"device": device.type},
-        "env": environment(device) | {"transformers": _version("transformers")},
-        "status": status,
-        "command": command,
-        "started": started.isoformat(timespec="seconds"),
-        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    return metadata.version(package)
+        return [reference(h_TE, head) for h_TE, _ in scored(model, blocks, precision, device)]
