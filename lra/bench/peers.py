@@ -16,10 +16,10 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from lra.bench.base import BASELINE
 from lra.options import UsageError, unknown
 from models.base import AttentionBase
 
-BASELINE = "softmax"  # of every ratio
 PYPI = "pypi:"  # before the name of a package where attentions are named
 
 

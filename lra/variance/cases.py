@@ -66,15 +66,15 @@ def cases(args: Namespace) -> list[Case]:
     for option in GAUSSIAN:
         if getattr(args, option) is not None:
             raise UsageError(f"--{option} is an option of synthetic data: leave it out with {given[0]}")
-    found = _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
-    if args.dim is not None and args.dim != (width := found[0].q_BHND.shape[-1]):
+    chosen = _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
+    if args.dim is not None and args.dim != (width := chosen[0].q_BHND.shape[-1]):
         raise UsageError(f"--dim {args.dim} is not the head width of {args.run_of or args.tensors}: {width}")
-    return found
+    return chosen
 
 
 def numbers(text: str, option: str, least: float, kind: type = float) -> list:
     """A comma-separated list of different numbers, not below `least`; UsageError names the bad one."""
-    found = []
+    values = []
     for part in text.split(","):
         try:
             value = kind(part)
@@ -82,10 +82,10 @@ def numbers(text: str, option: str, least: float, kind: type = float) -> list:
             raise UsageError(f"{option} takes numbers separated by commas; got {part!r}") from None
         if not least <= value < float("inf"):
             raise UsageError(f"{option} must be at least {least:g} and finite; got {part}")
-        if value in found:
+        if value in values:
             raise UsageError(f"{option} has {part} twice: leave one out")
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _synthetic_grid(args: Namespace) -> list[Case]:
@@ -216,16 +216,16 @@ def _from_file(path: Path, seed: int) -> Case:
     """q, k (B, H, N, D) and, where they are there, v and mask (B, N), from a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys() if name in ("q", "k", "v", "mask")}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in ("q", "k", "v", "mask")}
     except FileNotFoundError:
         raise UsageError(f"no file at {path}") from None
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
-    if missing := [name for name in ("q", "k") if name not in found]:
+    if missing := [name for name in ("q", "k") if name not in tensors]:
         raise UsageError(f"{path} has no tensor {' and '.join(missing)}")
-    q, mask = found["q"], found.get("mask")
+    q, mask = tensors["q"], tensors.get("mask")
     for name in ("q", "k", "v"):
-        if (x := found.get(name)) is None:
+        if (x := tensors.get(name)) is None:
             continue
         if x.dim() != 4 or x.shape != q.shape or not x.is_floating_point():
             raise UsageError(
@@ -240,4 +240,4 @@ def _from_file(path: Path, seed: int) -> Case:
         )
     if not q.numel() or (B * N if mask is None else int(mask.sum())) < 2:
         raise UsageError(f"{path}: covariances need at least 2 real tokens; q is {tuple(q.shape)}")
-    return measured(path.stem, q, found["k"], found.get("v"), mask, seed)
+    return measured(path.stem, q, tensors["k"], tensors.get("v"), mask, seed)

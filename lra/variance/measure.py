@@ -110,8 +110,8 @@ def exact_variance(module: Any, case: Case) -> dict[str, float]:
         weights.append(2 * (u_q * u_k).sum(-1).transpose(1, 2)[real_BN].flatten())
     logs, weights = torch.cat(logs), torch.cat(weights)
     mean = float((logs + weights).logsumexp(0) - weights.logsumexp(0))
-    found = {"median": float(logs.median()), "weighted_mean": mean}
-    return {name: log_expm1(x) / math.log(10) for name, x in found.items()}
+    values = {"median": float(logs.median()), "weighted_mean": mean}
+    return {name: log_expm1(x) / math.log(10) for name, x in values.items()}
 
 
 def log_expm1(x: float) -> float:
