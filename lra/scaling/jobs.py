@@ -21,6 +21,13 @@ from lra.training.config import Run
 from tasks.store.prepared import Prepared
 
 POLL = 0.1  # seconds between looks at the processes
+LINE = {
+    "disable": None,
+    "leave": False,
+    "mininterval": 1,
+    "miniters": 0,
+    "dynamic_ncols": True,
+}  # on a terminal
 
 
 @dataclass(frozen=True)
@@ -98,24 +105,18 @@ def recorded(kind: Path) -> Need:
     return need
 
 
-@dataclass
 class Running:
-    """A job at work."""
+    """A job at work, with its seconds and its peak bytes so far."""
 
-    job: Job
-    process: subprocess.Popen
-    begun: float
-    peak: int = 0  # bytes, so far
+    def __init__(self, job: Job, process: subprocess.Popen):
+        self.job, self.process, self.begun = job, process, time.monotonic()
+        self.seconds, self.peak = 0.0, 0
 
     def look(self) -> int | None:
         """Measure it; returns the exit code once it has ended."""
+        self.seconds = time.monotonic() - self.begun
         self.peak = max(self.peak, peak_resident(self.process.pid) or 0)
         return self.process.poll()
-
-    @property
-    def seconds(self) -> float:
-        """So far."""
-        return time.monotonic() - self.begun
 
 
 class Pool:
@@ -123,8 +124,6 @@ class Pool:
 
     Order: first seeds first, of one seed the longest first, so that no long job is left to run alone at the end.
     """
-
-    REDRAW = 1.0  # seconds between two states of the status line on a terminal
 
     def __init__(
         self,
@@ -144,14 +143,11 @@ class Pool:
         """Until all have ended, or a signal, a stopped job or the limit ends it; no process outlives it."""
         if any(need.seconds for need in self.needs.values()):
             print(self.forecast(), flush=True)
-        line = tqdm(
-            bar_format="{desc}", disable=None, leave=False, mininterval=1, miniters=0, dynamic_ncols=True
-        )
-        with StopSignals() as stop, line:
+        with StopSignals() as stop, tqdm(bar_format="{desc}", **LINE) as line:
             try:
                 while (self.waiting or self.running) and not self.outcome.stopped:
                     while not stop.requested and (job := self.next()):
-                        self.running.append(Running(job, start(job), time.monotonic()))
+                        self.running.append(Running(job, start(job)))
                     time.sleep(POLL)
                     for running in list(self.running):
                         if (code := running.look()) is not None:
@@ -205,18 +201,16 @@ class Pool:
         """`predicted: 1.5 min with 2 at a time (3.0 min one by one), up to 0.4 GB each`."""
         total = sum(map(self.seconds_of, self.waiting))
         largest = max(self.needs[job.kind].bytes for job in self.waiting)
-        together = (
-            f"{duration(total / self.at_once)} with {self.at_once} at a time ({duration(total)} one by one)"
-        )
-        return f"predicted: {together}, up to {largest / 1e9:.1f} GB each"
+        line = f"predicted: {duration(total / self.at_once)} with {self.at_once} at a time"
+        return f"{line} ({duration(total)} one by one), up to {largest / 1e9:.1f} GB each"
 
     def progress(self) -> str:
-        """`[3/8] 1:20 spent, about 2:10 left`."""
+        """`[3/8] 1.3 min spent, about 2.2 min left`."""
         done = self.total - len(self.waiting) - len(self.running)
         left = sum(map(self.seconds_of, self.waiting))
         left += sum(max(0.0, self.seconds_of(running.job) - running.seconds) for running in self.running)
-        about = f", about {clock(left / min(self.at_once, self.total))} left" if left else ""
-        return f"[{done}/{self.total}] {clock(time.monotonic() - self.begun)} spent{about}"
+        about = f", about {duration(left / min(self.at_once, self.total))} left" if left else ""
+        return f"[{done}/{self.total}] {duration(time.monotonic() - self.begun)} spent{about}"
 
 
 def smaller(run: Run, factor: float) -> int:
@@ -230,8 +224,3 @@ def last_line(log: Path) -> str:
     """The last line that a process printed."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "no output"
-
-
-def clock(seconds: float) -> str:
-    """90.4 -> "1:30"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -383,7 +383,7 @@ def test_status_line_is_redrawn_on_a_terminal_and_absent_elsewhere(sweep, proces
     out, err = capsys.readouterr()
     assert "[1/1]" in out and "\r" not in out + err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(lra.scaling.jobs.Pool, "REDRAW", 0)
+    monkeypatch.setitem(lra.scaling.jobs.LINE, "mininterval", 0)
     assert sweep("--jobs=1", "--seeds=2") == 0
     out, err = capsys.readouterr()
     assert "\r[0/2]" in err and "running: tiny softmax seed 0" in err
