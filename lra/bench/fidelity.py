@@ -73,7 +73,7 @@ def hashes() -> dict[str, str]:
 
 
 def tree_statistics(tokens: np.ndarray) -> dict[str, float]:
-    """Of one expression: length, depth, root, and over its operators the mean arity and the share of each kind."""
+    """One expression: length, depth, root, mean arity of its operators, share of each kind of operator."""
     parent, arity, deepest = [], [], 1
     kinds = []
     for token in tokens.tolist():
@@ -95,7 +95,7 @@ def tree_statistics(tokens: np.ndarray) -> dict[str, float]:
 
 
 def compare_listops(sequences: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, Any]:
-    """Two-sample tests of ours against the reference; one number a tree, so that samples are independent."""
+    """Two-sample tests of ours against the reference. Each tree gives one number, so that samples are independent."""
     drawn, values = listops.generate(OURS["ListOps"], seed=0)
     ours, theirs = ({k: np.array([t[k] for t in trees]) for k in trees[0]}
                     for trees in (list(map(tree_statistics, s)) for s in (drawn, sequences)))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Queries and keys that `variance` measures on: synthetic Gaussians, those of a trained run, those of a file."""
+"""Queries and keys that `variance` measures on: synthetic Gaussians, tensors of a trained run, tensors of a file."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ TRACE = "1.5"  # where neither --trace nor --largest is given
 
 @dataclass(frozen=True)
 class Case:
-    """Queries and keys to estimate attention on. `group`: cases that one curve may join.
+    """Queries and keys to estimate attention on.
 
-    `eigenvalues_HD`: t of section 3's closed forms, those of Lambda for scaled queries and keys; a sample's own
-    second moments where the distribution is not known. `closed`: q~ and k~ are N(0, Lambda) indeed.
+    group: one curve may join the cases of a group.
+    eigenvalues_HD: t of the closed forms (section 3), the eigenvalues of Lambda for scaled queries and keys; where the
+        distribution is not known, of the second moments of the sample.
+    closed: whether q~ and k~ are N(0, Lambda).
     """
 
     name: str
@@ -168,7 +170,7 @@ def measured(
     mask: torch.Tensor | None,
     seed: int,
 ) -> Case:
-    """A case from tensors of a model; values are standard normal where there are none."""
+    """A case from tensors of a model. Without values, standard normal ones are drawn."""
     if v is None:
         v = torch.randn(q.shape, generator=generator("variance values", seed))
     q, k, v = (x.detach().cpu().float() for x in (q, k, v))
