@@ -27,7 +27,7 @@ from tasks.base import SPLITS
 from tasks.store.prepared import Prepared, load
 
 UNKNOWN_SIZE = 20_000  # examples of a split whose size only its source knows
-COUNTED = 32  # examples of the largest batch that is counted as it is, and not from smaller ones
+TOKENS = 2**14  # of the largest batch that is counted as it is, and not from smaller ones
 
 
 def from_data_sheet(bandwidth: float, flops: float) -> Machine:
@@ -75,11 +75,12 @@ def predict(run: config.Run, machine: Machine, prepared: Prepared | None = None)
 def work_of(run: config.Run, batch: int, width: int, padded: bool) -> Work:
     """`count`; a large batch follows from two smaller ones, because all counts are a constant plus a slope times the
     batch."""
-    if batch <= COUNTED:
+    large = max(2, TOKENS // width)
+    if batch <= large:
         return count(run, batch=batch, width=width, padded=padded)
-    half, whole = (count(run, batch=size, width=width, padded=padded) for size in (COUNTED // 2, COUNTED))
-    factor = (batch - COUNTED) / (COUNTED - COUNTED // 2)
-    return Work(*(b + factor * (b - a) for a, b in zip(half, whole, strict=True)))
+    works = (count(run, batch=size, width=width, padded=padded) for size in (large // 2, large))
+    factor = (batch - large) / (large - large // 2)
+    return Work(*(b + factor * (b - a) for a, b in zip(*works, strict=True)))
 
 
 def foresee(run: config.Run, machine: Machine, prepared: Prepared | None) -> Prediction | None:

@@ -59,7 +59,8 @@ def test_code_that_reads_numbers_is_uncountable_and_named(monkeypatch, capsys):
     assert line.startswith("no prediction for listops constant: ")
 
 
-def test_large_batches_follow_from_small_ones():
+def test_large_batches_follow_from_small_ones(monkeypatch):
+    monkeypatch.setattr(cost, "TOKENS", 67 * 16)
     run = sample(batch=48).run()
     predicted = cost.predict(run, MACHINE)
     direct = count(run, batch=48, width=67, padded=False)
