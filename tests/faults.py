@@ -32,10 +32,11 @@ import torch._dynamo  # seconds that every process forked from this one saves
 import lra.scaling.sweep
 import lra.training.train
 from lra.__main__ import main
-from lra.bench.base import machine_line, markdown_table, write_report
 from lra.options import BUSY, STOPPED
+from lra.records.markup import Grid, markdown
 from lra.records.record import read_predictions, read_record
 from lra.registry import attention_class
+from lra.scaling.reports import machine_line, write_report
 from lra.training import checkpoint
 from lra.training.train import CHECKPOINTS, WEIGHTS
 from tests.conftest import Lab, plug_in, timeless
@@ -545,8 +546,8 @@ def command(arguments: list[str] | None = None) -> int:
             "losses_of_data": len(suite.losses),
             "seconds": seconds,
         }
-        rows = markdown_table(["fault", "times"], [[name, str(n)] for name, n in suite.counts.items()])
-        text = "\n".join([f"`{words}`: {line}.", "", *rows, "", machine_line(1), ""])
+        table = markdown([Grid(["fault", "times"], [[name, str(n)] for name, n in suite.counts.items()])])
+        text = f"`{words}`: {line}.\n\n{table}\n{machine_line()}\n"
         write_report(args.results, "faults", words, facts, text)
     return 1 if suite.losses else 0
 

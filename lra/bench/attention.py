@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -17,21 +16,27 @@ import torch
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.apart import serve, take_turns
-from lra.bench.base import machine_line, markdown_table, write_report
-from lra.bench.peers import BASELINE, PEERS, PYPI, build_peer, contenders, version
+from lra.bench.base import BASELINE, finish, ratios, serve, take_turns
+from lra.bench.peers import PEERS, PYPI, build_peer, contenders, version
 from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import UsageError
+from lra.records.markup import Grid, markdown
 from lra.records.measured import Point, crossover
+from lra.scaling.reports import machine_line
 from models.base import AttentionBase
 from models.features.gemm import CACHE
 from models.layers import product
 
 UNFUSED = "softmax unfused"
+OWN = "softmax,{},softmax bf16,softmax causal,performer,performer bf16,performer causal,darkformer,linformer,linear"
 DEFAULT = (
-    "softmax", UNFUSED, "softmax bf16", "softmax causal", "performer", "performer bf16", "performer causal",
-    "darkformer", "linformer", "linear", "nystrom", "local", "reformer", "s4d", *(PYPI + name for name in PEERS),
-)  # fmt: skip
+    *OWN.format(UNFUSED).split(","),
+    "nystrom",
+    "local",
+    "reformer",
+    "s4d",
+    *(PYPI + name for name in PEERS),
+)
 MATRICES = 3  # N x N matrices that UNFUSED holds at once, forward and backward
 MEMORY_LIMIT = 6e9  # bytes of them beyond which it is left out
 
@@ -46,6 +51,11 @@ class Shape:
     D: int
     M: int
 
+    @property
+    def unfused_bytes(self) -> float:
+        """Of the N x N matrices of UNFUSED."""
+        return 4.0 * MATRICES * self.B * self.H * self.N**2
+
 
 class Unfused(AttentionBase):
     """Softmax attention with the N x N matrix in memory, as tables of 2020 measured it."""
@@ -54,7 +64,7 @@ class Unfused(AttentionBase):
         return (scale * q_BHND @ k_BHND.mT).softmax(-1) @ v_BHND
 
 
-def bench(args: Namespace) -> None:
+def bench_attention(args: Namespace) -> None:
     """`bench attention`: measure, print and write."""
     set_threads(args.threads)
     shapes = [Shape(args.batch, args.heads, n, args.head_dim, args.features) for n in lengths(args.lengths)]
@@ -64,46 +74,44 @@ def bench(args: Namespace) -> None:
     points, left_out = [], []
     with tqdm(total=len(shapes) * len(names) * (args.rounds + 1), disable=None, unit="run") as bar:
         for shape in shapes:
-            fits = [n for n in names if n != UNFUSED or _unfused_bytes(shape) <= MEMORY_LIMIT]
-            left_out += [f"{n} at N {shape.N:,}" for n in names if n not in fits]
+            large = shape.unfused_bytes > MEMORY_LIMIT
+            left_out += [f"{UNFUSED} at N {shape.N:,}"] if large and UNFUSED in names else []
+            fits = [name for name in names if name != UNFUSED or not large]
             points += measure(fits, shape, args.rounds, bar.update)
-    command = shlex.join(["python", "-m", "lra", "bench", "attention", *sys.argv[3:]])
-    found = {
-        "points": points,
-        "left_out": left_out,
-        "bf16_products": bf16_products(args.features, args.head_dim),
-    }
-    text = markdown(**found, command=command, rounds=args.rounds)
-    paths = write_report(args.results, "attention", command, found, text)
-    print(text + "\nwritten: " + ", ".join(map(str, paths)))
+    gain = bf16_products(args.features, args.head_dim)
+    measured = {"points": points, "left_out": left_out, "bf16_products": gain}
+    finish(args.results, "attention", measured, attention_tables(points, left_out, gain, args.rounds))
 
 
 def lengths(text: str) -> list[int]:
     """Comma-separated numbers of tokens."""
     try:
-        found = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--lengths must be comma-separated whole numbers; got {text!r}") from None
-    if min(found) < 1:
-        raise UsageError(f"--lengths must be at least 1; got {min(found)}")
-    return sorted(set(found))
+    if min(numbers) < 1:
+        raise UsageError(f"--lengths must be at least 1; got {min(numbers)}")
+    return sorted(set(numbers))
 
 
 def measure(names: list[str], shape: Shape, rounds: int, done: Callable[[], Any]) -> list[dict[str, Any]]:
-    """One point for each contender, taking turns. `ratio` is the median over rounds of softmax's time by the
-    contender's (above 1 = faster than softmax); `peak_bytes` is that of one forward and backward above a process
-    that holds the inputs, None where the system cannot tell."""
+    """One point for each contender, taking turns.
+
+    ratio: median over rounds of (seconds of softmax) / (seconds of the contender). peak_bytes: of one forward and
+    backward, above a process that holds the inputs; None where the system cannot tell.
+    """
     facts = {name: {"name": name, **dataclasses.asdict(shape)} for name in names}
-    found = take_turns("lra.bench.attention", facts, rounds, done)
-    points = []
-    for name, turns in found.items():
-        ratios = [s / t for s, t in zip(found[BASELINE].seconds, turns.seconds, strict=True)]
-        points.append(
-            facts[name] |
-            {"seconds": round(statistics.median(turns.seconds), 6), "ratio": round(statistics.median(ratios), 3),
-             "ratio_range": [round(f(ratios), 3) for f in (min, max)], "peak_bytes": turns.peak_bytes,
-             "version": _version(name)}
-        )  # fmt: skip
+    turns, points = take_turns("lra.bench.attention", facts, rounds, done), []
+    for name in names:
+        each, package = ratios(turns, name), name.startswith(PYPI)
+        point = facts[name] | {
+            "seconds": round(statistics.median(turns[name].seconds), 6),
+            "ratio": round(statistics.median(each), 3),
+            "ratio_range": [round(min(each), 3), round(max(each), 3)],
+            "peak_bytes": turns[name].peak_bytes,
+            "version": version(name.removeprefix(PYPI)) if package else None,
+        }
+        points.append(point)
     return points
 
 
@@ -160,7 +168,7 @@ def bf16_products(M: int, D: int, rounds: int = 200) -> float:
     median ratio of `rounds` turns, each of both."""
     x = torch.randn(max(1, CACHE // M), D)
     factors = {dtype: (x.to(dtype), torch.randn(M, D).to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
-    ratios = []
+    each = []
     for _ in range(rounds):
         seconds = []
         for pair in factors.values():
@@ -168,84 +176,59 @@ def bf16_products(M: int, D: int, rounds: int = 200) -> float:
             start = time.perf_counter()
             product(*pair)
             seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[0] / seconds[1])
-    return round(statistics.median(ratios), 3)
+        each.append(seconds[0] / seconds[1])
+    return round(statistics.median(each), 3)
 
 
-def _unfused_bytes(shape: Shape) -> float:
-    return 4.0 * MATRICES * shape.B * shape.H * shape.N**2
-
-
-def _version(name: str) -> str | None:
-    return version(name.removeprefix(PYPI)) if name.startswith(PYPI) else None
-
-
-def markdown(
-    points: list[dict[str, Any]], left_out: list[str], bf16_products: float, command: str, rounds: int
-) -> str:
-    """Two tables, time and memory, one row for each contender and one column for each length."""
-    names = list(dict.fromkeys(p["name"] for p in points))
+def attention_tables(points: list[dict[str, Any]], left_out: list[str], gain: float, rounds: int) -> str:
+    """Two tables, time and memory: a row for each contender and a column for each length."""
     by = {(p["name"], p["N"]): p for p in points}
+    labels = {p["name"]: f"{p['name'].removeprefix(PYPI)} {p['version']} (PyPI)" if p["version"] else p["name"]
+              for p in points}  # fmt: skip
     ns = sorted({p["N"] for p in points})
+
+    def rows(cell: Callable[[dict[str, Any]], str]) -> dict[str, list[str]]:
+        return {
+            n: [label, *(cell(by[n, N]) if (n, N) in by else "–" for N in ns)] for n, label in labels.items()
+        }
+
     header = ["attention", *(f"N {n:,}" for n in ns)]
-    p = points[0]
-    lines = [
-        "# Time and memory of one attention",
-        "",
-        f"`{command}`: forward and backward, B {p['B']}, H {p['H']}, D {p['D']}, and M {p['M']} features, landmarks, "
-        f"projected positions or window tokens; fp32 unless named; no padding. "
-        f"Each in a process of its own, taking turns; median of {rounds} rounds.",
-        "",
-        "Milliseconds, and in brackets how many times as fast as fused softmax in the same round (median).",
-        "",
-    ]
-    rows = [[_label(n, points), *(_time(by.get((n, N))) for N in ns), _cross(points, n)] for n in names]
-    lines += markdown_table([*header, "faster from"], rows)
-    lines += [
-        "",
-        "Peak memory in MB above an idle process that holds q, k, v and the gradient of the output.",
-        "",
-    ]
-    lines += markdown_table(
-        header, [[_label(n, points), *(_memory(by.get((n, N))) for N in ns)] for n in names]
-    )
-    if left_out:
-        lines += [
-            "",
-            f"Left out (its N x N matrices would not fit {MEMORY_LIMIT / 1e9:g} GB): {', '.join(left_out)}.",
-        ]
+    times = rows(lambda p: f"{1e3 * p['seconds']:,.1f} ({p['ratio']:.2f})")
+    times = [[*cells, faster_from(points, name)] for name, cells in times.items()]
+    memory = rows(lambda p: "–" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 1e6:,.0f}")
+    p, missing = points[0], ", ".join(left_out)
     # Of the engine's 28 N M D operations, 8 make logits (models/features/bidirectional.py).
-    bound = 28 / (8 + 20 / bf16_products)
-    lines += [
-        "",
-        f"A product of the random-feature engine is {bf16_products:.2f} times as fast in bf16 here. Its logits stay in "
-        f"fp32, 2 of 7 operations, so that bf16 can make its products together {bound:.2f} times as fast at most.",
-    ]
-    return "\n".join([*lines, "", machine_line(torch.get_num_threads()), ""])
+    return f"""# Time and memory of one attention
+
+`{{command}}`: forward and backward, B {p["B"]}, H {p["H"]}, D {p["D"]}, and M {p["M"]} features, landmarks, \
+projected positions or window tokens; fp32 unless named; no padding. Each in a process of its own, taking turns; \
+median of {rounds} rounds.
+
+Milliseconds, and in brackets how many times as fast as fused softmax in the same round (median).
+
+{markdown([Grid([*header, "faster from"], times)])}
+Peak memory in MB above an idle process that holds q, k, v and the gradient of the output.
+
+{markdown([Grid(header, list(memory.values()))])}
+{f"Left out (its N x N matrices would not fit {MEMORY_LIMIT / 1e9:g} GB): {missing}." if missing else ""}
+
+A product of the random-feature engine is {gain:.2f} times as fast in bf16 here. Its logits stay in fp32, 2 of 7 \
+operations, so that bf16 can make its products together {28 / (8 + 20 / gain):.2f} times as fast at most.
+
+{machine_line()}
+"""
 
 
-def _label(name: str, points: list[dict[str, Any]]) -> str:
-    found = next(p["version"] for p in points if p["name"] == name)
-    return f"{name.removeprefix(PYPI)} {found} (PyPI)" if found else name
+def faster_from(points: list[dict[str, Any]], name: str) -> str:
+    """The length from which a contender is never slower than BASELINE."""
 
-
-def _time(point: dict[str, Any] | None) -> str:
-    return "–" if point is None else f"{1e3 * point['seconds']:,.1f} ({point['ratio']:.2f})"
-
-
-def _memory(point: dict[str, Any] | None) -> str:
-    return "–" if point is None or point["peak_bytes"] is None else f"{point['peak_bytes'] / 1e6:,.0f}"
-
-
-def _cross(points: list[dict[str, Any]], name: str) -> str:
     def curve(of: str) -> list[Point]:
         return [Point(p["N"], p["seconds"], p["peak_bytes"], p["ratio"]) for p in points if p["name"] == of]
 
-    found = crossover(curve(name), curve(BASELINE))
-    if name == BASELINE or found is None:
+    length, shortest = crossover(curve(name), curve(BASELINE)), min(p["N"] for p in points)
+    if name == BASELINE or length is None:
         return "–"
-    shortest = min(p["N"] for p in points)
-    return f"N {shortest:,} or less" if found <= shortest else f"N {found:,.0f}"
+    return f"N {shortest:,} or less" if length <= shortest else f"N {length:,.0f}"
 
 
 if __name__ == "__main__":

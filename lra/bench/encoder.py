@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shlex
+import math
+import os
 import statistics
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.apart import serve, take_turns
-from lra.bench.base import machine_line, markdown_table, write_report
-from lra.bench.peers import BASELINE, PYPI, build_peer, contenders
-from lra.bench.profile import profiled
-from lra.machine import PeakMemory, matmul_rates, pick_device, set_threads
+from lra.bench.base import finish, ratios, serve, take_turns
+from lra.bench.peers import PYPI, build_peer, contenders
+from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import UsageError
+from lra.records.markup import Grid, markdown
+from lra.scaling.reports import machine_line
 from lra.training.evaluate import autocast
 from lra.training.optim import build_optimizer
 from models.base import AttentionBase
 from models.encoder import Encoder
 from models.heads import Classifier, Classify
+from models.layers import product
 from tasks import base
 
 COMPILED = "compiled"  # behind a name: the model through torch.compile
-DEFAULT = (
-    "softmax", "performer", "darkformer", "linformer", "linear", "nystrom", "local", "reformer", "s4d", "constant",
-    PYPI + "performer-pytorch", PYPI + "darkformer-pytorch",
-)  # fmt: skip
+OWN = "softmax,performer,darkformer,linformer,linear,nystrom,local,reformer,s4d,constant"
+DEFAULT = (*OWN.split(","), PYPI + "performer-pytorch", PYPI + "darkformer-pytorch")
 VOCAB, CLASSES = 257, 2  # of Text: bytes and padding, two classes
+KINDS = {  # of operations: what their names contain; the first kind that fits counts
+    "fused softmax attention": ("scaled_dot_product",),
+    "matrix products": ("_linear_pointwise", "::mm", "::addmm", "::bmm", "::baddbmm", "convolution", "fft"),
+    "random numbers": ("bernoulli", "rand", "normal_", "uniform_"),
+    "norms and activations": ("layer_norm", "gelu", "elu"),
+    "exponentials and sums": ("softmax", "exp", "sum", "amax", "norm", "cumsum"),
+    "optimizer": ("adamw", "Optimizer"),
+}
+REST = "elementwise, copies, gathers"
+CALLS = "calls from Python"  # what is not an operation of a tensor library
 
 
 class Layout(NamedTuple):
@@ -46,70 +60,68 @@ class Layout(NamedTuple):
         return f"{self.B} x {self.N:,}"
 
 
-def bench(args: Namespace) -> None:
+def bench_encoder(args: Namespace) -> None:
     """`bench encoder`: measure, print and write."""
     set_threads(args.threads)
-    found = layouts(args.layouts)
-    names = contenders(args.attentions, DEFAULT)
+    shapes, names = layouts(args.layouts), contenders(args.attentions, DEFAULT)
     rates = matmul_rates(args.precision)
-    peak = max(rates.values())
     points: list[dict[str, Any]] = []
-    with tqdm(total=len(found) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
-        for layout in found:
-            points += measure(names, layout, args.features, args.precision, args.rounds, peak, bar.update)
+    with tqdm(total=len(shapes) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
+        for layout in shapes:
+            points += measure(names, layout, args, max(rates.values()), bar.update)
     # Generated kernels have no names to sort by.
     eager = [name for name in names if COMPILED not in name.split()]
-    shares = {name: profiled(Step(name, found[-1], args.features, args.precision).run) for name in eager}
-    command = shlex.join(["python", "-m", "lra", "bench", "encoder", *sys.argv[3:]])
-    text = markdown(points, command, args, rates) + profile_markdown(shares, found[-1])
-    text += f"\n{machine_line(torch.get_num_threads())}\n"
-    measured = {
-        "matmul_rates": rates,
-        "points": points,
-        "profile": {"layout": str(found[-1]), "shares": shares},
-    }
-    paths = write_report(args.results, "encoder", command, measured, text)
-    print(text + "\nwritten: " + ", ".join(map(str, paths)))
+    shares = {name: profiled(Step(name, shapes[-1], args.features, args.precision).run) for name in eager}
+    profile = {"layout": str(shapes[-1]), "shares": shares}
+    measured = {"matmul_rates": rates, "points": points, "profile": profile}
+    finish(args.results, "encoder", measured, encoder_tables(points, rates, profile, args))
 
 
 def layouts(text: str) -> list[Layout]:
     """Comma-separated BxN."""
     try:
-        found = [Layout(*map(int, part.split("x"))) for part in text.split(",")]
+        shapes = [Layout(*map(int, part.split("x"))) for part in text.split(",")]
     except (ValueError, TypeError):
         raise UsageError(f"--layouts must be comma-separated BxN, such as 32x1024; got {text!r}") from None
-    if min(min(one) for one in found) < 1:
+    if min(map(min, shapes)) < 1:
         raise UsageError(f"--layouts must be at least 1x1; got {text!r}")
-    return found
+    return shapes
+
+
+def matmul_rates(precision: str = "fp32", *, size: int = 1024, rounds: int = 20) -> dict[str, float]:
+    """Operations per second of a square matrix product on the CPU, the best of `rounds`: as PyTorch multiplies
+    (in fp32 MKL, where it is built with it), and as models/layers.py does (oneDNN)."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, w = torch.randn(2, size, size).to(dtype)
+    ways = {"torch.matmul": torch.matmul, "models.layers": product}
+    best = dict.fromkeys(ways, math.inf)
+    for _ in range(rounds):
+        for name, multiply in ways.items():
+            start = time.perf_counter()
+            multiply(x, w)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * size**3 / seconds for name, seconds in best.items()}
 
 
 def measure(
-    names: list[str],
-    layout: Layout,
-    features: int,
-    precision: str,
-    rounds: int,
-    peak: float,
-    done: Callable[[], Any],
+    names: list[str], layout: Layout, args: Namespace, peak: float, done: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    """One point for each attention, taking turns. `ratio` is the median over rounds of softmax's time by the
-    attention's; `peak_bytes` that of a step above a process that holds model and batch; `matmul_share` the operations
-    of the step's matrix products per second, as a share of `peak`."""
-    facts = {
-        name: {"name": name, "B": layout.B, "N": layout.N, "features": features, "precision": precision}
-        for name in names
-    }
-    found = take_turns("lra.bench.encoder", facts, rounds, done)
-    points = []
-    for name, turns in found.items():
-        ratios = [s / t for s, t in zip(found[BASELINE].seconds, turns.seconds, strict=True)]
-        seconds, flops = statistics.median(turns.seconds), Step(name, layout, features, precision).flops
-        share = None if flops is None else round(flops / seconds / peak, 4)
-        points.append(
-            {"name": name, "B": layout.B, "N": layout.N, "M": features, "seconds": round(seconds, 6),
-             "ratio": round(statistics.median(ratios), 3), "tokens_per_second": round(layout.B * layout.N / seconds),
-             "peak_bytes": turns.peak_bytes, "flops": flops, "matmul_share": share}
-        )  # fmt: skip
+    """One point for each attention, taking turns.
+
+    ratio: median over rounds of (seconds of softmax) / (seconds of the attention). peak_bytes: of a step, above a
+    process that holds model and batch. matmul_share: operations of the step's matrix products per second, over `peak`.
+    """
+    common = {"B": layout.B, "N": layout.N, "features": args.features, "precision": args.precision}
+    facts = {name: {"name": name, **common} for name in names}
+    turns, points = take_turns("lra.bench.encoder", facts, args.rounds, done), []
+    for name in names:
+        seconds = statistics.median(turns[name].seconds)
+        flops = Step(name, layout, args.features, args.precision).flops
+        point = {"name": name, "B": layout.B, "N": layout.N, "M": args.features, "seconds": round(seconds, 6)}
+        point |= {"ratio": round(statistics.median(ratios(turns, name)), 3)}
+        point |= {"tokens_per_second": round(layout.B * layout.N / seconds)}
+        point |= {"peak_bytes": turns[name].peak_bytes, "flops": flops}
+        points.append(point | {"matmul_share": flops and round(flops / seconds / peak, 4)})
     return points
 
 
@@ -131,7 +143,6 @@ class Step:
         self.precision, self.layout = precision, layout
         size = base.Encoder()
         heads, head_dim = size.heads, size.width // size.heads
-
         attention, *how = name.split()
         if set(how) - {COMPILED}:
             raise UsageError(f"{name!r}: a name, and at most {COMPILED!r} behind it")
@@ -140,15 +151,12 @@ class Step:
             shape = {"heads": heads, "head_dim": head_dim, "max_len": max_len}
             if attention.startswith(PYPI):
                 return build_peer(attention.removeprefix(PYPI), **shape, size=features)
-            return registry.build_attention(
-                attention, **shape, layer=layer, **registry.budget_options(attention, features)
-            )
+            options = registry.budget_options(attention, features)
+            return registry.build_attention(attention, **shape, layer=layer, **options)
 
         torch.manual_seed(0)
-        encoder = Encoder(
-            build, vocab=VOCAB, max_len=layout.N, layers=size.layers, width=size.width, heads=heads, ffn=size.ffn,
-            dropout=size.dropout,
-        )  # fmt: skip
+        shape = {"layers": size.layers, "width": size.width, "heads": heads, "ffn": size.ffn}
+        encoder = Encoder(build, vocab=VOCAB, max_len=layout.N, dropout=size.dropout, **shape)
         self.model = Classifier(encoder, Classify(size.width, size.ffn, CLASSES)).train()
         self.forward = torch.compile(self.model) if how else self.model
         self.optimizer = build_optimizer(self.model, base.Optim(steps=1, batch=layout.B))
@@ -173,53 +181,78 @@ class Step:
         return 3 * size.layers * per_layer
 
 
-def markdown(points: list[dict[str, Any]], command: str, args: Namespace, rates: dict[str, float]) -> str:
-    """Two tables: milliseconds with ratios, and shares of the matmul peak."""
+def profiled(step: Callable[[], None]) -> dict[str, float]:
+    """Kind of operation to its share of a step's time on the CPU (the sum is 1), after one that is not counted."""
+    step()
+    with _silence(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
+        step()
+    spent: dict[str, float] = defaultdict(float)
+    for event in recorded.key_averages():
+        spent[kind(event.key)] += event.self_cpu_time_total
+    whole = sum(spent.values())
+    return {name: spent[name] / whole for name in (*KINDS, REST, CALLS)}
+
+
+def kind(operation: str) -> str:
+    """The kind of an operation by its name in the profiler, such as aten::mm."""
+    if "::" not in operation or operation.startswith("autograd::"):
+        return "optimizer" if "Optimizer" in operation else CALLS
+    return next((name for name, parts in KINDS.items() if any(part in operation for part in parts)), REST)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing reaches stderr: the profiler writes lines for its developers there, whatever its log level."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def encoder_tables(
+    points: list[dict[str, Any]], rates: dict[str, float], profile: dict[str, Any], args: Namespace
+) -> str:
+    """Four tables: milliseconds with ratios, memory, shares of the matmul peak, and where the time of a step goes."""
     names = list(dict.fromkeys(p["name"] for p in points))
     shapes = list(dict.fromkeys(Layout(p["B"], p["N"]) for p in points))
     by = {(p["name"], p["B"], p["N"]): p for p in points}
-    size = base.Encoder()
-    lines = [
-        "# A training step of the shared encoder",
-        "",
-        f"`{command}`: {size.layers} layers, width {size.width}, {size.heads} heads, FFN {size.ffn}, "
-        f"dropout {size.dropout}, {args.features} features; {args.precision}, no padding. "
-        f"Each in a process of its own, taking turns; median of {args.rounds} rounds.",
-        "",
-        "Milliseconds, and in brackets how many times as fast as with fused softmax in the same round (median).",
-        "",
+    size, shares = base.Encoder(), profile["shares"]
+
+    def table(cell: Callable[[dict[str, Any]], str]) -> str:
+        rows = [[name.removeprefix(PYPI), *(cell(by[(name, *s)]) for s in shapes)] for name in names]
+        return markdown([Grid(["attention", *map(str, shapes)], rows)])
+
+    kinds = list(next(iter(shares.values()), ()))
+    profiles = [
+        [name.removeprefix(PYPI), *(f"{100 * s[k]:.0f}" for k in kinds)] for name, s in shares.items()
     ]
+    return f"""# A training step of the shared encoder
 
-    def rows(cell: Callable[[dict[str, Any]], str]) -> list[list[str]]:
-        return [[n.removeprefix(PYPI), *(cell(by[(n, *s)]) for s in shapes)] for n in names]
+`{{command}}`: {size.layers} layers, width {size.width}, {size.heads} heads, FFN {size.ffn}, dropout {size.dropout}, \
+{args.features} features; {args.precision}, no padding. Each in a process of its own, taking turns; median of \
+{args.rounds} rounds.
 
-    header = ["attention", *map(str, shapes)]
-    lines += markdown_table(header, rows(lambda p: f"{1e3 * p['seconds']:,.0f} ({p['ratio']:.2f})"))
-    lines += ["", "Peak memory in MB above a process that holds model and batch.", ""]
-    peaks = rows(lambda p: "–" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 1e6:,.0f}")
-    lines += markdown_table(header, peaks)
-    lines += [
-        "",
-        f"Share of the matmul peak of this machine, {max(rates.values()) / 1e9:,.0f} GFLOP/s, measured in the same "
-        f"process ({', '.join(f'{name} {rate / 1e9:,.0f}' for name, rate in rates.items())}); products that the engine "
-        "recomputes are not counted as work.",
-        "",
-    ]
-    share = rows(lambda p: "–" if p["matmul_share"] is None else f"{100 * p['matmul_share']:.0f}%")
-    lines += markdown_table(header, share)
-    return "\n".join([*lines, ""])
+Milliseconds, and in brackets how many times as fast as with fused softmax in the same round (median).
 
+{table(lambda p: f"{1e3 * p['seconds']:,.0f} ({p['ratio']:.2f})")}
+Peak memory in MB above a process that holds model and batch.
 
-def profile_markdown(shares: dict[str, dict[str, float]], layout: Layout) -> str:
-    """A table of where the time of a step goes, for each attention at one layout."""
-    kinds = list(next(iter(shares.values())))
-    rows = [[n.removeprefix(PYPI), *(f"{100 * s[k]:.0f}" for k in kinds)] for n, s in shares.items()]
-    lines = [
-        "",
-        f"Where the time of a step goes at {layout}, % of the CPU time that PyTorch's profiler sees in one step.",
-        "",
-    ]
-    return "\n".join([*lines, *markdown_table(["attention", *kinds], rows), ""])
+{table(lambda p: "–" if p["peak_bytes"] is None else f"{p['peak_bytes'] / 1e6:,.0f}")}
+Share of the matmul peak of this machine, {max(rates.values()) / 1e9:,.0f} GFLOP/s, measured in the same process \
+({", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())}); products that the engine recomputes are \
+not counted as work.
+
+{table(lambda p: "–" if p["matmul_share"] is None else f"{100 * p['matmul_share']:.0f}%")}
+Where the time of a step goes at {profile["layout"]}, % of the CPU time that PyTorch's profiler sees in one step.
+
+{markdown([Grid(["attention", *kinds], profiles)])}
+{machine_line()}
+"""
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.pathfinder_probe import learn, shortcuts
 from lra.machine import set_threads
+from lra.records.markup import Grid, markdown
+from lra.scaling.reports import machine_line, write_report
 from tasks import listops, pathfinder
 from tasks.base import SourceError
 from tasks.listops.expressions import CLOSE, MIN, SYMBOLS, read_tsv
@@ -31,7 +32,7 @@ HASHED = 64  # samples of seed 0 that a hash covers
 ALPHA = 0.01  # of all two-sample tests of a generator together
 
 
-def bench(args: Namespace) -> None:
+def bench_fidelity(args: Namespace) -> None:
     """`bench fidelity`: measure, print and write."""
     set_threads(1)
     expressions, images = read_reference(args.reference)  # before anything is measured
@@ -40,7 +41,7 @@ def bench(args: Namespace) -> None:
     measured["shortcuts"] = shortcuts(*images["14"])
     measured["learning"] = learn(*images["14"])
     command = "python -m lra bench fidelity --reference FOLDER"
-    text = markdown(measured, command)
+    text = fidelity_tables(measured, command)
     paths = write_report(args.results, "fidelity", command, measured, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
 
@@ -60,19 +61,19 @@ def read_reference(folder: Path) -> tuple[tuple, dict[str, tuple[np.ndarray, np.
 
 def hashes() -> dict[str, str]:
     """sha256 of the first samples of seed 0 of every generator and setting: the same on every platform."""
-    found = {"ListOps": hashlib.sha256()}
+    digests = {"ListOps": hashlib.sha256()}
     for tokens, label in zip(*listops.generate(HASHED, seed=0), strict=True):
-        found["ListOps"].update(tokens.astype("<u2").tobytes() + bytes([label]))
+        digests["ListOps"].update(tokens.astype("<u2").tobytes() + bytes([label]))
     for size in (32, 64, 128):
         for length in (6, 9, 14):
             images, labels = pathfinder.generate(HASHED, seed=0, size=size, contour_length=length)
             name = f"Pathfinder {size} px, contour {length}"
-            found[name] = hashlib.sha256(images.tobytes() + labels.tobytes())
-    return {name: digest.hexdigest() for name, digest in found.items()}
+            digests[name] = hashlib.sha256(images.tobytes() + labels.tobytes())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def tree_statistics(tokens: np.ndarray) -> dict[str, float]:
-    """Of one expression: length, depth, root, and over its operators the mean arity and the share of each kind."""
+    """One expression: length, depth, root, mean arity of its operators, share of each kind of operator."""
     parent, arity, deepest = [], [], 1
     kinds = []
     for token in tokens.tolist():
@@ -94,7 +95,7 @@ def tree_statistics(tokens: np.ndarray) -> dict[str, float]:
 
 
 def compare_listops(sequences: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, Any]:
-    """Two-sample tests of ours against the reference; one number a tree, so that samples are independent."""
+    """Two-sample tests of ours against the reference. Each tree gives one number, so that samples are independent."""
     drawn, values = listops.generate(OURS["ListOps"], seed=0)
     ours, theirs = ({k: np.array([t[k] for t in trees]) for k in trees[0]}
                     for trees in (list(map(tree_statistics, s)) for s in (drawn, sequences)))  # fmt: skip
@@ -168,49 +169,56 @@ def compare_pathfinder(length: int, images: np.ndarray, labels: np.ndarray) -> d
     return compare(ours, theirs, categories=("separate parts", "label"))
 
 
-def markdown(m: dict[str, Any], command: str) -> str:
+def fidelity_tables(m: dict[str, Any], command: str) -> str:
     """The report for people."""
-    lines = [f"Made by `{command}`; FOLDER holds samples of the published programs.", ""]
     titles = {"ListOps": m["listops"]}
-    titles |= {f"Pathfinder, 32 px, contour {n}": found for n, found in m["pathfinder"].items()}
-    for title, found in titles.items():
-        ours, theirs = found["samples"]
-        verdict = "none of them differs" if found["passed"] else "**they differ**"
-        lines += [
-            f"### {title}",
-            "",
-            f"{ours:,} of ours, {theirs:,} published; at {ALPHA:.0%} over all: {verdict}.",
-            "",
-        ]
-        rows = [
-            [name, *("{:.4g} ± {:.3g}".format(*row[who]) for who in ("ours", "published")), f"{row['p']:.3f}"]
-            for name, row in found["tests"].items()
-        ]
-        lines += [*markdown_table(["mean ± sd", "ours", "published", "p"], rows), ""]
-    lines += ["### What tells the label without following a curve (contour 14)", ""]
-    lines += markdown_table(["accuracy, %", "ours", "published"], [
+    titles |= {f"Pathfinder, 32 px, contour {n}": compared for n, compared in m["pathfinder"].items()}
+    shortcuts = [
         [name, *(f"{100 * row[who][0]:.1f} ± {100 * row[who][1]:.1f}" for who in ("ours", "published"))]
         for name, row in m["shortcuts"].items()
-    ])  # fmt: skip
-    lines += [
-        "",
-        "± two standard errors. The published column: cross-validated, on few images. Chance is 50.",
-        "",
     ]
-    lines += ["### Trained on one, tested on both (contour 14)", ""]
-    lines += markdown_table(["accuracy, %", "on unseen images of its own", "on the others"], [
-        [name, *(f"{100 * value:.1f} ± {200 * (0.25 / n) ** 0.5:.1f}" for value, n in pairs)]
+    transfer = [
+        [name, *(f"{100 * value:.1f} ± {100 * two_errors(n):.1f}" for value, n in pairs)]
         for name, pairs in m["learning"]["transfer"].items()
-    ])  # fmt: skip
-    told, n = m["learning"]["told apart"]
-    lines += [
-        "",
-        "The trees see where the discs are, the network the image. The network trained to tell ours from",
     ]
-    lines += [
-        f"published: {100 * told:.1f} ± {200 * (0.25 / n) ** 0.5:.1f} on unseen images; 50: it cannot.",
-        "",
+    right, n = m["learning"]["told apart"]
+    return f"""Made by `{command}`; FOLDER holds samples of the published programs.
+
+{"".join(compared_table(title, compared) for title, compared in titles.items())}\
+### What tells the label without following a curve (contour 14)
+
+{markdown([Grid(["accuracy, %", "ours", "published"], shortcuts)])}
+± two standard errors. The published column: cross-validated, on few images. Chance is 50.
+
+### Trained on one, tested on both (contour 14)
+
+{markdown([Grid(["accuracy, %", "on unseen images of its own", "on the others"], transfer)])}
+The trees see where the discs are, the network the image. The network trained to tell ours from
+published: {100 * right:.1f} ± {100 * two_errors(n):.1f} on unseen images; 50: it cannot.
+
+### sha256 of the first {HASHED} samples of seed 0
+
+{markdown([Grid(["generator", "sha256"], list(m["hashes"].items()))])}
+{machine_line()}
+"""
+
+
+def compared_table(title: str, compared: dict[str, Any]) -> str:
+    """The tests of one generator."""
+    ours, theirs = compared["samples"]
+    verdict = "none of them differs" if compared["passed"] else "**they differ**"
+    rows = [
+        [name, *("{:.4g} ± {:.3g}".format(*row[who]) for who in ("ours", "published")), f"{row['p']:.3f}"]
+        for name, row in compared["tests"].items()
     ]
-    lines += [f"### sha256 of the first {HASHED} samples of seed 0", ""]
-    lines += markdown_table(["generator", "sha256"], [[k, v] for k, v in m["hashes"].items()])
-    return "\n".join([*lines, "", machine_line(1), ""])
+    return f"""### {title}
+
+{ours:,} of ours, {theirs:,} published; at {ALPHA:.0%} over all: {verdict}.
+
+{markdown([Grid(["mean ± sd", "ours", "published", "p"], rows)])}
+"""
+
+
+def two_errors(n: int) -> float:
+    """Two standard errors of a share near one half, of n samples."""
+    return 2 * (0.25 / n) ** 0.5

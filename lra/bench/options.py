@@ -19,13 +19,8 @@ def timing(rounds: int) -> tuple:
 
 
 COMMANDS = {
-    "bench data": Command(
-        "lra.bench.data:bench",
-        (PRESET, TASKS, DATA, THREADS, REPORT),
-        "samples/s of the generators, tokens/s of batches, waiting for data",
-    ),
     "bench attention": Command(
-        "lra.bench.attention:bench",
+        "lra.bench.attention:bench_attention",
         (
             option(
                 "--attentions",
@@ -42,7 +37,7 @@ COMMANDS = {
         "time and memory against length, beside packages",
     ),
     "bench encoder": Command(
-        "lra.bench.encoder:bench",
+        "lra.bench.encoder:bench_encoder",
         (
             option(
                 "--attentions",
@@ -61,7 +56,7 @@ COMMANDS = {
         "training step with each attention, beside packages",
     ),
     "bench tasks": Command(
-        "lra.bench.tasks:bench",
+        "lra.bench.tasks:bench_tasks",
         (
             PRESET,
             TASKS,
@@ -74,25 +69,8 @@ COMMANDS = {
         ),
         "training step of each attention on prepared data, for the tables",
     ),
-    "bench sweep": Command(
-        "lra.bench.sweep:bench",
-        (
-            PRESET,
-            TASKS,
-            option(
-                "--attentions",
-                "comma-separated names",
-                default="softmax,constant,performer,linformer,darkformer",
-            ),
-            DATA,
-            option("--jobs", "jobs and cores of the faster sweep; 0 = every core", at_least(0), 0),
-            option("--rounds", "turns of each", at_least(1), 3),
-            REPORT,
-        ),
-        "a grid on several cores beside the same on one",
-    ),
     "bench fidelity": Command(
-        "lra.bench.fidelity:bench",
+        "lra.bench.fidelity:bench_fidelity",
         (
             option(
                 "--reference",

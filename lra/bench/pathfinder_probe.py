@@ -65,11 +65,11 @@ def folds(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
 def learn(images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Learners trained on ours and on the published images, each tested on both; and one that tells them apart."""
     x, y = pathfinder.generate(TRAIN + TEST, seed=1)
-    told = []
+    right = []
     for train, test in folds(len(images)):
         both = [np.concatenate([images[part], x[part]]) for part in (train, test)]
         source = [np.repeat([0, 1], len(part)) for part in (train, test)]
-        told.append(fit(both[0], source[0], epochs=10)(both[1], source[1]))
+        right.append(fit(both[0], source[0], epochs=10)(both[1], source[1]))
     transfer = {}
     for name, learner in {"network": fit, "trees on the discs' places": fit_trees}.items():
         score = learner(x[TEST:], y[TEST:], epochs=6)
@@ -83,7 +83,7 @@ def learn(images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
             others.append(score(x[:TEST], y[:TEST]))
         transfer[f"{name}, trained on published"] = (np.mean(own), len(images)), (np.mean(others), TEST)
     return {"transfer": {k: [[round(float(a), 4), n] for a, n in pairs] for k, pairs in transfer.items()},
-            "told apart": [round(float(np.mean(told)), 4), 2 * len(images)]}  # fmt: skip
+            "told apart": [round(float(np.mean(right)), 4), 2 * len(images)]}  # fmt: skip
 
 
 def fit_trees(images: np.ndarray, labels: np.ndarray, **_: Any) -> Score:

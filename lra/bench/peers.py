@@ -1,7 +1,7 @@
-"""Public packages behind the attention contract, to be measured beside ours: never needed by a run.
+"""Attentions of public packages behind the contract of this suite, to be measured beside ours. No run needs them.
 
-Each wrapper computes the package's attention alone on given q, k, v: projections that a package builds in are
-replaced by the identity. None of them takes a mask here, and none is asked for a causal form.
+A wrapper computes the package's attention alone, on given q, k, v: projections that the package builds in become the
+identity. No wrapper takes a mask or has a causal form.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from lra.bench.base import BASELINE
 from lra.options import UsageError, unknown
 from models.base import AttentionBase
 
-BASELINE = "softmax"  # of every ratio
 PYPI = "pypi:"  # before the name of a package where attentions are named
 
 
@@ -83,7 +83,7 @@ def _linformer(heads, head_dim, max_len, size):
 def _nystrom(heads, head_dim, max_len, size):
     from nystrom_attention import NystromAttention
 
-    # Without its convolution: oneDNN's gradient of that one is wrong on some CPUs (LOG.md).
+    # Without its convolution, whose gradient in oneDNN is wrong on some CPUs (LOG.md).
     module = NystromAttention(
         heads * head_dim, dim_head=head_dim, heads=heads, num_landmarks=size, residual=False
     )
@@ -100,8 +100,8 @@ PEERS = {  # package -> builder
 
 
 def contenders(text: str | None, default: Sequence[str]) -> list[str]:
-    """The comma-separated names of a benchmark, or its default, less packages that are not installed: these are
-    named on stderr. Raises UsageError without BASELINE."""
+    """The comma-separated names of a benchmark, or its default, without packages that are not installed. Those are
+    named on stderr. Raises UsageError where BASELINE is missing."""
     names = text.split(",") if text else list(default)
     if BASELINE not in names:
         raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {text}")
@@ -114,7 +114,7 @@ def contenders(text: str | None, default: Sequence[str]) -> list[str]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed peer, "bf16" and the like behind its name or not; None when it is not installed."""
+    """The version of a package, or None when it is not installed. A word such as "bf16" may follow its name."""
     package = package.partition(" ")[0]
     if package not in PEERS:
         raise unknown("peer", package, list(PEERS))

@@ -5,29 +5,28 @@ Runs share a machine with others, so their clocks say little; here all attention
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.base import machine_line, markdown_table, write_report
-from lra.bench.peers import BASELINE, contenders
+from lra.bench.base import BASELINE, finish
+from lra.bench.peers import contenders
 from lra.machine import pick_device, set_threads, synchronize
+from lra.records.markup import Grid, markdown
 from lra.records.measured import tasks_report
+from lra.scaling.reports import machine_line
 from lra.training import config
 from lra.training.trainer import Trainer, Where
 from tasks.store.prepared import Prepared, load
 
 
-def bench(args: Namespace) -> None:
+def bench_tasks(args: Namespace) -> None:
     """`bench tasks`: measure, print and write."""
     set_threads(args.threads)
     tasks = registry.choose("task", args.tasks, registry.task_names())
@@ -40,10 +39,7 @@ def bench(args: Namespace) -> None:
         for task, data in prepared.items():
             bar.set_description(task)
             points += measure(task, args.preset, names, data, where, args.rounds, bar.update)
-    command = shlex.join(["python", "-m", "lra", "bench", "tasks", *sys.argv[3:]])
-    text = markdown(points, command, args)
-    paths = write_report(args.results, tasks_report(args.preset), command, {"points": points}, text)
-    print(text + "\nwritten: " + ", ".join(map(str, paths)))
+    finish(args.results, tasks_report(args.preset), {"points": points}, steps_table(points, args), "tasks")
 
 
 def measure(
@@ -55,9 +51,12 @@ def measure(
     rounds: int,
     done: Callable[[], Any],
 ) -> list[dict[str, Any]]:
-    """One point for each attention at its defaults: all take step k of their runs (seed 0: the same batch) in round
-    k, the first not counted. `ratio` is the median over rounds of softmax's time by the attention's, `low` and `high`
-    its quartiles, `seconds` the median of a step, `digest` that of the runs it stands for."""
+    """One point for each attention at its defaults.
+
+    All take step k of their runs (seed 0: the same batch) in round k; the first round is not counted. ratio, low,
+    high: median and quartiles over rounds of (seconds of softmax) / (seconds of the attention). seconds: the median of
+    a step. digest: that of the runs that the point stands for.
+    """
     runs = {name: config.resolve(task, preset, name, 0, data.manifest, {}) for name in names}
     trainers = {name: Trainer(run, data, where) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -71,33 +70,30 @@ def measure(
             done()
     points = []
     for name, run in runs.items():
-        ratios = [s / t for s, t in zip(times[BASELINE][1:], times[name][1:], strict=True)]
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-        seconds = statistics.median(times[name][1:])
-        points.append(
-            {"task": task, "name": name, "digest": run.digest[:16], "seconds": round(seconds, 6),
-             "ratio": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
-        )  # fmt: skip
+        each = [base / own for base, own in zip(times[BASELINE][1:], times[name][1:], strict=True)]
+        low, ratio, high = (round(value, 4) for value in np.quantile(each, (0.25, 0.5, 0.75)).tolist())
+        point = {"task": task, "name": name, "digest": run.digest[:16]}
+        point |= {"seconds": round(statistics.median(times[name][1:]), 6)}
+        points.append(point | {"ratio": ratio, "low": low, "high": high})
     return points
 
 
-def markdown(points: list[dict[str, Any]], command: str, args: Namespace) -> str:
+def steps_table(points: list[dict[str, Any]], args: Namespace) -> str:
     """One table: milliseconds with ratios."""
     by = {(p["name"], p["task"]): p for p in points}
     tasks = list(dict.fromkeys(p["task"] for p in points))
-    rows = [[n, *(_cell(by[n, t]) for t in tasks)] for n in dict.fromkeys(p["name"] for p in points)]
-    lines = [
-        f"# A training step of the {args.preset} preset",
-        "",
-        f"`{command}`: the preset's own encoder, batch and data, loading included; {args.precision}. "
-        f"Median of {args.rounds} interleaved rounds.",
-        "",
-        "Milliseconds, and in brackets how many times as fast as with softmax in the same round: median [quartiles].",
-        "",
-        *markdown_table(["attention", *tasks], rows),
-    ]
-    return "\n".join([*lines, "", machine_line(torch.get_num_threads()), ""])
 
+    def cell(p: dict[str, Any]) -> str:
+        return f"{1e3 * p['seconds']:,.1f} ({p['ratio']:.2f} [{p['low']:.2f}, {p['high']:.2f}])"
 
-def _cell(p: dict[str, Any]) -> str:
-    return f"{1e3 * p['seconds']:,.1f} ({p['ratio']:.2f} [{p['low']:.2f}, {p['high']:.2f}])"
+    rows = [[n, *(cell(by[n, t]) for t in tasks)] for n in dict.fromkeys(p["name"] for p in points)]
+    return f"""# A training step of the {args.preset} preset
+
+`{{command}}`: the preset's own encoder, batch and data, loading included; {args.precision}. Median of {args.rounds} \
+interleaved rounds.
+
+Milliseconds, and in brackets how many times as fast as with softmax in the same round: median [quartiles].
+
+{markdown([Grid(["attention", *tasks], rows)])}
+{machine_line()}
+"""

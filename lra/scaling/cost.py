@@ -1,7 +1,8 @@
-"""What a run will take, before it starts: `predict`, `python -m lra cost`, and the refusal of what cannot fit.
+"""Seconds and memory of a run before it starts: `predict`, and `python -m lra cost`.
 
-Counted by trace.py, priced by calibration.py: seconds of one CPU thread in fp32 without torch.compile, the
-validations, the test and the probe of the record included. For named GPUs a prediction from data sheets alone.
+A step is counted (count.py) and priced (calibration.py): one CPU thread, fp32, eager. A run is its steps, its
+validations, the test, and the probe of the record. For a GPU the prices are those of its data sheet: a bound, not a
+measurement.
 """
 
 from __future__ import annotations
@@ -9,61 +10,37 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.base import markdown_table
 from lra.machine import cores
 from lra.options import unknown
-from lra.records.markup import refresh_block
+from lra.records.markup import Grid, markdown
 from lra.scaling import calibration
 from lra.scaling.calibration import Machine, planned_manifest
-from lra.scaling.trace import Uncountable, Work, trace
+from lra.scaling.count import Uncountable, Work, count
 from lra.training import config
 from lra.training.batches import Batches
 from lra.training.provenance import PROBE_BATCH, PROBE_STEPS
 from tasks.base import SPLITS
-from tasks.store.files import atomic_path
 from tasks.store.prepared import Prepared, load
 
 UNKNOWN_SIZE = 20_000  # examples of a split whose size only its source knows
-COUNTED = 32  # examples of the largest batch that is counted as it is on a CPU, and not from smaller ones
-LAUNCH = 8e-6  # seconds in which eager PyTorch starts one operation on a GPU: an assumption
+TOKENS = 2**14  # of the largest batch that is counted as it is, and not from smaller ones
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU of which only the data sheet is known: an operation takes the longest of its launch, its bytes and its
-    FLOPs, at the sheet's rates. Bytes are those of fp32, although products run in bf16."""
-
-    bandwidth: float  # bytes/s
-    flops: float  # bf16 products, dense, per second
-    memory: float  # bytes
-
-    start_seconds = 10.0  # of a process with its CUDA context: an assumption
-    linear = False  # seconds of a batch are not those of one example and a constant
-    gpu = True
-
-    def seconds(self, work: Work, forward: bool = False) -> float:
-        """Of a step, or of its forward pass."""
-        part = slice(0, work.forward if forward else None)
-        of_bytes, of_flops = work.bytes[part] / self.bandwidth, work.flops[part] / self.flops
-        return float(np.maximum(np.maximum(of_bytes, of_flops), LAUNCH).sum())
-
-    def bytes(self, work_peak: float) -> int:
-        """What lives at once."""
-        return int(work_peak)
+def from_data_sheet(bandwidth: float, flops: float) -> Machine:
+    """A GPU of `bandwidth` bytes/s and `flops` dense bf16 products/s, reached in full. Starts of operations are free,
+    and bytes are those of fp32."""
+    return Machine({"bytes": 1 / bandwidth, "flops": 1 / flops}, 0.0, 0, 0, 1.0)
 
 
 GPUS = {  # NVIDIA's data sheets
-    "A100": Gpu(2.039e12, 312e12, 80e9),  # SXM, 80 GB
-    "H100": Gpu(3.35e12, 989e12, 80e9),  # SXM
-    "L4": Gpu(300e9, 121e12, 24e9),
-    "RTX4090": Gpu(1.008e12, 165e12, 24e9),
+    "A100": from_data_sheet(2.039e12, 312e12),  # SXM, 80 GB
+    "H100": from_data_sheet(3.35e12, 989e12),  # SXM
+    "L4": from_data_sheet(300e9, 121e12),
+    "RTX4090": from_data_sheet(1.008e12, 165e12),
 }
 
 
@@ -76,71 +53,37 @@ class Prediction:
     step_seconds: float
 
 
-def predict(run: config.Run, machine: Machine | Gpu, prepared: Prepared | None = None) -> Prediction:
-    """Seconds and bytes of a run. Without its data, every sequence is taken to be as long as the longest."""
+def predict(run: config.Run, machine: Machine, prepared: Prepared | None = None) -> Prediction:
+    """Seconds at the mean width of the batches, bytes at the largest. Without data every sequence is taken to be as
+    long as the longest. Raises Uncountable."""
     optim, splits = run.recipe.train, run.manifest["splits"]
-    widths = np.array([splits["train"]["max_length"]])
+    mean = longest = splits["train"]["max_length"]
     if prepared is not None:
-        train = prepared.splits["train"]
-        widths = Batches(train, run.meta.towers, size=optim.batch, seed=run.seed).widths()
+        widths = Batches(prepared.splits["train"], run.meta.towers, size=optim.batch, seed=run.seed).widths()
+        mean, longest = round(widths.mean()), int(widths.max())
     padded = splits["train"]["mean_length"] < splits["train"]["max_length"]
     micro = optim.batch // optim.accumulate
-    step = probe = forward = 0.0
-    for width, share in quadrature(widths):  # the longest comes last
-        constant, slope = _affine(run, machine, micro, width, padded)
-        step += share * optim.accumulate * (constant + slope * micro)[0]
-        forward += share * (constant + slope * micro)[1] / micro
-        probe += share * (constant + slope * PROBE_BATCH)[0]
-    evaluations = -(-optim.steps // optim.eval_every)
-    seconds = machine.start_seconds + optim.steps * step + PROBE_STEPS * probe
-    seconds += forward * (evaluations * splits["val"]["n"] + splits["test"]["n"])
-    return Prediction(seconds, machine.bytes((constant + slope * micro)[2]), step)
+    work = work_of(run, micro, mean, padded)
+    peak = work.peak if mean == longest else work_of(run, micro, longest, padded).peak
+    step = optim.accumulate * machine.seconds(work.step)
+    steps = optim.steps + PROBE_STEPS * PROBE_BATCH / optim.batch
+    evaluated = -(-optim.steps // optim.eval_every) * splits["val"]["n"] + splits["test"]["n"]
+    seconds = machine.start_seconds + steps * step + evaluated / micro * machine.seconds(work.forward)
+    return Prediction(seconds, machine.bytes(peak), step)
 
 
-def _affine(run, machine, batch: int, width: int, padded: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds of a step, seconds of its forward pass, live bytes) as constant + slope * batch.
-
-    What is counted grows linearly with the batch once small products are put together: where prices are linear
-    too, a large batch follows from two smaller ones.
-    """
-    values = []
-    sizes = COUNTED // 4, COUNTED // 2
-    for size in sizes if machine.linear and batch > COUNTED else (batch,):
-        work = trace(run, batch=size, width=width, padded=padded, gpu=machine.gpu)
-        values.append(np.array([machine.seconds(work), machine.seconds(work, forward=True), work.peak]))
-    if len(values) == 1:
-        return np.zeros(3), values[0] / batch
-    slope = (values[1] - values[0]) / (sizes[1] - sizes[0])
-    return values[1] - slope * sizes[1], slope
+def work_of(run: config.Run, batch: int, width: int, padded: bool) -> Work:
+    """`count`; a large batch follows from two smaller ones, because all counts are a constant plus a slope times the
+    batch."""
+    large = max(2, TOKENS // width)
+    if batch <= large:
+        return count(run, batch=batch, width=width, padded=padded)
+    works = (count(run, batch=size, width=width, padded=padded) for size in (large // 2, large))
+    factor = (batch - large) / (large - large // 2)
+    return Work(*(b + factor * (b - a) for a, b in zip(*works, strict=True)))
 
 
-def quadrature(values: np.ndarray) -> list[tuple[int, float]]:
-    """Two lengths and their shares, of which the second is the largest, that give the mean over `values` of any
-    quadratic (Gauss and Radau); the first is rounded to an integer.
-
-    Costs grow at most with the square of the length, and memory is that of the longest, so two lengths stand for all.
-    """
-    largest, room = int(values.max()), values.max() - values
-    if room.mean() < 0.5:
-        return [(largest, 1.0)]
-    other = round((values * room).mean() / room.mean())
-    share = (largest - values.mean()) / (largest - other)
-    return [(other, float(share)), (largest, float(1 - share))]
-
-
-def smaller(run: config.Run, factor: float) -> int:
-    """The train.accumulate that makes micro-batches at least `factor` times smaller, or as small as they get."""
-    batch = run.recipe.train.batch
-    least = min(batch, run.recipe.train.accumulate * factor)
-    return next(parts for parts in range(1, batch + 1) if batch % parts == 0 and parts >= least)
-
-
-def machine(results: Path, device: torch.device) -> Machine | None:
-    """What predicts the runs of a sweep: the calibration of a CPU, and of other devices nothing."""
-    return Machine.read(results) if device.type == "cpu" else None
-
-
-def foresee(run: config.Run, machine: Machine | Gpu, prepared: Prepared | None) -> Prediction | None:
+def foresee(run: config.Run, machine: Machine, prepared: Prepared | None) -> Prediction | None:
     """`predict`, or None with a line on stderr where a step cannot be counted."""
     try:
         return predict(run, machine, prepared)
@@ -154,31 +97,19 @@ def cost(args: Namespace) -> None:
     if args.calibrate:
         print(calibration.calibrate(args.results))
         return
-    names = args.gpu.split(",") if args.gpu else []
-    if wrong := [name for name in names if name not in GPUS]:
-        raise unknown("GPU", wrong[0], GPUS)
-    machines = {name: GPUS[name] for name in names} or {"CPU thread": Machine.read(args.results)}
+    if args.gpu and args.gpu not in GPUS:
+        raise unknown("GPU", args.gpu, GPUS)
+    machine = GPUS[args.gpu] if args.gpu else Machine.read(args.results)
     runs = planned(args)
-    found = {name: [] for name in machines}
-    with tqdm(total=len(machines) * len(runs), desc="predicting", disable=None, leave=False, delay=2) as bar:
-        for name, machine in machines.items():
-            for run, prepared in runs:
-                found[name].append(foresee(run, machine, prepared))
-                bar.update()
-    text = report(runs, found, args)
-    print(text)
-    if args.write:
-        page = refresh_block(args.write.read_text(), "cost", text)
-        with atomic_path(args.write) as temporary:
-            temporary.write_text(page)
+    bar = tqdm(runs, desc="predicting", disable=None, leave=False, delay=2)
+    print(cost_table(runs, [foresee(run, machine, prepared) for run, prepared in bar], args))
 
 
 def planned(args: Namespace) -> list[tuple[config.Run, Prepared | None]]:
     """The runs of the first seed: with the data where they are prepared, else as the recipe plans them."""
     overrides, runs = config.overrides(args.sets, args.steps), []
     for name in registry.choose("task", args.tasks, registry.task_names()):
-        task = registry.load_task(name)
-        recipe = config.load_preset(task, args.preset)
+        recipe = config.load_preset(registry.load_task(name), args.preset)
         folder, prepared = args.data / name / args.preset, None
         if (folder / "manifest.json").exists():
             prepared = load(folder)
@@ -192,28 +123,24 @@ def planned(args: Namespace) -> list[tuple[config.Run, Prepared | None]]:
     return runs
 
 
-def report(runs: list, found: dict[str, list[Prediction | None]], args: Namespace) -> str:
-    """A row for each cell, with its columns for each machine, and what the grid takes."""
+def cost_table(runs: list, predictions: list[Prediction | None], args: Namespace) -> str:
+    """A row for each (task, attention), and what all seeds take together."""
     rows = []
-    for (run, prepared), *predictions in zip(runs, *found.values(), strict=True):
-        cells = [f"{run.meta.name} {run.attention}{'' if prepared else ' (planned)'}"]
-        cells.append(f"{run.recipe.train.steps:,}")
-        for p in predictions:
-            cells += [f"{1e3 * p.step_seconds:.1f}", duration(p.seconds)] if p else ["–", "–"]
-        rows.append([*cells, f"{predictions[0].bytes / 1e9:.2f}" if predictions[0] else "–"])
-    heads = [f"{name}, {what}" for name in found for what in ("ms per step", "run")]
-    lines = markdown_table(["predicted", "steps", *heads, "GB"], rows) + [""]
-    for name, predictions in found.items():
-        total = args.seeds * sum(p.seconds for p in predictions if p)
-        lines.append(f"{args.seeds * len(runs)} runs, predicted: {duration(total)} of one {name}.")
-        if not args.gpu:
-            jobs = args.jobs or cores()
-            lines[-1] += f" With {jobs} at a time: {duration(total / jobs)}."
-    if not all(prepared for _, prepared in runs):
-        lines.append(
-            "\nPlanned: its data are not prepared, and every sequence is taken to be of full length."
+    for (run, prepared), p in zip(runs, predictions, strict=True):
+        name = f"{run.meta.name} {run.attention}{'' if prepared else ' (planned)'}"
+        cells = (
+            [f"{1e3 * p.step_seconds:.1f}", duration(p.seconds), f"{p.bytes / 1e9:.2f}"] if p else ["–"] * 3
         )
-    return "\n".join(lines)
+        rows.append([name, f"{run.recipe.train.steps:,}", *cells])
+    text = markdown([Grid(["predicted", "steps", "ms per step", "run", "GB"], rows)])
+    total, where = args.seeds * sum(p.seconds for p in predictions if p), args.gpu or "CPU thread"
+    text += f"\n{args.seeds * len(runs)} runs, predicted: {duration(total)} of one {where}."
+    if not args.gpu:
+        jobs = args.jobs or cores()
+        text += f" With {jobs} at a time: {duration(total / jobs)}."
+    if not all(prepared for _, prepared in runs):
+        text += "\n\nPlanned: its data are not prepared, and every sequence is taken to be of full length."
+    return text
 
 
 def duration(seconds: float) -> str:

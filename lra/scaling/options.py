@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lra.options import PLACES, PRESET, Command, at_least, option, size
 from lra.training.options import SOURCE, TRAINING
 
@@ -43,8 +41,7 @@ EXECUTOR = (
 AGAIN = option("--again", "train anew cells whose source was edited, and keep their old records", bool)
 COST = (
     option("--calibrate", "measure this machine, about a minute: results/bench/cost.json", bool),
-    option("--gpu", "predict for GPUs from their data sheets, comma-separated: A100, H100, L4, RTX4090"),
-    option("--write", "a Markdown file; only the text between its cost markers changes", Path),
+    option("--gpu", "predict for a GPU from its data sheet: A100, H100, L4 or RTX4090"),
 )
 
 COMMANDS = {

@@ -262,7 +262,7 @@ def update(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the mean loss over `batch`, in micro-batches, clipped, and one optimizer step.
 
-    Returns (loss, number correct, gradient norm before clipping). lra/scaling/trace.py counts what this does.
+    Returns (loss, number correct, gradient norm before clipping). lra/scaling/count.py counts what this does.
     """
     device, examples = batch.labels_B.device, len(batch.labels_B)
     optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Queries and keys that `variance` measures on: synthetic Gaussians, those of a trained run, those of a file."""
+"""Queries and keys that `variance` measures on: synthetic Gaussians, tensors of a trained run, tensors of a file."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ TRACE = "1.5"  # where neither --trace nor --largest is given
 
 @dataclass(frozen=True)
 class Case:
-    """Queries and keys to estimate attention on. `group`: cases that one curve may join.
+    """Queries and keys to estimate attention on.
 
-    `eigenvalues_HD`: t of section 3's closed forms, those of Lambda for scaled queries and keys; a sample's own
-    second moments where the distribution is not known. `closed`: q~ and k~ are N(0, Lambda) indeed.
+    group: one curve may join the cases of a group.
+    eigenvalues_HD: t of the closed forms (section 3), the eigenvalues of Lambda for scaled queries and keys; where the
+        distribution is not known, of the second moments of the sample.
+    closed: whether q~ and k~ are N(0, Lambda).
     """
 
     name: str
@@ -66,15 +68,15 @@ def cases(args: Namespace) -> list[Case]:
     for option in GAUSSIAN:
         if getattr(args, option) is not None:
             raise UsageError(f"--{option} is an option of synthetic data: leave it out with {given[0]}")
-    found = _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
-    if args.dim is not None and args.dim != (width := found[0].q_BHND.shape[-1]):
+    chosen = _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
+    if args.dim is not None and args.dim != (width := chosen[0].q_BHND.shape[-1]):
         raise UsageError(f"--dim {args.dim} is not the head width of {args.run_of or args.tensors}: {width}")
-    return found
+    return chosen
 
 
 def numbers(text: str, option: str, least: float, kind: type = float) -> list:
     """A comma-separated list of different numbers, not below `least`; UsageError names the bad one."""
-    found = []
+    values = []
     for part in text.split(","):
         try:
             value = kind(part)
@@ -82,10 +84,10 @@ def numbers(text: str, option: str, least: float, kind: type = float) -> list:
             raise UsageError(f"{option} takes numbers separated by commas; got {part!r}") from None
         if not least <= value < float("inf"):
             raise UsageError(f"{option} must be at least {least:g} and finite; got {part}")
-        if value in found:
+        if value in values:
             raise UsageError(f"{option} has {part} twice: leave one out")
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _synthetic_grid(args: Namespace) -> list[Case]:
@@ -168,7 +170,7 @@ def measured(
     mask: torch.Tensor | None,
     seed: int,
 ) -> Case:
-    """A case from tensors of a model; values are standard normal where there are none."""
+    """A case from tensors of a model. Without values, standard normal ones are drawn."""
     if v is None:
         v = torch.randn(q.shape, generator=generator("variance values", seed))
     q, k, v = (x.detach().cpu().float() for x in (q, k, v))
@@ -216,16 +218,16 @@ def _from_file(path: Path, seed: int) -> Case:
     """q, k (B, H, N, D) and, where they are there, v and mask (B, N), from a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys() if name in ("q", "k", "v", "mask")}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in ("q", "k", "v", "mask")}
     except FileNotFoundError:
         raise UsageError(f"no file at {path}") from None
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
-    if missing := [name for name in ("q", "k") if name not in found]:
+    if missing := [name for name in ("q", "k") if name not in tensors]:
         raise UsageError(f"{path} has no tensor {' and '.join(missing)}")
-    q, mask = found["q"], found.get("mask")
+    q, mask = tensors["q"], tensors.get("mask")
     for name in ("q", "k", "v"):
-        if (x := found.get(name)) is None:
+        if (x := tensors.get(name)) is None:
             continue
         if x.dim() != 4 or x.shape != q.shape or not x.is_floating_point():
             raise UsageError(
@@ -240,4 +242,4 @@ def _from_file(path: Path, seed: int) -> Case:
         )
     if not q.numel() or (B * N if mask is None else int(mask.sum())) < 2:
         raise UsageError(f"{path}: covariances need at least 2 real tokens; q is {tuple(q.shape)}")
-    return measured(path.stem, q, found["k"], found.get("v"), mask, seed)
+    return measured(path.stem, q, tensors["k"], tensors.get("v"), mask, seed)

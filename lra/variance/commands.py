@@ -11,13 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lra.bench.base import write_report
 from lra.machine import set_threads
 from lra.options import UsageError, unknown
 from lra.registry import build_attention
-from lra.variance import report as reporting
+from lra.scaling.reports import write_report
 from lra.variance.cases import Case, cases, numbers
 from lra.variance.measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
+from lra.variance.report import draw, variance_tables
 
 IID = {"orthogonal": False}
 OPTIMAL = {"proposal": "variance_optimal"}
@@ -52,20 +52,14 @@ def variance(args: Namespace) -> None:
         if name not in SCHEMES:
             raise unknown("scheme", name, SCHEMES)
     set_threads(args.threads)
-    found = cases(args)
-    bar = tqdm(total=len(found) * len(names) * len(features), unit="point", disable=None, leave=False)
-    with bar:
-        measured = [_case(case, names, sorted(features), args, bar) for case in found]
-    report = {
-        "draws": args.draws,
-        "target_norm": args.target_norm,
-        "pairings": PAIRINGS,
-        "cases": measured,
-    }
+    chosen = cases(args)
+    with tqdm(total=len(chosen) * len(names) * len(features), unit="point", disable=None, leave=False) as bar:
+        measured = [_case(case, names, sorted(features), args, bar) for case in chosen]
+    report = {"draws": args.draws, "target_norm": args.target_norm, "pairings": PAIRINGS, "cases": measured}
     command = _command(args)
-    text = reporting.markdown(report, command)
+    text = variance_tables(report, command)
     print(text)
-    figures = reporting.draw(report, args.results / "figures", args.name)
+    figures = draw(report, args.results / "figures", args.name)
     for path in (*write_report(args.results, args.name, command, report, text), *figures):
         print(path)
 
@@ -101,8 +95,8 @@ def _scheme(case, name, features, forms, args, bar) -> dict[str, Any]:
     options = {k: args.target_norm if v is None else v for k, v in options.items()}
     points, exact, notes = [], None, set()
     for M in features:
-        module, said = calibrated(case, attention, M, args.seed, **options)
-        notes |= said
+        module, warned = calibrated(case, attention, M, args.seed, **options)
+        notes |= warned
         point = {"M": M, **measure(module, case, args.draws)}
         if not all(math.isfinite(x) for x in point.values() if x is not None):
             raise UsageError(f"{case.name}: {name} with {M} features is beyond a double: scale q and k down")

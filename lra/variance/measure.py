@@ -30,8 +30,8 @@ PAIRINGS = 16  # keys that each query meets where the variance is exact; sampled
 
 
 def closed_forms(t_HD: torch.Tensor) -> dict[str, float | None]:
-    """log E[Z^2] / E[kappa^2] - "isotropic" and "optimal" - and log E[kappa^2] - "no_sampling" -, the mean taken
-    over heads; None where it does not exist for one of them."""
+    """The logs of E[Z^2] / E[kappa^2] ("isotropic", "optimal") and of E[kappa^2] ("no_sampling"), each the log of a
+    mean over heads. None where one head has no such mean."""
     t_HD = t_HD.double()
     forms = {
         "isotropic": -0.5 * (torch.log1p(-6 * t_HD) + torch.log1p(2 * t_HD)) if t_HD.max() < 1 / 6 else None,
@@ -53,7 +53,8 @@ def redraws(module: Any, draws: int) -> Iterator[Any]:
 
 
 def pairs(case: Case, count: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`count` times: q and k in float64, k in another order of tokens, and which (B, N) are pairs of real tokens."""
+    """`count` times: q (B, H, N, D) and k in float64, the tokens of k in another order; and a mask (B, N) of the pairs
+    whose two tokens are real."""
     B, _, N, _ = case.q_BHND.shape
     real_BN = torch.ones(B, N, dtype=torch.bool) if case.mask_BN is None else case.mask_BN
     source = generator("pairs")
@@ -63,7 +64,7 @@ def pairs(case: Case, count: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tens
 
 
 def seen(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors that features are taken of, the root of the scale included."""
+    """The vectors that the features see: q and k after alignment, times the root of the scale."""
     root = module.head_dim**-0.25
     return root * module.aligned(q_BHND, "q"), root * module.aligned(k_BHND, "k")
 
@@ -110,8 +111,8 @@ def exact_variance(module: Any, case: Case) -> dict[str, float]:
         weights.append(2 * (u_q * u_k).sum(-1).transpose(1, 2)[real_BN].flatten())
     logs, weights = torch.cat(logs), torch.cat(weights)
     mean = float((logs + weights).logsumexp(0) - weights.logsumexp(0))
-    found = {"median": float(logs.median()), "weighted_mean": mean}
-    return {name: log_expm1(x) / math.log(10) for name, x in found.items()}
+    values = {"median": float(logs.median()), "weighted_mean": mean}
+    return {name: log_expm1(x) / math.log(10) for name, x in values.items()}
 
 
 def log_expm1(x: float) -> float:
@@ -121,7 +122,7 @@ def log_expm1(x: float) -> float:
 
 @torch.no_grad()
 def measure(module: Any, case: Case, draws: int) -> dict[str, float | None]:
-    """Over `draws` independent projections: of kernel estimates and of the attention output, relative errors."""
+    """Relative errors of kernel estimates and of the attention output over `draws` independent projections."""
     q, k, v, mask = case.q_BHND, case.k_BHND, case.v_BHND, case.mask_BN
     real_B1N1 = torch.ones(1, 1, 1, 1, dtype=torch.bool) if mask is None else mask[:, None, :, None]
     exact = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), attn_mask=real_B1N1.mT)
@@ -137,8 +138,11 @@ def measure(module: Any, case: Case, draws: int) -> dict[str, float | None]:
 
 
 def kernel_error(errors: torch.Tensor, log_weights: torch.Tensor) -> dict[str, float]:
-    """Of relative errors (draws, H, pairs): mean with its standard error over draws and heads, root mean square
-    weighted by the squared kernel, and the median over pairs of the root mean square."""
+    """Statistics of relative errors (draws, H, pairs).
+
+    bias: the mean, with its standard error over draws and heads. rms: the root of the mean square, weighted by the
+    squared kernel. median: the median over pairs of the root mean square.
+    """
     replicates = errors.mean(-1).flatten()
     squares = errors.square().mean(0)
     shares = log_weights.flatten().softmax(0).view_as(log_weights)
@@ -151,8 +155,11 @@ def kernel_error(errors: torch.Tensor, log_weights: torch.Tensor) -> dict[str, f
 
 
 def output_error(errors: torch.Tensor) -> dict[str, float]:
-    """Of relative errors of the output (draws, values): root mean square, split without bias into squared bias
-    and variance by the products of different draws, each with a standard error (bias: jackknife)."""
+    """Statistics of relative errors of the output (draws, values).
+
+    error^2 = squared bias + variance. Products of different draws estimate the squared bias without bias; its standard
+    error is that of the jackknife.
+    """
     draws = len(errors)
     gram = (errors @ errors.T).numpy()
     square, total = gram.diagonal(), gram.sum()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lra.figures.style import MARKERS, color, drawing, plain_ticks, save, subplots
+from lra.records.markup import Grid, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +37,8 @@ independent terms.
 """
 
 
-def markdown(report: dict[str, Any], command: str) -> str:
-    """What was measured and how, then one table per case."""
+def variance_tables(report: dict[str, Any], command: str) -> str:
+    """What was measured and how, then one table for each case."""
     parts = [f"`{command}`\n", NOTES.format(draws=report["draws"])]
     for case in report["cases"]:
         B, H, N, D = case["shape"]
@@ -48,7 +49,7 @@ def markdown(report: dict[str, Any], command: str) -> str:
         )
         forms = "; ".join(f"{label}: {_form(case, key, bound)}" for key, label, bound in FORMS)
         condition = "" if case["gaussian"] else ", if q and k were Gaussian with mean 0 and this Λ"
-        lines += [f"Closed forms{condition}: {forms}", "", *_table(case), ""]
+        lines += [f"Closed forms{condition}: {forms}", "", case_table(case)]
         notes = sorted({f"{s['name']}: {n}" for s in case["schemes"] for n in s["notes"]})
         parts.append("\n".join(lines + [f"* {note}" for note in notes] + [""] * bool(notes)))
     return "\n".join(parts)
@@ -64,18 +65,19 @@ def power(log10: float) -> str:
     return f"{10**log10:.3g}" if log10 < 300 else f"1e{log10:.0f}"
 
 
-def _table(case: dict[str, Any]) -> list[str]:
+def case_table(case: dict[str, Any]) -> str:
+    """A row for each scheme."""
     first, last = (case["schemes"][0]["points"][i]["M"] for i in (0, -1))
     header = (
         "scheme", "variance, median", "variance, mean", "closed form", "kernel bias", f"kernel error M {last}",
         "slope", f"output error M {first}", f"M {last}", "slope", f"bias² M {last}", f"variance M {last}",
     )  # fmt: skip
-    lines = [_row(header), _row([":--", *["--:"] * (len(header) - 1)])]
+    rows = []
     for s in case["schemes"]:
         exact, low, high = s["exact_log10"], s["points"][0], s["points"][-1]
         sampled = f"{high['M'] * high['kernel_median'] ** 2:.3g} sampled"
         mean, se = bias(s)
-        cells = [
+        row = [
             s["name"],
             power(exact["median"]) if exact else sampled,
             power(exact["weighted_mean"]) if exact else f"{high['M'] * high['kernel_rms'] ** 2:.3g} sampled",
@@ -89,8 +91,8 @@ def _table(case: dict[str, Any]) -> list[str]:
             _with_error(high["bias_squared"], high["bias_squared_se"]),
             f"{high['variance']:.2g}",
         ]
-        lines.append(_row(cells))
-    return lines
+        rows.append(row)
+    return markdown([Grid(header, rows)])
 
 
 def bias(scheme: dict[str, Any]) -> tuple[float, float]:
@@ -110,10 +112,6 @@ def _with_error(value: float, error: float | None) -> str:
 
 def _slope(fitted: Sequence[float] | None) -> str:
     return MISSING if fitted is None else f"{fitted[0]:.2f} ± {fitted[1]:.2f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def shown(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

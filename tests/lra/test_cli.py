@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from argparse import _SubParsersAction
-from pathlib import Path
 
 import pytest
 
@@ -103,7 +102,7 @@ def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     import lra.scaling.sweep
 
-    monkeypatch.setattr(lra.scaling.sweep, "Grid", lambda *_: pytest.fail("started to run the grid"))
+    monkeypatch.setattr(lra.scaling.sweep, "Pool", lambda *_: pytest.fail("started to run the grid"))
     try:
         code = main(words)
     except SystemExit as ended:  # argparse's own
@@ -174,76 +173,6 @@ def test_list_prints_a_line_for_each_name_or_names_as_json(capsys):
     assert all(f"{kind}:\n  {names[0]}" in text for kind, names in kinds.items())
     assert main(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == kinds
-
-
-@pytest.fixture
-def quick_doctor(monkeypatch, tmp_path):
-    """`doctor` in an empty folder, without the network and with small matrices."""
-    import lra.scaling.doctor
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lra.scaling.doctor, "reachable", lambda host, port: False)
-    monkeypatch.setattr(lra.scaling.doctor, "BLOCKS", 2)
-    original = lra.scaling.doctor.matmul_rates
-    monkeypatch.setattr(
-        lra.scaling.doctor, "matmul_rates", lambda *args, **more: original(*args, **more | {"size": 37})
-    )
-    return lra.scaling.doctor
-
-
-def test_doctor_reports_the_machine_and_never_fails(capsys, quick_doctor):
-    assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    facts = (
-        "python",
-        "torch",
-        "cpu",
-        "memory",
-        "device",
-        "compiler",
-        "not reachable",
-        "GB free",
-        "MB/s",
-        "GFLOP/s",
-    )
-    for fact in (*facts, "nothing committed to compare with"):
-        assert fact in text
-
-
-def test_doctor_measures_the_committed_points_again(capsys, quick_doctor, monkeypatch):
-    monkeypatch.setattr("lra.scaling.doctor._seconds", lambda run: 0.05)
-    sizes = {"B": 1, "H": 2, "D": 3, "M": 5}
-    points = [
-        {"name": "softmax", "N": 7, "seconds": 1e-9, **sizes},
-        {"name": "softmax", "N": 11, "seconds": 0.4, **sizes},
-        {"name": "softmax", "N": 10**9, "seconds": 30.0, **sizes},
-        {"name": "another", "N": 11, "seconds": 0.4, **sizes},
-    ]
-    env = {"env": {"cpu": "Some CPU", "threads": 3}, "date": "2026-01-02"}
-    folder = Path("results/reference/bench")
-    folder.mkdir(parents=True)
-    (folder / "attention.json").write_text(json.dumps(env | {"points": points}))
-    (folder / "encoder.json").write_text(json.dumps(env | {"matmul_rates": {"one": 4e9, "other": 5e9}}))
-    assert main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "  committed   5 GFLOP/s: Some CPU, 3 threads, 2026-01-02" in lines
-    (line,) = [line for line in lines if "softmax" in line]
-    assert line.endswith("N 11: 50 ms here, 400 committed: 8.00 times as fast")
-    (folder / "attention.json").write_text("{")
-    assert main(["doctor"]) == 0
-    assert "nothing committed" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "compiler, said", [("false", "fails with OpenMP"), ("no-such-compiler", "works|none")]
-)
-def test_doctor_tries_the_compiler(monkeypatch, quick_doctor, compiler, said):
-    monkeypatch.setenv("CXX", compiler)
-    assert re.search(said, quick_doctor.compiler())
-
-
-def test_doctor_says_that_a_disk_cannot_be_written_to(quick_doctor, tmp_path):
-    assert "not writable here" in quick_doctor.disk_speed(tmp_path / "absent")
 
 
 # Bad names and values: nearest name, one line

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from lra.__main__ import main
-from lra.bench.apart import release, serve, take_turns
 from lra.bench.attention import Shape, contender, measure
-from lra.bench.encoder import Layout, Step
+from lra.bench.base import release, serve, take_turns
+from lra.bench.encoder import Layout, Step, profiled
 from lra.bench.peers import PEERS, build_peer, version
-from lra.bench.profile import profiled
 from lra.options import UsageError
 from lra.registry import build_attention
 from models.attention.softmax import naive_softmax
@@ -54,7 +53,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     """No processes, where what they print is not the point; returns who ran, in order."""
-    monkeypatch.setattr("lra.bench.apart.Apart", Here)
+    monkeypatch.setattr("lra.bench.base.Apart", Here)
     monkeypatch.setattr(Here, "order", [])
     return Here.order
 
@@ -169,8 +168,8 @@ def test_of_two_runs_the_second_counts_and_memory_is_released(monkeypatch, capsy
         now[0] += len(done)
 
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
-    monkeypatch.setattr("lra.bench.apart.release", lambda: done.append("release"))
-    monkeypatch.setattr("lra.bench.apart.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("lra.bench.base.release", lambda: done.append("release"))
+    monkeypatch.setattr("lra.bench.base.time.perf_counter", lambda: now[0])
     serve(7, run)
     assert done == ["run", "run", "release"] * 2
     assert capsys.readouterr().out.split() == ["7", "2.0", "5.0"]

@@ -100,7 +100,7 @@ def test_the_committed_report_says_that_all_is_well_and_is_of_this_code(monkeypa
         assert abs(own - others) <= 0.02, name
     assert abs(report["learning"]["told apart"][0] - 0.5) <= 0.02
     assert (
-        fidelity.markdown(report, report["command"]).splitlines()[:-2]
+        fidelity.fidelity_tables(report, report["command"]).splitlines()[:-2]
         == (REPORT.with_suffix(".md").read_text().splitlines()[:-2])
     )
     assert report["hashes"] == fidelity.hashes()

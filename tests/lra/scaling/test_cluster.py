@@ -17,9 +17,11 @@ from tests.conftest import ROOT
 
 submitit = pytest.importorskip("submitit", reason="pip install -r requirements-dev.txt")
 BROKEN = "tests.plugins.attention.shift:Broken"
-SLOWLY = (
-    "import time, lra.training.trainer as t; f = t.Trainer.step; t.Trainer.step = lambda *a: (time.sleep(1), f(*a))[1]"
-)
+SLOWLY = """
+import time, lra.training.trainer as t
+f = t.Trainer.step
+t.Trainer.step = lambda *a: (time.sleep(1), f(*a))[1]
+"""
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_preempted_job_saves_its_state_is_queued_again_and_goes_on(lab, monkeypa
     monkeypatch.chdir(ROOT)
     log = lab.runs / "train.log"
     made = cluster.executor(options(lab, "local"), 1, 1)
-    job = made.submit(cluster.Job(lab.driver(SLOWLY) + lab.words(), str(log)))
+    job = made.submit(cluster.Command(lab.driver(SLOWLY) + lab.words(), str(log)))
     until = time.monotonic() + 60
     while not list(lab.runs.rglob("log.jsonl")) and time.monotonic() < until:
         time.sleep(0.1)
@@ -82,7 +84,7 @@ def test_slurm_gets_one_array_with_the_parameters_of_the_command_line(lab, tmp_p
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     made = cluster.executor(options(lab, "slurm", slurm=["partition=gpu", "gpus_per_node=1"]), 5, 3)
     with made.batch():
-        jobs = [made.submit(cluster.Job(["true"], str(tmp_path / "log"))) for _ in range(2)]
+        jobs = [made.submit(cluster.Command(["true"], str(tmp_path / "log"))) for _ in range(2)]
     assert [job.job_id for job in jobs] == ["17_0", "17_1"]
     text = next((lab.runs / "submitit").glob("*.sh")).read_text()
     for line in (

@@ -12,6 +12,7 @@ import lra.scaling.jobs
 import lra.scaling.sweep
 from lra.__main__ import main
 from lra.scaling.cost import Prediction
+from lra.scaling.jobs import Job, Need, Pool, needs
 from tasks.base import Optim
 from tests.conftest import ROOT
 
@@ -274,46 +275,45 @@ def test_processes_do_not_outlive_a_sweep_that_fails(sweep, processes, monkeypat
 
 
 class Memory:
-    """Cells of made-up sizes on a made-up machine: which run side by side."""
+    """Jobs of made-up sizes on a made-up machine: which run side by side."""
 
-    def __init__(self, lab, sizes, memory, jobs=3, machine=None):
-        self.sizes, self.memory, self.jobs, self.side = sizes, memory, jobs, []
-        self.lab, self.machine = lab, machine
+    def __init__(self, lab, sizes, memory, jobs=3):
+        self.lab, self.sizes, self.memory, self.at_once, self.side = lab, sizes, memory, jobs, []
 
     def run(self, known=(), seconds=None):
-        """The outcome; `side` holds the names that ran together, one entry for each cell started."""
-        from lra.scaling.jobs import Cell, Costs, Grid
+        """The outcome; `side` holds the names that ran together, one entry for each job started."""
 
-        def cell(name):
+        def job(name):
             log = self.lab.runs / f"{name}.log"
             log.parent.mkdir(exist_ok=True)
             log.write_text("")
             recipe = SimpleNamespace(train=Optim(steps=1, batch=12))
             run = SimpleNamespace(meta=SimpleNamespace(name="tiny"), attention=name, seed=0, recipe=recipe)
-            return Cell(run, self.lab.results / "records" / "tiny" / name / "digest" / "seed0.json", log)
+            return Job(run, self.lab.results / "records" / "tiny" / name / "digest" / "seed0.json", log)
 
-        cells = [cell(name) for name in self.sizes]
-        costs = Costs(cells)
-        for c in cells:
-            if c.run.attention in known:
-                costs.add(c.kind, (seconds or {}).get(c.run.attention, 1.0), self.sizes[c.run.attention])
+        jobs, needs = [job(name) for name in self.sizes], {}
+        for j in jobs:
+            name = j.run.attention
+            needs[j.kind] = (
+                Need((seconds or {}).get(name, 1.0), self.sizes[name]) if name in known else Need()
+            )
         running = []
 
         class Counted(Process):
             def poll(self):
-                found = super().poll()
-                if found is not None:
+                code = super().poll()
+                if code is not None:
                     running.remove(self.name)
-                return found
+                return code
 
-        def start(cell):
+        def start(job):
             process = Counted(polls=5)
-            process.name = cell.run.attention
+            process.name = job.run.attention
             running.append(process.name)
             self.side.append(tuple(running))
             return process
 
-        return Grid(cells, self.jobs, self.memory, costs, self.machine).run(start)
+        return Pool(jobs, self.at_once, self.memory, needs).run(start)
 
 
 @pytest.fixture
@@ -322,83 +322,69 @@ def patient(monkeypatch):
     monkeypatch.setattr(lra.scaling.jobs.time, "sleep", lambda seconds: None)
 
 
-def test_cells_run_side_by_side_only_while_they_fit_in_memory(lab, patient):
+def test_jobs_run_side_by_side_only_while_they_fit_in_memory(lab, patient):
     sizes = {"a": 50, "b": 70, "c": 40, "d": 20}
-    grid = Memory(lab, sizes, memory=100)
-    assert not grid.run(known=sizes).failed
-    assert grid.side[:2] == [("a",), ("a", "c")]  # b waits, c fits beside a
-    assert {names[-1] for names in grid.side} == set(sizes)
-    assert all(sum(sizes[name] for name in names) <= 100 for names in grid.side)
+    pool = Memory(lab, sizes, memory=100)
+    assert not pool.run(known=sizes).failed
+    assert pool.side[:2] == [("a",), ("a", "c")]  # b waits, c fits beside a
+    assert {names[-1] for names in pool.side} == set(sizes)
+    assert all(sum(sizes[name] for name in names) <= 100 for names in pool.side)
 
 
-def test_cell_that_never_fits_fails_with_its_size_and_the_others_run(lab, patient):
-    grid = Memory(lab, {"a": 2 * 10**9, "b": 10**9}, memory=15 * 10**8)
-    ((cell, why),) = grid.run(known=("a", "b")).failed
-    assert cell.run.attention == "a" and why.startswith("needs about 2.0 GB, --memory allows 1.5")
+def test_job_that_never_fits_fails_with_its_size_and_the_others_run(lab, patient):
+    pool = Memory(lab, {"a": 2 * 10**9, "b": 10**9}, memory=15 * 10**8)
+    ((job, why),) = pool.run(known=("a", "b")).failed
+    assert job.run.attention == "a" and why.startswith("needs about 2.0 GB, --memory allows 1.5")
     assert why.endswith(": --set train.accumulate=2 needs less")
-    assert grid.side == [("b",)]
+    assert pool.side == [("b",)]
 
 
-def test_cell_of_unknown_size_is_given_its_share(lab, patient):
-    grid = Memory(lab, {"a": 0, "b": 90, "c": 0}, memory=90)
-    grid.run(known=("b",))
-    assert grid.side[0] == ("a",) and grid.side[1] == ("a", "c") and ("b",) in grid.side
+def test_job_of_unknown_size_is_given_its_share(lab, patient):
+    pool = Memory(lab, {"a": 0, "b": 90, "c": 0}, memory=90)
+    pool.run(known=("b",), seconds={"b": 0.0})
+    assert pool.side[0] == ("a",) and pool.side[1] == ("a", "c") and ("b",) in pool.side
 
 
 @pytest.mark.parametrize("memory", [None, 10**9])
-def test_longest_cells_start_first(lab, patient, memory):
-    grid = Memory(lab, {"a": 20, "b": 20, "c": 20}, memory=memory, jobs=1)
-    grid.run(known=("a", "b", "c"), seconds={"a": 2.0, "b": 3.0, "c": 5.0})
-    assert grid.side == [("c",), ("b",), ("a",)]
+def test_longest_jobs_start_first(lab, patient, memory):
+    pool = Memory(lab, {"a": 20, "b": 20, "c": 20}, memory=memory, jobs=1)
+    pool.run(known=("a", "b", "c"), seconds={"a": 2.0, "b": 3.0, "c": 5.0})
+    assert pool.side == [("c",), ("b",), ("a",)]
 
 
 def test_without_a_limit_every_job_runs(lab, patient):
-    grid = Memory(lab, {"a": 50, "b": 70, "c": 40}, memory=None)
-    grid.run(known=("a", "b", "c"))
-    assert grid.side[2] == ("a", "b", "c")
+    pool = Memory(lab, {"a": 50, "b": 70, "c": 40}, memory=None)
+    pool.run(known=("a", "b", "c"))
+    assert pool.side[2] == ("a", "b", "c")
 
 
-def test_cells_with_a_prediction_run_while_others_are_predicted(lab, patient, monkeypatch, capsys):
-    sizes = {"a": 40 * 10**8, "b": 70 * 10**8, "c": 90 * 10**8, "d": 0}
-    grid = Memory(lab, sizes, memory=10**10, machine=SimpleNamespace(start_bytes=10**8))
-    running_then = {}
-
-    def foresee(run, machine, prepared):
-        running_then[run.attention] = grid.side[-1:]
-        return Prediction(60.0, sizes[run.attention], 0.1) if sizes[run.attention] else None
-
-    monkeypatch.setattr(lra.scaling.jobs, "foresee", foresee)
-    assert not grid.run().failed
-    assert running_then == {
-        "a": [],
-        "b": [("a",)],
-        "c": [("a",)],
-        "d": [("a",)],
-    }  # b and c do not fit beside a
-    assert (
-        grid.side[1] == ("a", "d") and [names for names in grid.side if "b" in names and "c" in names] == []
-    )
-    out = capsys.readouterr().out
-    assert "predicted: 1.0 min with 3 at a time (3.0 min one by one), up to 9.1 GB each\n" in out
+def test_the_sweep_says_first_what_it_will_take(lab, patient, capsys):
+    sizes = {"a": 4 * 10**9, "b": 7 * 10**9}
+    Memory(lab, sizes, memory=10**10).run(known=sizes, seconds={"a": 60.0, "b": 120.0})
+    line = "predicted: 1.0 min with 3 at a time (3.0 min one by one), up to 7.0 GB each"
+    assert capsys.readouterr().out.splitlines()[0] == line
 
 
-def test_size_and_time_of_a_cell_are_those_of_its_other_seeds(lab):
-    from lra.scaling.jobs import Cell, Costs
-
+def test_need_of_a_job_is_that_of_its_other_seeds_else_what_is_predicted(lab, monkeypatch):
     record = lab.train()
     (path,) = lab.records()
-    other = Cell(None, path.with_name("seed1.json"), None)
-    stranger = Cell(None, path.parent.parent / "another" / "seed1.json", None)
-    costs = Costs([other, stranger])
-    assert costs.need(other) > record["cost"]["peak_bytes"] and costs.need(stranger) == 0
-    assert costs.duration(stranger) == costs.duration(other) >= record["cost"]["wall_s"]
+    other = Job(None, path.with_name("seed1.json"), None)
+    stranger = Job(None, path.parent.parent / "another" / "seed1.json", None)
+    measured, unknown = needs([other, stranger], None).values()
+    assert measured.bytes > record["cost"]["peak_bytes"] and measured.seconds >= record["cost"]["wall_s"]
+    assert unknown == Need()
+    monkeypatch.setattr(lra.scaling.jobs, "foresee", lambda *_: Prediction(7.0, 100, 0.1))
+    found = needs([other, stranger], SimpleNamespace(start_bytes=11))
+    assert found[other.kind] == measured and found[stranger.kind] == Need(7.0, 111)
 
 
 def test_status_line_is_redrawn_on_a_terminal_and_absent_elsewhere(sweep, processes, monkeypatch, capsys):
     assert sweep("--jobs=1") == 0
-    assert "\r" not in capsys.readouterr().out
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out, err = capsys.readouterr()
+    assert "[1/1]" in out and "\r" not in out + err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(lra.scaling.jobs.LINE, "mininterval", 0)
     assert sweep("--jobs=1", "--seeds=2") == 0
-    out = capsys.readouterr().out
-    assert "\r\x1b[K[0/2]" in out and "1 running: tiny softmax seed 0" in out
-    assert "[2/2]" in out and out.rstrip().endswith("\x1b[K")
+    out, err = capsys.readouterr()
+    assert "\r[0/2]" in err and "running: tiny softmax seed 0" in err
+    assert "[2/2]" in out and "\r" not in out

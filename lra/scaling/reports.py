@@ -1,0 +1,40 @@
+"""The two files that a measurement leaves: results/bench/WHAT.json for programs, WHAT.md for people."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lra.machine import environment
+from tasks.store.files import atomic_path
+
+SCHEMA = "lra-bench/1"
+
+
+def write_report(results: Path, what: str, command: str, measured: dict[str, Any], text: str) -> list[Path]:
+    """Write both files, each atomically; returns their paths.
+
+    The JSON holds what was measured, the command, the day, the machine and its load average over the last minute.
+    """
+    facts = {"schema": SCHEMA, "what": what, "command": command}
+    facts["date"] = datetime.now(timezone.utc).date().isoformat()
+    facts["env"] = environment(torch.device("cpu")) | {"load": round(os.getloadavg()[0], 2)}
+    paths = [Path(results) / "bench" / f"{what}{suffix}" for suffix in (".json", ".md")]
+    texts = json.dumps(facts | measured, indent=1, allow_nan=False) + "\n", text
+    for path, content in zip(paths, texts, strict=True):
+        with atomic_path(path) as temporary:
+            temporary.write_text(content)
+    return paths
+
+
+def machine_line() -> str:
+    """One sentence on the machine, the threads of this process and the load, to stand below a table."""
+    env = environment(torch.device("cpu"))
+    width = "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
+    load = os.getloadavg()[0]
+    return f"Measured on {env['cpu']}, {env['os']}, {width}, load average {load:.1f}, torch {env['torch']}."

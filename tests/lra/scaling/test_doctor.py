@@ -1,0 +1,36 @@
+"""`doctor`: one fact a line, and nothing in it fails."""
+
+import re
+
+import pytest
+
+from lra.__main__ import main
+from lra.scaling import doctor
+
+
+def test_doctor_reports_the_machine_and_never_fails(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "reachable", lambda host, port: False)
+    assert main(["doctor"]) == 0
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"python", "torch", "numpy", "cpu", "memory", "device", "bf16", "compiler", "disk"} <= facts.keys()
+    assert facts["hub"].startswith("not reachable: --source embedded")
+    assert "GB free" in facts["memory"] and "threads" in facts["cpu"]
+    assert re.match(r"products (oneDNN|PyTorch\'s own), softmax attention ", facts["kernels"])
+
+
+@pytest.mark.parametrize(
+    "compiler, answer", [("false", "fails with OpenMP"), ("no-such-compiler", "works|none")]
+)
+def test_doctor_tries_the_compiler(monkeypatch, compiler, answer):
+    monkeypatch.setenv("CXX", compiler)
+    assert re.search(answer, doctor.compiler())
+
+
+def test_doctor_says_that_a_folder_cannot_be_written_to(tmp_path):
+    assert doctor.writable(tmp_path) == "writable"
+    assert "not writable here" in doctor.writable(tmp_path / "absent")
+
+
+def test_doctor_says_how_to_get_what_is_missing():
+    assert doctor.version("torch")[0].isdigit()
+    assert doctor.version("no-such-package") == "missing: pip install no-such-package"
