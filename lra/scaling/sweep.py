@@ -13,7 +13,7 @@ from lra.records.record import record_path
 from lra.scaling import cluster, cost
 from lra.scaling.jobs import Cell, Costs, Grid, Outcome
 from lra.training import config
-from lra.training.commands import describe
+from lra.training.prepare import describe
 from lra.training.train import run_folder
 from tasks.base import SourceError
 from tasks.store.prepared import Prepared, prepare
