@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
 import threading
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from lra.options import UsageError
+from models.layers import product
 
 
 def pick_device(name: str) -> torch.device:
@@ -121,6 +124,21 @@ def set_threads(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def matmul_rates(precision: str = "fp32", *, size: int = 1024, rounds: int = 20) -> dict[str, float]:
+    """Operations per second of a square matrix product on the CPU, the best of `rounds`: as PyTorch multiplies
+    (in fp32 MKL, where it is built with it), and as models/layers.py does (oneDNN)."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, w = torch.randn(2, size, size).to(dtype)
+    ways = {"torch.matmul": torch.matmul, "models.products": product}
+    best = dict.fromkeys(ways, math.inf)
+    for _ in range(rounds):
+        for name, multiply in ways.items():
+            start = time.perf_counter()
+            multiply(x, w)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * size**3 / seconds for name, seconds in best.items()}
 
 
 class StopSignals:

@@ -19,9 +19,8 @@ from lra.bench.apart import serve, take_turns
 from lra.bench.base import machine_line, markdown_table, write_report
 from lra.bench.peers import BASELINE, PYPI, build_peer, contenders
 from lra.bench.profile import profiled
-from lra.machine import PeakMemory, pick_device, set_threads
+from lra.machine import PeakMemory, matmul_rates, pick_device, set_threads
 from lra.options import UsageError
-from lra.scaling.doctor import matmul_rates
 from lra.training.evaluate import autocast
 from lra.training.optim import build_optimizer
 from models.base import AttentionBase

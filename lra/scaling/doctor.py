@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import socket
@@ -19,8 +18,7 @@ from typing import Any
 
 import torch
 
-from lra.machine import available_memory, cores, environment, pick_device
-from models.layers import product
+from lra.machine import available_memory, cores, environment, matmul_rates, pick_device
 from tasks.store.files import one_line
 
 PACKAGES = (
@@ -195,18 +193,3 @@ def reachable(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def matmul_rates(precision: str = "fp32", *, size: int = 1024, rounds: int = 20) -> dict[str, float]:
-    """Operations per second of a square matrix product on the CPU, the best of `rounds`: as PyTorch multiplies
-    (in fp32 MKL, where it is built with it), and as models/layers.py does (oneDNN)."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    x, w = torch.randn(2, size, size).to(dtype)
-    ways = {"torch.matmul": torch.matmul, "models.products": product}
-    best = dict.fromkeys(ways, math.inf)
-    for _ in range(rounds):
-        for name, multiply in ways.items():
-            start = time.perf_counter()
-            multiply(x, w)
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: 2 * size**3 / seconds for name, seconds in best.items()}
