@@ -25,7 +25,10 @@ def report(record: dict[str, Any], path: Path, folder: Path) -> str:
     if result:
         step = f"step {training['selected_step']} of {training['steps']}"
         validation = share(result["val_n_correct"], result["n_val"])
-        lines.insert(0, f"  selected   {step}, by validation: {validation}")
+        losses = [loss for _, split, loss, *_ in result["curve"] if split == "train"]
+        fell = "training loss" if losses[-1] < losses[0] else "training loss did not fall:"
+        between = f"{fell} {losses[0]:.3f} to {losses[-1]:.3f}"
+        lines.insert(0, f"  selected   {step}, by validation: {validation}; {between}")
         lines.insert(3, f"  weights    {folder / WEIGHTS}")
     return "\n".join([*lines, outcome(record, path)])
 
