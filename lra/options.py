@@ -133,7 +133,7 @@ TRUST = option("--trust", "import the attention package.module:Class of a record
 
 COMMANDS = {
     "list": Command(
-        "lra.registry:show",
+        "lra.listing:show",
         (
             option("what", "default: all three", ("tasks", "attentions", "presets"), nargs="?"),
             option("--json", "names alone, as JSON", bool),

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import pkgutil
-import re
-from argparse import Namespace
 from types import ModuleType
 from typing import Any
 
 import models.attention
 import tasks
-from lra.options import PRESETS, UsageError, construct, unknown
+from lra.options import UsageError, construct, unknown
 from tasks.store.files import one_line
 
 NOT_TASKS = frozenset({"base", "store"})
@@ -109,35 +106,3 @@ def budget_options(name: str, size: int) -> dict[str, int]:
     where it has none."""
     fields = dataclasses.fields(attention_class(name).Config)
     return {f.name: size for f in fields if f.metadata.get("budget")}
-
-
-def show(args: Namespace) -> None:
-    """`list`: each name with a line about it; a plug-in that cannot be imported has its error there."""
-    kinds = {
-        "attentions": (attention_names, attention_line),
-        "tasks": (task_names, lambda name: load_task(name).META.description),
-        "presets": (lambda: list(PRESETS), PRESETS.get),
-    }
-    chosen = [args.what] if args.what else list(kinds)
-    if args.json:
-        names = {kind: kinds[kind][0]() for kind in chosen}
-        print(json.dumps(names[args.what] if args.what else names))
-        return
-    for kind in chosen:
-        names, line = kinds[kind]
-        if not args.what:
-            print(f"{kind}:")
-        for name in names():
-            try:
-                about = line(name)
-            except UsageError as error:
-                about = f"broken: {error}"
-            print(f"{'' if args.what else '  '}{name:<12} {about}".rstrip())
-
-
-def attention_line(name: str) -> str:
-    """The paper of an attention, from its docstring, and the traits it claims."""
-    cls = attention_class(name)
-    paper = re.search(r"arXiv (\d{4}\.\d{4,5})", f"{cls.__doc__} {attention_module(name).__doc__}")
-    traits = [trait for trait in TRAITS if trait != "reads_qk" and getattr(cls, trait)]
-    return f"{'arXiv ' + paper[1] if paper else '':<17} {', '.join(traits)}"

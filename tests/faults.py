@@ -1,4 +1,4 @@
-"""Faults put into real runs, and what was lost: python -m tests.faults --kills 50
+"""Faults put into real runs, and what was lost: python -m tests.faults --kills 50; pytest runs it with 3 kills
 
 Every fault is put into a process of its own, forked from this one, which has imported everything and trained
 nothing. A loss is anything that differs from a run nobody disturbed: losses, predictions, weights, logs and the
@@ -71,6 +71,7 @@ class Suite:
     seconds: float = 0.0  # of the undisturbed run
     counts: dict[str, int] = field(default_factory=dict)  # faults put in, by kind
     losses: list[str] = field(default_factory=list)
+    lost: dict[str, list[str]] = field(default_factory=dict)  # the same by kind
     skipped: dict[str, str] = field(default_factory=dict)
 
     def lab(self, name: str) -> Lab:
@@ -389,7 +390,9 @@ def run_sweep(lab: Lab, *options: str, disturb: Callable[[int], None] = lambda p
 
     def before() -> None:
         original = subprocess.Popen
-        lra.scaling.sweep.subprocess.Popen = lambda command, **more: original(lab.driver() + command[3:], **more)
+        lra.scaling.sweep.subprocess.Popen = lambda command, **more: original(
+            lab.driver() + command[3:], **more
+        )
 
     words = ["sweep", "--tasks=tiny", "--preset=smoke", "--device=cpu", "--threads=1", "--jobs=1"]
     return run(lab, [*words, *options, *lab.places], before=before, disturb=disturb)
@@ -498,11 +501,12 @@ def run_suite(folder: Path, kills: int, seed: int, only: list[str]) -> Suite:
             suite.counts[name] = FAULTS[name](suite)
         except Unavailable as error:
             suite.skipped[name] = str(error)
-        lost = len(suite.losses) - before
-        outcome = f"skipped: {suite.skipped[name]}" if name in suite.skipped else f"{lost} losses"
+        suite.lost[name] = suite.losses[before:]
+        skipped = suite.skipped.get(name)
+        outcome = f"skipped: {skipped}" if skipped else f"{len(suite.lost[name])} losses"
         seconds = time.perf_counter() - begun
         print(f"{name:<20} {suite.counts.get(name, 0):>3} times, {seconds:5.1f} s, {outcome}", flush=True)
-        for loss in suite.losses[before:]:
+        for loss in suite.lost[name]:
             print(f"  {loss}", flush=True)
     return suite
 
@@ -544,6 +548,7 @@ def command(arguments: list[str] | None = None) -> int:
             "faults": {name: n for name, n in suite.counts.items() if name != "SIGKILL"},
             "skipped": suite.skipped,
             "losses_of_data": len(suite.losses),
+            "losses": {name: lost for name, lost in suite.lost.items() if lost},
             "seconds": seconds,
         }
         table = markdown([Grid(["fault", "times"], [[name, str(n)] for name, n in suite.counts.items()])])

@@ -34,7 +34,7 @@ TRAINING = (
 
 COMMANDS = {
     "prepare": Command(
-        "lra.training.commands:prepare",
+        "lra.training.prepare:prepare",
         (
             TASK,
             PRESET,

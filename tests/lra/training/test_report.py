@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-import lra.training.commands
 import lra.training.log
+import lra.training.report
 from lra.training.log import Display
 
 
 def test_header_and_end_name_what_a_reader_wants_to_know(lab, other, capsys, monkeypatch):
     other.train()
-    monkeypatch.setattr(lra.training.commands, "REFERENCE", other.results)
+    monkeypatch.setattr(lra.training.report, "REFERENCE", other.results)
     capsys.readouterr()
     record = lab.train("--threads=1")
     out = capsys.readouterr().out
@@ -23,7 +23,8 @@ def test_header_and_end_name_what_a_reader_wants_to_know(lab, other, capsys, mon
     assert not re.search(r"^  attention\s*$", out, re.MULTILINE)  # softmax has no options to show
     lines = out.splitlines()[-7:]
     expected = (
-        rf"selected +step {record['training']['selected_step']} of 12, .*\({result['val_n_correct']}/13\)",
+        rf"selected +step {record['training']['selected_step']} of 12, .*\({result['val_n_correct']}/13\); "
+        r"training loss (did not fall: )?\d\.\d{3} to \d\.\d{3}$",
         r"time .* s of training, .* steps/s, peak memory \d+ MB",
         rf"record +{path}",
         rf"weights +{lab.folder('model.safetensors')}/model.safetensors",

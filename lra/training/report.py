@@ -1,0 +1,53 @@
+"""What a run came to, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lra.records.record import read_record
+from lra.records.stats import wilson
+from lra.training.train import WEIGHTS
+
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"  # the authors' records
+
+
+def report(record: dict[str, Any], path: Path, folder: Path) -> str:
+    """Selected step, time and memory, where the files of a run are, what to do next, and its outcome."""
+    training, cost, result = record["training"], record["cost"], record["result"]
+    memory = f", peak memory {cost['peak_bytes'] / 1e6:,.0f} MB" if cost["peak_bytes"] is not None else ""
+    lines = [
+        f"  time       {cost['wall_s']:.1f} s of training, {cost['steps_per_s']:.3g} steps/s{memory}",
+        f"  record     {path}",
+        f"  curves     {folder}: python -m lra tensorboard --runs {folder.parents[3]} --start",
+        f"  next       python -m lra table --results {path.parents[4]}",
+    ]
+    if result:
+        step = f"step {training['selected_step']} of {training['steps']}"
+        validation = share(result["val_n_correct"], result["n_val"])
+        losses = [loss for _, split, loss, *_ in result["curve"] if split == "train"]
+        fell = "training loss" if losses[-1] < losses[0] else "training loss did not fall:"
+        between = f"{fell} {losses[0]:.3f} to {losses[-1]:.3f}"
+        lines.insert(0, f"  selected   {step}, by validation: {validation}; {between}")
+        lines.insert(3, f"  weights    {folder / WEIGHTS}")
+    return "\n".join([*lines, outcome(record, path)])
+
+
+def outcome(record: dict[str, Any], path: Path) -> str:
+    """Test accuracy with its interval beside the floors of the data and the reference's record of the same cell and
+    seed; or why the run failed."""
+    if not record["result"]:
+        return record["status"]
+    n_correct, n = record["result"]["n_correct"], record["result"]["n_test"]
+    low, high = wilson(n_correct, n)
+    floors = ", ".join(f"{name} {100 * floor:.1f}" for name, floor in record["data"]["floors"].items())
+    line = f"test {share(n_correct, n)}, 95% interval [{100 * low:.1f}, {100 * high:.1f}]; floors: {floors}"
+    reference = REFERENCE / path.relative_to(path.parents[4])
+    if reference.exists() and (other := read_record(reference)["result"]):
+        line += f"; reference: {share(other['n_correct'], other['n_test'])}"
+    return line
+
+
+def share(n_correct: int, n: int) -> str:
+    """`45.25% (181/400)`."""
+    return f"{100 * n_correct / n:.2f}% ({n_correct}/{n})"
