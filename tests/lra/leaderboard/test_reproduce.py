@@ -48,7 +48,9 @@ def test_overrides_and_the_validation_rule_are_those_of_the_record(lab, capsys):
 def test_two_thread_counts_are_compared_with_the_record_and_each_other(lab, capsys):
     lab.train()
     assert reproduce(lab, "--threads=1,2") == 0
-    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "threads" in line]
+    lines = [
+        line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("threads")
+    ]
     assert lines == ["threads 1, against the record", "threads 2, against the record", "threads 2 against 1"]
     assert len(counters(lab)) == 1
 
