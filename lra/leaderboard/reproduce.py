@@ -20,6 +20,7 @@ from lra.options import UsageError
 from lra.records import schema
 from lra.records.record import read_labels, read_predictions, read_record, write_labels, write_record
 from lra.records.stats import margin, mcnemar, paired_bootstrap
+from lra.training.report import header
 from lra.training.train import Interrupted, train
 from lra.training.trainer import Where
 from tasks.base import SourceError
@@ -46,7 +47,7 @@ def reproduce(args: Namespace) -> int:
         raise UsageError(f"{args.record}: {error}") from error
     training = record["training"]
     execution = Where(pick_device(_device(args, record)), training["precision"], training["compile"])
-    print(run.summary())
+    print(header(run))
     reruns = {}
     for threads in counts:
         set_threads(threads)

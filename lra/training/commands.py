@@ -14,7 +14,7 @@ from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
 from lra.records.record import predictions_path, read_record, record_path
 from lra.training import config, distributed
-from lra.training.report import outcome, report
+from lra.training.report import header, missing_seeds, outcome, report
 from lra.training.train import Interrupted, run_folder
 from lra.training.train import train as train_run
 from lra.training.trainer import Where
@@ -40,9 +40,11 @@ def train(args: Namespace) -> int:
     with distributed.process_group(where.device, optim.batch, optim.accumulate) as (world, device):
         where = replace(where, world=world, device=device)
         if world.is_main:
-            threads = f"{torch.get_num_threads()} threads"
-            print(f"{run.summary()}\n  runs on    {device}, {where.precision}, {threads}")
-            warn_of_gap(path, args.seed)
+            print(
+                f"{header(run)}\n  runs on    {device}, {where.precision}, {torch.get_num_threads()} threads"
+            )
+            if note := missing_seeds(path, args.seed):
+                print(note, file=sys.stderr)
             if args.again:
                 set_aside(path)
         world.barrier()
@@ -59,13 +61,6 @@ def train(args: Namespace) -> int:
         else:
             print(f"already done: {path}; --again trains the cell anew\n{outcome(record, path)}")
     return 0
-
-
-def warn_of_gap(path: Path, seed: int) -> None:
-    """Say before training that `leaderboard submit` takes seeds 0 to n-1, where a smaller seed has no record."""
-    if missing := [k for k in range(seed) if not path.with_name(f"seed{k}.json").exists()]:
-        line = f"note: seed {missing[0]} has no record, and submit takes seeds 0, 1, ... only"
-        print(line, file=sys.stderr)
 
 
 def set_aside(path: Path) -> None:

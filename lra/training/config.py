@@ -85,23 +85,6 @@ class Run:
         head = (Classify, Match)[self.meta.towers - 1](width, shape["ffn"], self.meta.classes)
         return Classifier(encoder, head)
 
-    def summary(self) -> str:
-        """The resolved configuration, for people."""
-        lines = [
-            f"{self.meta.name} / {self.attention} / {self.preset} / seed {self.seed}  (digest {self.digest[:16]})"
-        ]
-        lines.append(f"  data       {self.manifest['dataset']}, validation {self.val_rule}")
-        for name, values in (
-            ("attention", self.attention_config),
-            ("encoder", asdict(self.recipe.encoder)),
-            ("train", asdict(self.recipe.train)),
-        ):
-            if values:
-                lines.append(f"  {name:<10} " + " ".join(f"{k}={v}" for k, v in values.items()))
-        n_params = sum(p.numel() for p in self.build_model().parameters())
-        lines.append(f"  model      {n_params:,} parameters")
-        return "\n".join(lines)
-
     @property
     def command(self) -> str:
         """The command that repeats this run."""

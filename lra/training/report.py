@@ -1,15 +1,39 @@
-"""What a run came to, for people."""
+"""What a run prints before and after it: its configuration, and what it came to."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lra.records.record import read_record
 from lra.records.stats import wilson
+from lra.training.config import Run
 from lra.training.train import WEIGHTS
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"  # the authors' records
+
+
+def header(run: Run) -> str:
+    """The resolved configuration."""
+    groups = {
+        "attention": run.attention_config,
+        "encoder": asdict(run.recipe.encoder),
+        "train": asdict(run.recipe.train),
+    }
+    name = f"{run.meta.name} / {run.attention} / {run.preset} / seed {run.seed}  (digest {run.digest[:16]})"
+    lines = [name, f"  data       {run.manifest['dataset']}, validation {run.val_rule}"]
+    lines += [f"  {g:<10} " + " ".join(f"{k}={v}" for k, v in o.items()) for g, o in groups.items() if o]
+    n_params = sum(p.numel() for p in run.build_model().parameters())
+    return "\n".join([*lines, f"  model      {n_params:,} parameters"])
+
+
+def missing_seeds(path: Path, seed: int) -> str | None:
+    """A note that `leaderboard submit` takes seeds 0 to n-1, where a smaller seed has no record beside `path`."""
+    missing = [k for k in range(seed) if not path.with_name(f"seed{k}.json").exists()]
+    return (
+        f"note: seed {missing[0]} has no record, and submit takes seeds 0, 1, ... only" if missing else None
+    )
 
 
 def report(record: dict[str, Any], path: Path, folder: Path) -> str:

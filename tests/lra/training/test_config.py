@@ -9,6 +9,7 @@ from lra.options import PRESETS, UsageError
 from lra.registry import attention_names, load_task, task_names
 from lra.training.config import default_options, overrides, resolve
 from lra.training.provenance import protocol
+from lra.training.report import header
 from tasks.store.prepared import load
 
 
@@ -180,8 +181,8 @@ def test_command_repeats_the_run(resolved):
                    overrides(args.sets, args.steps), args.val_rule).digest == run.digest  # fmt: skip
 
 
-def test_summary_shows_the_resolved_configuration(resolved):
-    text = resolved("train.lr=0.5", attention="performer").summary()
+def test_header_shows_the_resolved_configuration(resolved):
+    text = header(resolved("train.lr=0.5", attention="performer"))
     name = "tiny / performer / smoke / seed 0"
     for part in (name, "num_features=5", "lr=0.5", "validation held-out", "layers=2"):
         assert part in text
