@@ -1,1 +1,1 @@
-"""Measurements of this machine, each a command and two files under results/bench/."""
+"""A study: measurements of this machine, each a command and two files in results/bench/. Nothing imports it."""

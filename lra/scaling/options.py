@@ -40,7 +40,7 @@ EXECUTOR = (
 )
 AGAIN = option("--again", "train anew cells whose source was edited, and keep their old records", bool)
 COST = (
-    option("--calibrate", "measure this machine, about a minute: results/bench/cost.json", bool),
+    option("--calibrate", "measure this machine, a few minutes: results/bench/cost.json", bool),
     option("--gpu", "predict for a GPU from its data sheet: A100, H100, L4 or RTX4090"),
 )
 

@@ -1,1 +1,1 @@
-"""What random features cost: their bias and variance beside closed forms."""
+"""A study: what random features cost, their bias and variance beside closed forms. Nothing imports it."""
