@@ -8,7 +8,7 @@ from lra.options import DATA, PRESET, RESULTS, RUNS, TASK, Command, at_least, op
 
 COMMANDS = {
     "inspect": Command(
-        "lra.figures.inspection:inspect",
+        "lra.figures.inspect:show",
         (
             TASK,
             PRESET,
@@ -17,7 +17,7 @@ COMMANDS = {
         ),
     ),
     "cards": Command(
-        "lra.figures.cards:cards",
+        "lra.figures.inspect:cards",
         (
             option("--results", "its data/ holds what `inspect --out` wrote", Path, Path("results")),
             option(
@@ -25,7 +25,10 @@ COMMANDS = {
             ),
         ),
     ),
-    "plot": Command("lra.figures.plots:plot", (RESULTS,)),
+    "plot": Command(
+        "lra.figures.plots:plot",
+        (RESULTS, option("--all", "draw all methods (default: at most eight in a panel)", bool)),
+    ),
     "tensorboard": Command(
         "lra.figures.tensorboard:tensorboard",
         (

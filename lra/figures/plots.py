@@ -1,117 +1,126 @@
-"""Figures from the records and from results/bench/: learning curves, accuracies, the bubble chart, lengths, errors.
+"""Figures of the records and of bench/attention.json: accuracies, learning curves, the bubble chart, lengths.
 
-Each function draws one figure of results/figures/ and returns it, or None when there is nothing to draw.
+Each function draws one figure of RESULTS/figures/ and returns it, or None when there is nothing to draw. The title
+of a figure is what it says, computed from what it shows.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lra.figures.style import GREY, HANDLE, color, dashes, drawing, marker, plain_ticks, save, subplots
-from lra.options import PRESETS, UsageError
+from lra.figures import style
+from lra.figures.labels import label_ends, place_labels
+from lra.figures.style import color, drawing, listed, short
+from lra.options import PRESETS
 from lra.records import measured
-from lra.records.cells import Cell, Column, Table, build
+from lra.records.cells import Cell, Column, Table, build, row_name
+from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
 from lra.records.record import report_skipped
-from lra.records.stats import Estimate, average, mean_sd
-from lra.records.table import row_name
-from lra.variance.report import features_figure
+from lra.records.stats import average, difference, mean_sd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST = 16  # rows of one figure; more cannot be told apart
-LONGEST = 28  # characters of a name in a figure
+Rows = Sequence[tuple[int, str, tuple[str, ...]]]  # keys of a table's rows
 
 
 def plot(args: Namespace) -> int:
     """`plot`: every figure there is something for, below the results folder. Exit code 1 as for `table`."""
     skipped: list[str] = []
-    for path in draw(args.results, build(args.results, report=skipped.append)):
+    for path in draw(args.results, build(args.results, report=skipped.append), args.all):
         print(path)
     for line in skipped:
         report_skipped(line)
     return 1 if skipped else 0
 
 
-def draw(results: Path, tables: Sequence[Table]) -> list[Path]:
-    """Write all figures to results/figures/; returns the paths of the SVG files."""
+def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> list[Path]:
+    """Write all figures to results/figures/; returns the paths of the SVG files. With `everything` they show all
+    methods, else style.SERIES of them."""
     folder, written = Path(results) / "figures", []
     with drawing():
-        for name, make in _figures(results, tables):
-            if figure := make():
-                written.append(save(figure, folder / name)[0])
+        for name, figure in _figures(results, tables, everything):
+            if figure:
+                written.append(style.save(figure, folder / name)[0])
             else:
                 print(f"no {name}: nothing to draw it from")
     return written
 
 
-def _figures(results: Path, tables: Sequence[Table]) -> Iterator[tuple[str, Callable[[], Figure | None]]]:
-    """Names of the figures and how each is made."""
+def _figures(results: Path, tables: Sequence[Table], everything: bool) -> Iterator[tuple[str, Figure | None]]:
+    """Names of the figures, and the figures, one after another."""
     lengths = measured.attention(results)
     for table in (t for t in tables if t.preset in PRESETS):  # a name of a record becomes no name of a file
-        yield f"{table.preset}-bubble", lambda table=table: bubble(table)
-        yield f"{table.preset}-accuracy", lambda table=table: accuracy(table)
-        yield f"{table.preset}-curves", lambda table=table: curves(table)
-    yield "lengths", lambda: scaling(lengths)
-    yield "variance-features", lambda: errors(Path(results) / "bench" / "variance.json")
+        rows = shown_rows(table, everything)
+        for make in (bubble, accuracy, curves):
+            yield f"{table.preset}-{make.__name__}", make(table, rows)
+    yield "lengths", scaling({name: lengths[name] for name in style.selection(list(lengths), everything)})
 
 
-def default_rows(table: Table) -> list[tuple]:
-    """Rows of methods at their defaults, as many as one figure can show."""
-    return [row for row in table.rows if not row[2]][:MOST]
+def shown_rows(table: Table, everything: bool = False) -> Rows:
+    """Rows of methods at their defaults, as many as a figure shows."""
+    rows = {row[1]: row for row in table.rows if not row[2]}
+    return [rows[name] for name in style.selection(list(rows), everything)]
 
 
-def _short(name: str) -> str:
-    """A name, cut to what fits into a figure."""
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-
-
-def _more(table: Table) -> str:
+def _more(table: Table, rows: Rows) -> str:
     """Says that a figure leaves methods out."""
-    rows = sum(not row[2] for row in table.rows)
-    return f" (first {MOST} of {rows} methods)" if rows > MOST else ""
+    every = sum(not row[2] for row in table.rows)
+    return f" ({len(rows)} of {every} methods; all of them: plot --all)" if len(rows) < every else ""
 
 
 def panels(table: Table, height: float) -> tuple[Figure, list[tuple[Column, Axes]]]:
     """A figure with one panel per column of the table, at most three beside each other."""
-    across = min(3, len(table.columns))
-    down = math.ceil(len(table.columns) / across)
-    figure, axes = subplots(down, across, width=0.8 + 3.1 * across, height=height * down, squeeze=False)
-    for spare in axes.flat[len(table.columns) :]:
-        spare.remove()
-    for column, place in zip(table.columns, axes.flat, strict=False):
-        task, *rest = column.parts
-        place.set_title("\n".join([task, *textwrap.wrap(", ".join(rest), 40)[:2]]), fontsize=8)
-    return figure, list(zip(table.columns, axes.flat, strict=False))
+    figure, places = style.grid(len(table.columns), 3.1, height)
+    for column, place in zip(table.columns, places, strict=True):
+        task, *rest = map(flat, column.parts)
+        place.set_title("\n".join([task, *textwrap.wrap(", ".join(rest), 34)[:3]]), fontsize=8)
+    return figure, list(zip(table.columns, places))
 
 
-def accuracy(table: Table) -> Figure | None:
-    """Accuracy per task: a dot per seed, the mean with its 95% interval, floors as dashed lines."""
-    rows = default_rows(table)[::-1]
+def _told_apart(table: Table) -> str:
+    """Which columns tell softmax from constant (the interval of the difference is above 0), as a sentence."""
+    tells: dict[bool, list[str]] = {True: [], False: []}
+    for column in table.columns:
+        softmax, constant = (table.cell(name, column) for name in ("softmax", "constant"))
+        if softmax and softmax.ok and constant and constant.ok:
+            tells[difference(softmax.estimate, constant.estimate).low > 0].append(column.task)
+    above, level = (listed(tells[key] or ["no task"]) for key in (True, False))
+    return f"{table.preset}: softmax is above averaging (constant) on {above}; no such gap on {level}"
+
+
+def accuracy(table: Table, rows: Rows) -> Figure | None:
+    """Accuracy per task, best first: a dot per seed, the mean with its 95% interval. A floor is a row of its own,
+    and a dashed line through the others."""
     if not rows:
         return None
-    figure, places = panels(table, 1.0 + 0.22 * len(rows))
+    figure, places = panels(table, 1.3 + 0.2 * (len(rows) + 2))
     for column, axes in places:
-        for y, row in enumerate(rows):
-            cell = table.cells.get((row, column))
-            if cell and cell.ok:
-                _seeds(axes, y, row[1], cell)
-        for floor in table.first(column).floors.values():
-            axes.axvline(100 * floor, color=GREY, linestyle="--", linewidth=0.9)
-        axes.set_yticks(range(len(rows)), [_short(row_name(row)) for row in rows])
-        axes.set_ylim(-0.6, len(rows) - 0.4)
+        cells = {row: table.cells.get((row, column)) for row in rows}
+        heights = {row: cell.estimate.value for row, cell in cells.items() if cell and cell.ok}
+        floors = table.first(column).floors
+        names = []
+        for y, key in enumerate(sorted([*heights, *floors], key=lambda k: (heights | floors)[k])):
+            if key in heights:
+                _seeds(axes, y, key[1], cells[key])
+            else:
+                axes.axvline(100 * floors[key], color=style.GREY, linestyle="--", linewidth=0.9)
+                axes.plot([100 * floors[key]], [y], "|", color=style.GREY, markersize=8, markeredgewidth=2)
+            names.append(short(row_name(key)) if key in heights else f"floor: {short(key)}")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", visible=False)
-    label = "test accuracy, %: seeds, mean, 95% interval; dashed: floors of the data"
-    figure.supxlabel(label + _more(table), fontsize=8)
+    style.message(figure, _told_apart(table))
+    label = "test accuracy, %: seeds, mean, 95% interval; each panel has a scale of its own"
+    figure.supxlabel(label + _more(table, rows), fontsize=8)
     return figure
 
 
@@ -119,31 +128,36 @@ def _seeds(axes: Axes, y: float, method: str, cell: Cell) -> None:
     estimate = cell.estimate
     bounds = [[100 * (estimate.value - estimate.low)], [100 * (estimate.high - estimate.value)]]
     axes.errorbar(
-        100 * estimate.value, y, xerr=bounds, fmt=marker(method), color=color(method), markersize=6, capsize=2
+        100 * estimate.value,
+        y,
+        xerr=bounds,
+        fmt=style.marker(method),
+        color=color(method),
+        markersize=6,
+        capsize=2,
     )
     dots = [100 * a for a in cell.accuracies]
     axes.plot(dots, [y - 0.28] * len(dots), ".", color=color(method), markersize=4, alpha=0.8)
 
 
-def curves(table: Table) -> Figure | None:
-    """Validation accuracy against step: mean over seeds, with the band of their sample standard deviation."""
-    rows = default_rows(table)
+def curves(table: Table, rows: Rows) -> Figure | None:
+    """Validation accuracy against step: mean over seeds; softmax and constant with the band of their sd."""
     if not any(e.curve for e in table.entries):
         return None
-    figure, places = panels(table, 2.6)
-    shown = {}
+    figure, places = panels(table, 2.7)
+    lines = {}
     for column, axes in places:
         for row in rows:
-            cell = table.cells.get((row, column))
-            if points := _mean_curve(cell):
+            if points := _mean_curve(table.cells.get((row, column))):
                 steps, means, sds = zip(*points, strict=True)
-                low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
-                axes.fill_between(steps, low, high, color=color(row[1]), alpha=0.18, linewidth=0)
-                (drawn,) = axes.plot(steps, means, marker=marker(row[1]), color=color(row[1]))
-                shown.setdefault(_short(row_name(row)), drawn)
-    figure.supxlabel("optimizer step" + _more(table), fontsize=8)
-    figure.supylabel("validation accuracy, %: mean ± sd over seeds", fontsize=8)
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=min(6, len(shown)))
+                if row[1] in ("softmax", "constant"):
+                    low, high = ([m + sign * s for m, s in zip(means, sds)] for sign in (-1, 1))
+                    axes.fill_between(steps, low, high, color=color(row[1]), alpha=0.18, linewidth=0)
+                (lines[short(row_name(row))],) = axes.plot(steps, means, **style.look(row[1]))
+    style.message(figure, _apart(table, rows))
+    figure.supxlabel("optimizer step" + _more(table, rows), fontsize=8)
+    figure.supylabel("validation accuracy, %: mean over seeds (band: ± sd)", fontsize=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -158,28 +172,60 @@ def _mean_curve(cell: Cell | None) -> list[tuple[int, float, float]]:
     return points
 
 
-def bubble(table: Table) -> Figure | None:
+def _apart(table: Table, rows: Rows) -> str:
+    """How far apart the curves of each column end, as a sentence."""
+    gaps: dict[str, float] = {}
+    for column in table.columns:
+        ends = [points[-1][1] for row in rows if (points := _mean_curve(table.cells.get((row, column))))] or [
+            0.0
+        ]
+        gaps[f"{max(ends) - min(ends):.0f} on {column.task}"] = max(ends) - min(ends)
+    ranked = listed(sorted(gaps, key=gaps.__getitem__, reverse=True))
+    return f"{table.preset}: points between the best and the worst method at the end: {ranked}"
+
+
+def bubble(table: Table, rows: Rows) -> Figure | None:
     """Average accuracy against speed, the area of a bubble being the peak memory, both relative to softmax."""
-    points = []
-    for row in default_rows(table):
-        cells = [table.cells.get((row, column)) for column in table.averaged or table.columns]
+    columns = table.averaged or table.columns
+    points = {}
+    for row in rows:
+        cells = [table.cells.get((row, column)) for column in columns]
         if all(cell and cell.complete for cell in cells):
             speed, memory = map(_geometric, zip(*map(table.efficiency, cells), strict=True))
             if speed and memory:
-                points.append((row, speed, memory, average([cell.estimate for cell in cells])))
+                points[row[1]] = speed, memory, average([cell.estimate for cell in cells])
     if not points:
         return None
-    figure, axes = subplots(width=6.4, height=4.2)
-    for row, speed, memory, mean in points:
-        _bubble(axes, row, speed, memory, mean)
+    figure, axes = style.subplots(width=7.2, height=4.6)
+    for method, (speed, memory, mean) in points.items():
+        axes.plot([speed, speed], [100 * mean.low, 100 * mean.high], color=color(method), linewidth=1)
+        axes.scatter(
+            [speed], [100 * mean.value], s=260 * memory, color=color(method), alpha=0.7, linewidths=0
+        )
     axes.set_xscale("log")
-    axes.margins(0.2)
-    plain_ticks(axes)
-    columns = len(table.averaged or table.columns)
+    axes.margins(0.3, 0.2)
+    style.plain_ticks(axes)
     axes.set_xlabel("speed relative to softmax (bench tasks; geometric mean over tasks)")
-    axes.set_ylabel(f"test accuracy, %, mean of {columns} task{'s' * (columns > 1)}, 95% interval")
-    axes.set_title(f"{table.preset}: area = peak memory relative to softmax{_more(table)}", fontsize=9)
+    tasks = f"{len(columns)} task{'s' * (len(columns) > 1)}"
+    axes.set_ylabel(f"test accuracy, %, mean of {tasks}, 95% interval")
+    axes.set_title(f"area, ×: peak memory relative to softmax{_more(table, rows)}", fontsize=8)
+    style.message(figure, _tradeoff(table.preset, points))
+    middles = [(speed, 100 * mean.value) for speed, _, mean in points.values()]
+    texts = [f"{short(method)}, {memory:.2f}×" for method, (_, memory, _) in points.items()]
+    place_labels(axes, middles, texts, [9 * memory**0.5 for _, memory, _ in points.values()])
     return figure
+
+
+def _tradeoff(preset: str, points: dict[str, tuple]) -> str:
+    """The fastest of the methods whose average is not below softmax's, as a sentence."""
+    softmax = points.get("softmax")
+    others = {name: point for name, point in points.items() if name not in ("softmax", "constant")}
+    level = {name: p[0] for name, p in others.items() if softmax and difference(p[2], softmax[2]).high >= 0}
+    text = f"{preset}: averaged over tasks, {len(level)} of {len(others)} methods not below softmax"
+    best = max(level, key=level.__getitem__, default=None)
+    return text + (
+        f"; the fastest of them, {short(best)}, is {level[best]:.2f} times as fast" if best else ""
+    )
 
 
 def _geometric(values: Sequence[float | None]) -> float | None:
@@ -187,44 +233,45 @@ def _geometric(values: Sequence[float | None]) -> float | None:
     return statistics.geometric_mean(known) if len(known) == len(values) else None
 
 
-def _bubble(axes: Axes, row: tuple, speed: float, memory: float, mean: Estimate) -> None:
-    method, y = row[1], 100 * mean.value
-    axes.plot([speed, speed], [100 * mean.low, 100 * mean.high], color=color(method), linewidth=1)
-    axes.scatter([speed], [y], s=260 * memory, color=color(method), alpha=0.7, linewidths=0)
-    axes.annotate(
-        f"{_short(row_name(row))} {memory:.2f}",
-        (speed, y),
-        xytext=(10, 5),
-        textcoords="offset points",
-        fontsize=8,
-    )
-
-
 def scaling(lengths: Curves) -> Figure | None:
     """Time and peak memory of the attention alone against length; a ring where a method overtakes softmax."""
     if not lengths:
         return None
-    figure, (times, memory) = subplots(1, 2, width=10, height=4.6)
+    figure, (times, memory) = style.subplots(1, 2, width=11, height=4.6)
+    crossings: dict[str, float] = {}
     for name, curve in lengths.items():
         cross = measured.crossover(curve, lengths.get(BASELINE, [])) if name != BASELINE else None
-        label = _short(name) + (f", from {cross:,.0f}" if cross else "")
-        look = dict(color=color(name), marker=marker(name), linestyle=dashes(name), label=label)
-        times.plot([p.x for p in curve], [p.y for p in curve], **look)
+        times.plot(*zip(*((p.x, p.y) for p in curve)), label=short(name), **style.look(name))
         peaks = [(p.x, p.peak_bytes / 1e6) for p in curve if p.peak_bytes]
         if peaks:
-            memory.plot(*zip(*peaks, strict=True), **look)
-        if cross and cross > curve[0].x:
+            memory.plot(*zip(*peaks), label=short(name), **style.look(name))
+        if cross:
+            crossings[name] = cross
+            times.lines[-1].set_label(f"{short(name)}, from {cross:,.0f}")
+    for name, cross in crossings.items():
+        if cross > lengths[name][0].x:
             _ring(times, cross, lengths[BASELINE], color(name))
     times.set_ylabel("seconds, forward and backward")
     memory.set_ylabel("peak memory, MB")
+    style.message(figure, _overtaken(lengths, crossings))
     for axes in (times, memory):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("tokens N (ring, from: not slower than softmax)" if axes is times else "tokens N")
-        plain_ticks(axes)
-    handles, names = times.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", fontsize=8, handlelength=HANDLE)
+        style.plain_ticks(axes)
+        label_ends(axes, [line for line in axes.lines if not line.get_label().startswith("_")])
     return figure
+
+
+def _overtaken(lengths: Curves, crossings: dict[str, float]) -> str:
+    """From which lengths methods are not slower than softmax, as a sentence."""
+    ranked = sorted(crossings, key=crossings.__getitem__)
+    ends = [
+        f"{short(name)} from {crossings[name]:,.0f} tokens"
+        for name in dict.fromkeys(ranked[:1] + ranked[-1:])
+    ]
+    text = f"{len(crossings)} of {sum(name != BASELINE for name in lengths)} methods overtake softmax"
+    return ": ".join([text, ", ".join(ends)] if ends else [text])
 
 
 def _ring(axes: Axes, x: float, baseline: Sequence[measured.Point], shade: str) -> None:
@@ -236,14 +283,3 @@ def _ring(axes: Axes, x: float, baseline: Sequence[measured.Point], shade: str) 
     axes.plot(
         [x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=shade, markeredgewidth=1.8
     )
-
-
-def errors(path: Path) -> Figure | None:
-    """Approximation error against the number of features, from the report of `variance`. Raises UsageError for a
-    broken file."""
-    if not path.exists():
-        return None
-    try:
-        return features_figure(json.loads(path.read_text()))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None

@@ -8,30 +8,40 @@ colour being readable on white and on near-black. Markers and direct labels say 
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lra.records.markup import flat
 from tasks.store.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = (
-    "#1f2328"  # text, axes and softmax: what everything is compared with; the page turns it light in the dark
-)
+INK = "#1f2328"  # text, axes and softmax, the baseline; the page turns this colour light in the dark
 GREY = "#8b9098"  # constant attention and floors
-PALETTE = (
-    "#5484fc", "#d86018", "#246c54", "#9c24b4", "#30c078", "#c00c18", "#f09018", "#7818fc", "#906090",
-    "#b49ce4", "#cc48cc",
-)  # fmt: skip
-MARKERS = "osDv^P<>pXh"
-NAMED = (
-    "performer", "darkformer", "linformer", "lfk", "linear", "optimal", "reformer", "nystrom", "local",
-    "random", "s4d",
-)  # fmt: skip
+METHODS = {  # colour and marker of each; a figure without room for all takes them in this order
+    "softmax": (INK, "*"),
+    "constant": (GREY, "d"),
+    "performer": ("#5484fc", "o"),
+    "darkformer": ("#d86018", "s"),
+    "linformer": ("#246c54", "D"),
+    "linear": ("#30c078", "^"),
+    "s4d": ("#cc48cc", "h"),
+    "local": ("#906090", "p"),
+    "nystrom": ("#7818fc", ">"),
+    "reformer": ("#f09018", "<"),
+    "optimal": ("#c00c18", "P"),
+    "lfk": ("#9c24b4", "v"),
+    "random": ("#b49ce4", "X"),
+}
+PALETTE, MARKERS = zip(*list(METHODS.values())[2:], strict=True)
+SERIES = 8  # lines in one panel; more cannot be told apart
+LONGEST = 28  # characters of a name in a figure
 HANDLE = 3.5  # length of a line in a legend that has to show a pattern of dashes, in letters
 STYLE = {
     "axes.axisbelow": True,
@@ -44,9 +54,7 @@ STYLE = {
     "axes.titlesize": 10,
     "figure.constrained_layout.use": True,
     "font.family": "sans-serif",
-    "font.sans-serif": [
-        "DejaVu Sans"
-    ],  # the one font that matplotlib brings along: the same layout everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # the one font that matplotlib brings along: one layout everywhere
     "font.size": 9,
     "grid.color": GREY,
     "grid.linewidth": 0.5,
@@ -64,29 +72,64 @@ STYLE = {
 }
 
 
-def color(method: str) -> str:
-    """The colour of a method as #rrggbb; a method without one of its own gets one from the hash of its name.
-
-    What stands after a space names a variant ("performer bf16"), which has the colour of its method.
-    """
-    own = {"softmax": INK, "constant": GREY} | dict(zip(NAMED, PALETTE, strict=True))
-    method = method.partition(" ")[0]
-    return own.get(method) or PALETTE[_hash(method) % len(PALETTE)]
+def method_of(name: str) -> str:
+    """The method that a name of a figure belongs to: "performer bf16" and "pypi:performer-pytorch" are performers."""
+    method = name.partition(" ")[0]
+    peer = method.removeprefix("pypi:")
+    return method if peer == method else next((known for known in METHODS if known in peer), method)
 
 
-def marker(method: str) -> str:
+def color(name: str) -> str:
+    """The colour of a method as #rrggbb; a method without one of its own gets one from the hash of its name."""
+    method = method_of(name)
+    return METHODS[method][0] if method in METHODS else PALETTE[_hash(method) % len(PALETTE)]
+
+
+def marker(name: str) -> str:
     """The marker of a method, in matplotlib's letters."""
-    own = {"softmax": "*", "constant": "_"} | dict(zip(NAMED, MARKERS, strict=True))
-    method = method.partition(" ")[0]
-    return own.get(method) or MARKERS[_hash(method) // len(PALETTE) % len(MARKERS)]
+    method = method_of(name)
+    if method in METHODS:
+        return METHODS[method][1]
+    return MARKERS[_hash(method) // len(PALETTE) % len(MARKERS)]
 
 
-def dashes(method: str) -> str | tuple:
-    """The line style of a method: broken for a variant, dotted for another package's ("pypi:NAME")."""
-    own = {"bf16": "--", "causal": "-."}
-    if variant := method.partition(" ")[2]:
-        return own.get(variant, (0, (5, 1, 1, 1, 1, 1)))
-    return ":" if ":" in method else "-"
+def look(name: str) -> dict[str, object]:
+    """How a line is drawn. Variants and peers of a method keep its colour, and differ in dashes and markers.
+
+    A variant ("softmax causal") has hollow markers and dashes of its own; a peer ("pypi:NAME") is dotted.
+    """
+    own = {"bf16": "--", "causal": "-.", "unfused": (0, (6, 1, 1, 1, 1, 1))}
+    variant = name.partition(" ")[2]
+    line = own.get(variant, (0, (3, 3))) if variant else ":" if name.startswith("pypi:") else "-"
+    fill = "none" if variant else "full"
+    return {"color": color(name), "marker": marker(name), "linestyle": line, "fillstyle": fill}
+
+
+def selection(names: Sequence[str], everything: bool = False) -> list[str]:
+    """The names that a figure shows, in their order: SERIES at most unless `everything` is asked for.
+
+    softmax and constant come first, then methods that are not in METHODS (the reader's own), then the others in
+    the order of METHODS, and variants and peers last.
+    """
+    order = list(METHODS)
+
+    def rank(name):
+        return " " in name or name.startswith("pypi:"), order.index(name) if name in order else 1.5
+
+    first = sorted(names, key=rank)[: None if everything else SERIES]
+    return [name for name in names if name in first]
+
+
+def short(name: str, longest: int = LONGEST) -> str:
+    """A name on one line, cut to what fits into a figure."""
+    name = flat(name)
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def listed(names: Iterable[str], longest: int = LONGEST) -> str:
+    """Names as a sentence lists them: "a, b and c"."""
+    *others, last = (short(name, longest) for name in names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _hash(method: str) -> int:
@@ -108,6 +151,22 @@ def subplots(rows: int = 1, columns: int = 1, *, width: float = 6.4, height: flo
     return figure, figure.subplots(rows, columns, **options)
 
 
+def grid(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of `width` x `height` inches, at most three beside each other, and their axes."""
+    across = min(3, panels)
+    down = -(-panels // across)
+    figure, axes = subplots(down, across, width=0.8 + width * across, height=height * down, squeeze=False)
+    for spare in axes.flat[panels:]:
+        spare.remove()
+    return figure, list(axes.flat[:panels])
+
+
+def message(figure: Figure, text: str) -> None:
+    """The title of a figure: the one thing that it says."""
+    lines = textwrap.fill(text, int(11.5 * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.01, horizontalalignment="left", fontsize=10, fontweight="bold")
+
+
 def plain_ticks(axes: Axes) -> None:
     """Numbers as people write them, 0.5 or 2,048, on both axes; never powers of ten, which would be markup."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -115,9 +174,7 @@ def plain_ticks(axes: Axes) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:,g}")
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         axis.set_major_formatter(plain)
-        axis.set_minor_formatter(
-            plain if high < 20 * low else NullFormatter()
-        )  # few decades: name what is between
+        axis.set_minor_formatter(plain if high < 20 * low else NullFormatter())  # few decades: name all
 
 
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:
@@ -129,9 +186,7 @@ def save(figure: Figure, path: Path) -> tuple[Path, Path]:
     stem = path.with_suffix("") if path.suffix in (".svg", ".png") else path
     svg, png = stem.with_name(stem.name + ".svg"), stem.with_name(stem.name + ".png")
     with drawing(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing"
-        )  # a name in another script: boxes in the PNG alone
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # another script: boxes in the PNG alone
         with atomic_path(svg) as temporary:
             figure.savefig(temporary, metadata={"Date": None, "Creator": None}, transparent=True)
         with atomic_path(png) as temporary:

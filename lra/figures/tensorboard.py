@@ -18,7 +18,7 @@ from lra.training.log import LAYOUT, read_log
 
 
 def tensorboard(args: Namespace) -> None:
-    """`tensorboard`: refresh the means, print the command; with --start become TensorBoard.
+    """`tensorboard`: refresh the means, name the tabs to open, print the command; with --start become TensorBoard.
 
     Raises UsageError when there are no runs, or none of the task.
     """
@@ -29,9 +29,9 @@ def tensorboard(args: Namespace) -> None:
     if args.task and args.task not in tasks:
         raise unknown("task of the runs", args.task, tasks)
     cells = sorted({log.parents[1] for log in logs if args.task in (None, log.parents[3].name)})
-    for cell in cells:
-        write_mean(cell)
-    print(f"mean over seeds: {len(cells)} cells")
+    several = [cell for cell in cells if write_mean(cell)]
+    print(f"mean over seeds: {len(several)} of {len(cells)} cells; the others have one seed")
+    print("in TensorBoard, open the tab Custom Scalars for the curves and HPARAMS for a table of the runs")
     folder = args.runs / args.task if args.task else args.runs
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(args.port)]
@@ -40,13 +40,17 @@ def tensorboard(args: Namespace) -> None:
         os.execv(command[0], command)
 
 
-def write_mean(cell: Path) -> Path:
-    """Write <cell>/mean: each tag's mean at the steps that every seed has reached. Returns the folder.
+def write_mean(cell: Path) -> bool:
+    """Write <cell>/mean: each tag's mean at the steps that every seed has reached. Returns whether there is one.
 
-    Raises UsageError for a log that is not one.
+    A single seed has no mean, which would be the same curve twice. Raises UsageError for a log that is not one.
     """
-    means = _means([_values(path) for path in cell.glob("seed*/log.jsonl")])
+    seeds = [_values(path) for path in cell.glob("seed*/log.jsonl")]
     mean, temporary = cell / "mean", cell / f".mean-{uuid.uuid4().hex[:12]}"
+    if len(seeds) < 2:
+        shutil.rmtree(mean, ignore_errors=True)
+        return False
+    means = _means(seeds)
     try:
         with SummaryWriter(str(temporary)) as writer:
             writer.add_custom_scalars(LAYOUT)
@@ -56,7 +60,7 @@ def write_mean(cell: Path) -> Path:
         temporary.rename(mean)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return mean
+    return True
 
 
 def _values(path: Path) -> dict[tuple[int, str], float]:

@@ -1,4 +1,4 @@
-"""Figures of the Gemma track: a pure function of its records. No torch."""
+"""Figures of the Gemma track: a pure function of its records. The title of a panel is what it says. No torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lra.figures.style import HANDLE, color, drawing, marker, save, subplots
+from lra.figures import style
+from lra.figures.labels import label_ends
 from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
-from lra.gemma.stats import Record, accuracy, gap, spikes
+from lra.gemma.stats import Record, accuracy, gap, recovered, spikes
 from lra.gemma.table import by_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+Label = tuple[str, str]  # attention, options
+NAME = 58  # characters of a name beside a panel
+BASELINES = ("softmax", "constant")
 
 
 def show(args: Namespace) -> None:
@@ -31,31 +37,47 @@ def draw(results: Path) -> list[Path]:
     makers = {"swap": swap, "finetune": finetune, "stability": stability, "anisotropy": anisotropy}
     written = []
     for kind, records in by_kind(results).items():
-        with drawing():
+        with style.drawing():
             figure = makers[kind](records)
-        written += save(figure, results / "gemma" / "figures" / kind)
+        written += style.save(figure, results / "gemma" / "figures" / kind)
     return written
 
 
 def _panels(
-    records: Sequence[Record], name: Callable = row_of, height: float = 3.2
-) -> tuple[Figure, list[tuple[Axes, dict]]]:
-    """A panel for each setting, with its records by row; `name(record, those of the setting)` is a row's."""
+    records: Sequence[Record], name: Callable = row_of, height: float = 3.4
+) -> tuple[Figure, list[tuple[Axes, str, dict[Label, list[Record]]]]]:
+    """(axes, setting, records by row) of each setting; `name(record, those of the setting)` is a row's."""
     settings = grouped(records, setting_of)
-    figure, grid = subplots(len(settings), 1, width=9.0, height=height * len(settings), squeeze=False)
+    figure, grid = style.subplots(len(settings), 1, width=10.0, height=height * len(settings), squeeze=False)
     panels = []
     for (axes,), (setting, runs) in zip(grid, settings.items(), strict=True):
-        axes.set_title(setting, fontsize=7)
-        panels.append((axes, grouped(runs, lambda r, runs=runs: name(r, runs))))
+        rows = grouped(runs, lambda r, runs=runs: name(r, runs))
+        sizes = {features(r) for r in runs} - {None}
+        if len(sizes) == 1:  # then it is said once
+            setting, rows = (
+                f"{setting}, M = {min(sizes)}",
+                {without(label, "M="): rows[label] for label in rows},
+            )
+        panels.append((axes, setting, rows))
     return figure, panels
 
 
-def _legend(axes: Axes) -> None:
-    """Beside the panel, where it hides nothing."""
-    axes.legend(fontsize=7, handlelength=HANDLE, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def _finish(axes: Axes, says: str, setting: str, lines: Sequence[Line2D]) -> None:
+    """Title, setting, and a name at the end of each line."""
+    axes.set_title(f"{textwrap.fill(says, 100)}\n", fontsize=9, fontweight="bold")
+    axes.annotate(setting, (0, 1), (0, 4), "axes fraction", textcoords="offset points", fontsize=7)
+    label_ends(axes, lines, 7)
 
 
-def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
+def _bars(axes: Axes, at: Sequence[float], points: Sequence[Sequence[float]], look: dict[str, str]) -> Line2D:
+    """A line through values with bars; a point is (value, low, high)."""
+    spans = [[v - low for v, low, _ in points], [high - v for v, _, high in points]]
+    line = axes.errorbar(at, [v for v, *_ in points], spans, capsize=2, **look)[0]
+    line.set_label(look["label"])
+    return line
+
+
+def _styles(labels: Sequence[Label]) -> dict[Label, dict[str, str]]:
     """How rows are drawn, in order: variants of one method share its colour and marker, and differ in their dashes and,
     where these begin again, in hollow markers."""
     dashes, seen = ("-", "--", ":", "-."), Counter()
@@ -64,104 +86,168 @@ def _styles(labels: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str
         again, which = divmod(seen[label[0]], len(dashes))
         seen[label[0]] += 1
         styles[label] = {
-            "color": color(label[0]),
-            "marker": marker(label[0]),
+            "color": style.color(label[0]),
+            "marker": style.marker(label[0]),
             "linestyle": dashes[which],
             "fillstyle": "none" if again else "full",
-            "label": textwrap.fill(titled(label), 48, subsequent_indent="  "),
+            "label": "constant: averaging" if label == ("constant", "") else style.short(titled(label), NAME),
         }
     return styles
 
 
+def _recovery(rows: dict[Label, list[Record]]) -> str:
+    """How many rows lie above averaging, and what the best of them recovers of exact attention, as a sentence."""
+    exact, constant = (baseline(rows, kind) for kind in BASELINES)
+    others = {label: runs for label, runs in rows.items() if label[0] not in BASELINES}
+    if not exact or not constant:
+        return "no exact attention or no averaging to compare with"
+    shares = {label: recovered(exact, constant, runs) for label, runs in others.items()}
+    known = {label: share for label, share in shares.items() if share}
+    above = {label: share.value for label, share in known.items() if share.low > 0}
+    if not known:
+        return "averaging (constant) is level with exact attention"
+    if not above:
+        return f"none of {len(known)} rows is above averaging (constant)"
+    best = max(above, key=above.__getitem__)
+    return (
+        f"{len(above)} of {len(known)} rows above averaging (constant); the best, {style.short(titled(best), 90)}, "
+        f"goes {100 * above[best]:.0f}% of the way from averaging to exact attention"
+    )
+
+
 def finetune(records: Sequence[Record]) -> Figure:
-    """Validation accuracy against training tokens, mean over seeds; a vertical bar spans the seeds."""
+    """Validation accuracy against training tokens, mean over seeds; a vertical bar spans the seeds.
+
+    Of runs that differ in learning rates and warm start alone, those of least validation loss; then softmax, constant
+    and the best of the others, style.SERIES in all.
+    """
     figure, panels = _panels([r for r in records if r["result"]])
-    for one, rows in panels:
-        for label, style in _styles(list(rows)).items():
-            per_step = rows[label][0]["training"]["recipe"]["batch"] * rows[label][0]["task"]["seq_len"]
-            curves = [{c[0]: 100 * c[3] / c[4] for c in r["result"]["curve"]} for r in rows[label]]
+    for axes, setting, rows in panels:
+        shown = _best(rows)
+        lines = []
+        for label, look in _styles(list(shown)).items():
+            runs = shown[label]
+            per_step = runs[0]["training"]["recipe"]["batch"] * runs[0]["task"]["seq_len"]
+            curves = [{c[0]: 100 * c[3] / c[4] for c in r["result"]["curve"]} for r in runs]
             steps = sorted(set.intersection(*map(set, curves)))
-            middle = [statistics.fmean(c[s] for c in curves) for s in steps]
-            low, high = ([abs(m - f(c[s] for c in curves)) for m, s in zip(middle, steps, strict=True)]
-                         for f in (min, max))  # fmt: skip
-            one.errorbar([s * per_step for s in steps], middle, [low, high], **style)
-        one.set(xlabel="training tokens", ylabel="validation accuracy, %")
-        _legend(one)
+            values = [[c[s] for c in curves] for s in steps]
+            points = [(statistics.fmean(v), min(v), max(v)) for v in values]
+            lines.append(_bars(axes, [s * per_step for s in steps], points, look))
+        left = f" ({len(shown)} of {len(rows)} rows: the best rate and start of each, the best methods)"
+        axes.set(xlabel="training tokens" + left * (len(shown) < len(rows)), ylabel="validation accuracy, %")
+        _finish(axes, _recovery(shown), setting, lines)
     return figure
 
 
+def _best(rows: dict[Label, list[Record]]) -> dict[Label, list[Record]]:
+    """The rows that `finetune` shows."""
+
+    def loss(label):
+        return statistics.fmean(r["result"]["curve"][-1][2] for r in rows[label])
+
+    def forms(label):
+        return without(without(without(label, "lr"), "warmstart"), "transfer_tokens")
+
+    best = [min(labels, key=loss) for labels in grouped(sorted(rows, key=order), forms).values()]
+    ranked = sorted(best, key=lambda label: (label[0] not in BASELINES, loss(label)))
+    return {label: rows[label] for label in ranked[: style.SERIES]}
+
+
 def swap(records: Sequence[Record]) -> Figure:
-    """Gap to exact against M, with intervals; methods without features are horizontal lines."""
+    """Gap to exact against M, with intervals; averaging, which has no features, is a line with its interval as band."""
     figure, panels = _panels(records)
-    for one, rows in panels:
+    for axes, setting, rows in panels:
         exact = baseline(rows, "softmax")
-        lines: dict[tuple[str, str], list] = {}
-        for label, found in rows.items():
-            if exact and found != exact:
-                lines.setdefault(without(label, "M="), []).append((features(found[0]), gap(exact, found)))
-        for label, style in _styles(list(lines)).items():
-            if lines[label][0][0] is None:
-                one.axhline(100 * lines[label][0][1].value, **style | {"marker": ""})
+        series: dict[Label, list] = {}
+        for label, runs in rows.items():
+            if exact and runs != exact:
+                series.setdefault(without(label, "M="), []).append((features(runs[0]), gap(exact, runs)))
+        sizes = sorted({M for points in series.values() for M, _ in points if M})
+        ends = [sizes[0] / 1.2, sizes[-1] * 1.2] if sizes else [1, 2]
+        lines = []
+        for i, (label, look) in enumerate(_styles(list(series)).items()):
+            if series[label][0][0] is None:
+                value, low, high = (100 * v for v in series[label][0][1])
+                lines += axes.plot(ends, [value, value], **look)
+                axes.fill_between(ends, low, high, color=look["color"], alpha=0.2, linewidth=0)
                 continue
-            at, gaps = zip(*sorted(lines[label], key=lambda x: x[0]), strict=True)
-            values = [100 * g.value for g in gaps]
-            spans = [[100 * (g.value - g.low) for g in gaps], [100 * (g.high - g.value) for g in gaps]]
-            one.errorbar(at, values, spans, capsize=2, **style)
-        one.set_xscale("log", base=2)
-        one.xaxis.set_major_formatter("{x:g}")
-        one.set(xlabel="random features M", ylabel="gap to exact, points")
-        _legend(one)
+            at, gaps = zip(*sorted(series[label], key=lambda x: x[0]), strict=True)
+            shifted = [
+                M * 2 ** (0.07 * (i - len(series) / 2)) for M in at
+            ]  # so that intervals stand side by side
+            lines.append(_bars(axes, shifted, [[100 * x for x in g] for g in gaps], look))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.set(xlabel="random features M", ylabel="gap to exact, points (less is better)")
+        _finish(axes, _recovery(rows), setting, lines)
     return figure
 
 
 def stability(records: Sequence[Record]) -> Figure:
-    """Accuracy (lines) and loss spikes per 100 steps (bars' heights written out) at each learning rate."""
+    """Accuracy (lines) and loss spikes per 100 steps (numbers) at each learning rate."""
     figure, panels = _panels(records, lambda r, among: without(row_of(r, among), "lr"))
-    for one, rows in panels:
-        for label, style in _styles(list(rows)).items():
-            found = rows[label]
-            rates = grouped(found, lambda r: r["training"]["recipe"]["lr"])
-            at = [x for x in rates if all(r["result"] for r in rates[x])]
-            values = [100 * statistics.fmean(map(accuracy, rates[x])) for x in at]
-            one.plot(at, values, **style)
+    for axes, setting, rows in panels:
+        lines, losses = [], {}
+        rates = sorted({r["training"]["recipe"]["lr"] for runs in rows.values() for r in runs})
+        for label, look in _styles(list(rows)).items():
+            by_rate = grouped(rows[label], lambda r: r["training"]["recipe"]["lr"])
+            at = [x for x in by_rate if all(r["result"] for r in by_rate[x])]
+            values = [100 * statistics.fmean(map(accuracy, by_rate[x])) for x in at]
+            if values:
+                lines += axes.plot(at, values, **look)
+                losses[titled(label)] = max(values) - min(values)
             for x, value in zip(at, values, strict=True):
-                losses = [r["training"]["losses"] for r in rates[x]]
-                if count := 100 * sum(map(spikes, losses)) / max(1, sum(map(len, losses))):
-                    one.annotate(f"{count:.1f}", (x, value), (0, 4), textcoords="offset points", fontsize=6)
-            for x in set(rates) - set(at):
-                one.plot([x], [0], color=style["color"], marker="x", linestyle="none")
-        one.set_xscale("log")
-        one.xaxis.set_major_formatter("{x:g}")
-        one.set(
-            xlabel="peak learning rate (number: spikes per 100 steps; x: diverged)", ylabel="test accuracy, %"
-        )
-        _legend(one)
+                steps = [r["training"]["losses"] for r in by_rate[x]]
+                if count := 100 * sum(map(spikes, steps)) / max(1, sum(map(len, steps))):
+                    axes.annotate(f"{count:.1f}", (x, value), (0, 4), textcoords="offset points", fontsize=6)
+            for x in set(by_rate) - set(at):
+                axes.plot([x], [0], color=look["color"], marker="x", linestyle="none")
+        axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:.0e}".replace("e-0", "e-") for rate in rates])
+        axes.minorticks_off()
+        numbers = "peak learning rate (number at a point: loss spikes per 100 steps; x: diverged)"
+        axes.set(xlabel=numbers, ylabel="test accuracy, %")
+        _finish(axes, _steadiest(losses), setting, lines)
     return figure
+
+
+def _steadiest(losses: dict[str, float]) -> str:
+    """Whose accuracy depends least and most on the learning rate, as a sentence."""
+    if not losses:
+        return "every run diverged"
+    least, most = (pick(losses, key=losses.__getitem__) for pick in (min, max))
+    text = f"accuracy depends least on the rate with {style.short(least, NAME)} ({losses[least]:.1f} points)"
+    return text + (f", most with {style.short(most, NAME)} ({losses[most]:.1f})" if most != least else "")
 
 
 def anisotropy(records: Sequence[Record]) -> Figure:
     """Eigenvalues of each layer's first head, as they are and aligned, with the two limits of the theory."""
-    figure, panels = _panels(records, height=4.0)
-    for one, rows in panels:
+    figure, panels = _panels(records, height=4.2)
+    for axes, setting, rows in panels:
         ((record,),) = rows.values()
         layers = record["result"]["layers"]
-        for i, layer in enumerate(layers):
-            shade = 0.3 + 0.7 * i / max(1, len(layers) - 1)
-            for key, method in (("spectrum", "softmax"), ("aligned_spectrum", "darkformer")):
+        beyond = {}
+        forms = (("spectrum", "softmax", "as they are"), ("aligned_spectrum", "darkformer", "aligned"))
+        for key, method, name in forms:
+            for i, layer in enumerate(layers):
                 values = layer[key][0]
-                named = (
-                    {"spectrum": "as they are", "aligned_spectrum": "aligned"}[key]
-                    if i == len(layers) - 1
-                    else None
-                )
-                one.plot(range(1, len(values) + 1), values, color=color(method), alpha=shade, label=named)
-        for limit, dash, name in (
-            (1 / 2, "--", "1/2: beyond, no optimal proposal"),
-            (1 / 6, ":", "1/6: beyond, infinite variance"),
-        ):
-            one.axhline(limit, linestyle=dash, color=color("constant"), label=name)
-        one.set_yscale("log")
-        one.yaxis.set_major_formatter("{x:g}")
-        one.set(xlabel="eigenvalue", ylabel="second moment of q~ and k~, first head")
-        _legend(one)
+                shade = 0.3 + 0.7 * i / max(1, len(layers) - 1)
+                (line,) = axes.plot(range(1, len(values) + 1), values, color=style.color(method), alpha=shade)
+            line.set_label(f"{name} (pale: layer {layers[0]['layer']}, full: layer {layers[-1]['layer']})")
+            beyond[name] = sum(layer[key][0][0] > 0.5 for layer in layers)
+        limits = (
+            (1 / 2, "--", "above 1/2: no optimal proposal"),
+            (1 / 6, ":", "above 1/6: infinite variance"),
+        )
+        for limit, dash, name in limits:
+            axes.axhline(limit, linestyle=dash, color=style.GREY, label=name)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="eigenvalues, largest first", ylabel="second moment of queries and keys\n"
+                 "times the square root of the scale, first head")  # fmt: skip
+        axes.legend(fontsize=8, loc="upper right")
+        counts = " and ".join(f"{count} {name}" for name, count in beyond.items())
+        _finish(
+            axes, f"layers whose largest eigenvalue is above 1/2: {counts}, of {len(layers)}", setting, ()
+        )
     return figure

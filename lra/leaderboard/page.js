@@ -10,8 +10,8 @@
     const words = form.elements.search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const row of rows) {
-      const name = row.cells[0].textContent.toLowerCase();
-      row.hidden = !(wanted.every(([key, value]) => row.dataset[key] === value) && words.every(w => name.includes(w)));
+      const name = row.cells[1].textContent.toLowerCase();
+      row.hidden = !(wanted.every(([key, value]) => (row.dataset[key] ?? value) === value) && words.every(w => name.includes(w)));
       shown += !row.hidden;
     }
     count.textContent = `${shown} of ${rows.length} rows`;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -13,25 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from lra.figures import plots
-from lra.figures.style import INK, color
+from lra.figures.style import GREY, INK, color
 from lra.leaderboard.submit import Verdict, verified
 from lra.options import UsageError
 from lra.records import measured, published, table
-from lra.records.cells import Cell, Column, Entry, Table
-from lra.records.markup import flat, html_fragment
+from lra.records.cells import Cell, Entry, Table, row_name
+from lra.records.markup import Block, Bullets, Grid, Heading, Text, flat, html_fragment
 from lra.records.record import report_skipped
 from lra.records.stats import mean_sd
 from tasks.store.files import atomic_path
 
 HERE = Path(__file__).parent
 CAPTIONS = {
-    "bubble": "Accuracy, speed and peak memory of every method that has run all tasks.",
-    "accuracy": "Test accuracy by task: seeds, mean and 95% interval; floors dashed.",
-    "curves": "Validation accuracy while training: mean and standard deviation over seeds.",
+    "bubble": "Accuracy, speed and peak memory of the methods that have run all tasks.",
+    "accuracy": "Test accuracy by task, best first: seeds, mean and 95% interval; floors dashed.",
+    "curves": "Validation accuracy while training: mean over seeds.",
     "lengths": "Time and memory of the attention alone against length; from where a method is not slower than softmax.",
-    "features": "Approximation error against the number of features.",
 }
-DOTS = 120  # width of the small chart in a row, in its own units
+GEMMA = {  # what `gemma table` and `gemma plot` write below RESULTS/gemma
+    "swap": "The attention of a pretrained Gemma exchanged, nothing trained.",
+    "finetune": "Exchanged, then finetuned.",
+    "stability": "Finetuned at several learning rates.",
+    "anisotropy": "Spectra of real queries and keys.",
+}
+STRIP = 120  # width of the small chart in a row, in its own units
+FIRST = "small"  # the preset that is shown first
 
 
 def build(args: Namespace) -> int:
@@ -78,74 +85,105 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
     verdicts = verified(results)
     rows = [row for t in tables for row in _rows(results, t, verdicts)]
     reproduced = {place: v.reproduction for place, v in verdicts.items() if v.reproduction}
-    blocks = [*table.blocks(tables, reproduced), *measured.blocks(results), *published.blocks()]
+    blocks = {t.preset: table.blocks([t], reproduced) for t in tables}
+    shown = blocks.get(FIRST) or next(iter(blocks.values()), [])
+    every = list(dict.fromkeys(block for part in blocks.values() for block in part)) or table.blocks([])
+    studies = [_picture(path) for path in sorted((results / "figures").glob("variance*.svg"))]
     return environment.get_template("page.html.j2").render(
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         rows=rows,
-        filters={key: sorted({row[key] for row in rows}) for key in ("preset", "task", "protocol", "device")},
-        figures=[_figure(path) for path in figures],
-        tables=Markup(html_fragment(blocks)),
+        first=FIRST,
+        filters={
+            key: sorted({row[key] for row in rows} - {""}) for key in ("preset", "task", "protocol", "device")
+        },
+        warnings=[item for block in shown if isinstance(block, Bullets) for item in block.items],
+        figures=[*map(_figure, figures), *studies],
+        gemma=list(_gemma(results / "gemma")),
+        tables=Markup(html_fragment([*every, *measured.blocks(results), *published.blocks()])),
         left_out=left_out,
     )
 
 
 def _rows(results: Path, t: Table, verdicts: dict[Path, Verdict]) -> Iterator[dict[str, Any]]:
-    """One dictionary per cell of a table, for the template."""
-    ranges = {column: _range(t, column) for column in t.columns}
-    for key, column in sorted(t.cells, key=lambda k: (k[1].order, k[0])):
-        cell = t.cells[key, column]
-        speed, memory = t.efficiency(cell)
-        yield {
-            "name": table.row_name(key),
-            "color": "currentColor" if color(key[1]) == INK else color(key[1]),
-            "preset": flat(t.preset),
-            "task": flat(column.task),
-            "data": flat(", ".join(column.parts[1:])),
-            "protocol": flat(" / ".join(sorted({_protocol(e) for e in cell.runs}))),
-            "device": flat(" / ".join(sorted({e.device for e in cell.runs}))),
-            "params": max(e.params_ratio for e in cell.runs),
-            "speed": speed,
-            "memory": memory,
-            "badge": _badge(results, cell, verdicts),
-            "runs": [_run(results, e) for e in cell.runs],
-            **_score(cell, *ranges[column]),
+    """One dictionary for each cell and each floor of a table: by task, the best first, the failed last."""
+    for column in t.columns:
+        cells = {key: cell for (key, c), cell in t.cells.items() if c == column}
+        rows = [_row(results, t, key, cell, verdicts) for key, cell in cells.items()]
+        floors = [_floor(name, value) for name, value in t.first(column).floors.items()]
+        ends = [end for row in rows for end in row["bounds"]] + [row["accuracy"] for row in floors]
+        low, high = min(ends, default=0.0), max(ends, default=100.0)
+
+        def place(value, low=low, high=high):
+            return f"{4 + (STRIP - 8) * (value - low) / (high - low or 1):.1f}"
+
+        softmax = t.cell("softmax", column)
+        axis = {
+            "ends": (f"{low:.0f}", f"{high:.0f}"),
+            "floors": [place(row["accuracy"]) for row in floors],
+            "softmax": place(100 * softmax.estimate.value) if softmax and softmax.ok else None,
         }
+        rows.sort(key=lambda row: (row["accuracy"] is None, -(row["accuracy"] or 0.0), row["name"]))
+        for rank, row in enumerate(rows, 1):
+            row["rank"] = None if row["accuracy"] is None else rank
+        for row in sorted(
+            [*rows, *floors], key=lambda row: (row["accuracy"] is None, -(row["accuracy"] or 0.0))
+        ):
+            marks = {name: [place(value) for value in row[name]] for name in ("bounds", "dots")}
+            mean = None if row["accuracy"] is None else place(row["accuracy"])
+            yield row | {
+                "preset": flat(t.preset),
+                "task": flat(column.task),
+                "data": flat(", ".join(column.parts[1:])),
+                "strip": axis | marks | {"mean": mean},
+            }
+
+
+def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
+    speed, memory = t.efficiency(cell)
+    return {
+        "name": row_name(key),
+        "color": "currentColor" if color(key[1]) == INK else color(key[1]),
+        "protocol": flat(" / ".join(sorted({_protocol(e) for e in cell.runs}))),
+        "device": flat(" / ".join(sorted({e.device for e in cell.runs}))),
+        "params": max(e.params_ratio for e in cell.runs),
+        "speed": speed,
+        "memory": memory,
+        "badge": _badge(results, cell, verdicts),
+        "runs": [_run(results, e) for e in cell.runs],
+        **_score(cell),
+    }
+
+
+def _floor(name: str, value: float) -> dict[str, Any]:
+    """The row of a floor: what needs no attention, computed from the data."""
+    empty = dict.fromkeys(("rank", "sd", "params", "speed", "memory", "badge"))
+    empty |= dict.fromkeys(("protocol", "device", "interval", "seeds", "failed"), "")
+    empty |= dict.fromkeys(("bounds", "dots", "runs"), ())
+    return empty | {"name": f"floor: {flat(name)}", "color": GREY, "accuracy": 100 * value}
 
 
 def _protocol(e: Entry) -> str:
     return "open" if e.open else e.protocol
 
 
-def _score(cell: Cell, low: float, high: float) -> dict[str, Any]:
-    """Accuracy in percent with its interval and seeds, and the small chart of a cell from `low` to `high`."""
+def _score(cell: Cell) -> dict[str, Any]:
+    """Accuracy in percent, with its interval and seeds."""
     seeds = f"{len(cell.ok)} of {max(cell.seeds, len(cell.runs))}"
     failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
     if not cell.ok:
-        return {"accuracy": None, "seeds": seeds, "failed": failed}
-
-    def place(value):
-        return f"{4 + (DOTS - 8) * (value - low) / (high - low or 1):.1f}"
-
-    estimate = cell.estimate
+        return {"accuracy": None, "bounds": (), "dots": (), "seeds": seeds, "failed": failed}
     _, sd = mean_sd(cell.accuracies)
     return {
-        "accuracy": 100 * estimate.value,
+        "accuracy": 100 * cell.estimate.value,
         "sd": None if sd is None else 100 * sd,
-        "interval": f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}",
+        "bounds": [100 * cell.estimate.low, 100 * cell.estimate.high],
+        "interval": f"{100 * cell.estimate.low:.1f} to {100 * cell.estimate.high:.1f}",
+        "dots": [100 * a for a in cell.accuracies],
         "seeds": seeds,
         "failed": failed,
-        "line": (place(estimate.low), place(estimate.high)),
-        "mean": place(estimate.value),
-        "dots": [place(a) for a in cell.accuracies],
     }
-
-
-def _range(t: Table, column: Column) -> tuple[float, float]:
-    """The accuracies that the small charts of a column span."""
-    found = [cell.estimate for (_, c), cell in t.cells.items() if c == column and cell.ok]
-    return min((e.low for e in found), default=0.0), max((e.high for e in found), default=1.0)
 
 
 def _run(results: Path, e: Entry) -> dict[str, str]:
@@ -172,4 +210,47 @@ def _figure(path: Path) -> dict[str, Any]:
     text = text.replace(INK, "currentColor").replace('id="', f'id="{path.stem}-')
     text = text.replace("url(#", f"url(#{path.stem}-").replace('href="#', f'href="#{path.stem}-')
     preset, _, kind = path.stem.rpartition("-")
-    return {"svg": Markup(text), "title": preset, "caption": CAPTIONS[kind]}
+    return {"svg": Markup(text), "caption": f"{preset}: {CAPTIONS[kind]}" if preset else CAPTIONS[kind]}
+
+
+def _picture(path: Path, caption: str = "Random features, measured by `variance`.") -> dict[str, Any]:
+    """A figure that was drawn before, as an image: whatever is in the file, an image runs and asks for nothing."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"data": f"data:image/svg+xml;base64,{data}", "name": path.stem, "caption": caption}
+
+
+def _gemma(folder: Path) -> Iterator[dict[str, Any]]:
+    """Figure and tables of each kind of measurement of the Gemma track, as its own commands wrote them."""
+    from markupsafe import Markup
+
+    for kind, caption in GEMMA.items():
+        figure, text = folder / "figures" / f"{kind}.svg", folder / f"{kind}.md"
+        if figure.is_file() or text.is_file():
+            tables = html_fragment(_blocks(text.read_text(encoding="utf-8"))) if text.is_file() else ""
+            yield {
+                "kind": kind,
+                "caption": caption,
+                "figure": _picture(figure, caption) if figure.is_file() else None,
+                "tables": Markup(tables),
+            }
+
+
+def _blocks(text: str) -> list[Block]:
+    """Markdown that markup.markdown wrote, as the blocks that it was made from."""
+
+    def plain(part: str) -> str:
+        return html.unescape(re.sub(r"\\([\\|*`~\]])", r"\1", part)).replace("<br>", "\n")
+
+    blocks: list[Block] = []
+    for part in text.strip().split("\n\n"):
+        lines = part.splitlines()
+        if part.startswith("| "):
+            header, _, *rows = (tuple(map(plain, line[2:-2].split(" | "))) for line in lines)
+            blocks.append(Grid(header, tuple(rows)))
+        elif part.startswith("* "):
+            blocks.append(Bullets(tuple(plain(line[2:]) for line in lines)))
+        elif part.startswith("### "):
+            blocks.append(Heading(plain(part[4:])))
+        else:
+            blocks.append(Text(plain(part)))
+    return blocks

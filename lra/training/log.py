@@ -113,7 +113,8 @@ class RunLog:
             "hparam/test_acc": result["n_correct"] / result["n_test"] if result else 0.0,
             "hparam/val_acc": result["val_n_correct"] / result["n_val"] if result else 0.0,
         }
-        self.writer.add_hparams(self.hparams, metrics, run_name=".")
+        hparams = {"accuracy": metrics["hparam/test_acc"], **self.hparams}  # shown by name: accuracy comes first
+        self.writer.add_hparams(hparams, metrics, run_name=".")
         self.flush()
 
 

@@ -15,9 +15,10 @@ from lra.machine import set_threads
 from lra.options import UsageError, unknown
 from lra.registry import build_attention
 from lra.scaling.reports import write_report
+from lra.variance import figures
 from lra.variance.cases import Case, cases, numbers
 from lra.variance.measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
-from lra.variance.report import draw, variance_tables
+from lra.variance.report import variance_tables
 
 IID = {"orthogonal": False}
 OPTIMAL = {"proposal": "variance_optimal"}
@@ -40,10 +41,15 @@ ELSEWHERE = ("run", "data", "runs", "results", "threads")  # arguments that do n
 
 def variance(args: Namespace) -> None:
     """`variance`: measure, print the tables, write bench/NAME.json and .md and the figures."""
+    folder = args.results / "figures"
     if not re.fullmatch(r"variance[\w.-]*", args.name):  # never the files of another measurement
         raise UsageError(
             f"--name must start with variance, then letters, digits, . _ or -; got {args.name!r}"
         )
+    if args.redraw:
+        for path in figures.redraw(args.results / "bench" / f"{args.name}.json", folder, args.name):
+            print(path)
+        return
     if args.target_norm <= 0 or not math.isfinite(args.target_norm):
         raise UsageError(f"--target-norm must be above 0 and finite; got {args.target_norm}")
     features = numbers(args.features, "--features", 1, int)
@@ -59,8 +65,8 @@ def variance(args: Namespace) -> None:
     command = _command(args)
     text = variance_tables(report, command)
     print(text)
-    figures = draw(report, args.results / "figures", args.name)
-    for path in (*write_report(args.results, args.name, command, report, text), *figures):
+    written = write_report(args.results, args.name, command, report, text)
+    for path in (*written, *figures.draw(report, folder, args.name)):
         print(path)
 
 

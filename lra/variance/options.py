@@ -41,6 +41,7 @@ MEASURE = (
     option(
         "--name", "of the files bench/NAME.*, figures/NAME-features and NAME-condition", default="variance"
     ),
+    option("--redraw", "measure nothing: draw the figures of bench/NAME.json again", bool),
     RESULTS,
 )
 COMMANDS = {"variance": Command("lra.variance.commands:variance", (*SOURCE, *MEASURE, TRUST))}

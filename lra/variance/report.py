@@ -1,19 +1,11 @@
-"""Tables and figures of what `variance` measured. No torch."""
+"""Tables of what `variance` measured. No torch."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lra.figures.style import MARKERS, color, drawing, plain_ticks, save, subplots
 from lra.records.markup import Grid, markdown
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MISSING = "–"
 ABSENT = "does not exist"
@@ -114,91 +106,3 @@ def _slope(fitted: Sequence[float] | None) -> str:
     return MISSING if fitted is None else f"{fitted[0]:.2f} ± {fitted[1]:.2f}"
 
 
-def shown(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The case in the middle of each group: what the figure over M shows, and the points of the file."""
-    groups: dict[str, list] = {}
-    for case in cases:
-        groups.setdefault(case["group"], []).append(case)
-    return [group[len(group) // 2] for group in groups.values()]
-
-
-def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Write NAME-features and, where several condition numbers were measured, NAME-condition; returns the SVGs."""
-    with drawing():
-        written = [save(features_figure(report), folder / f"{name}-features")[0]]
-        if any(len(group) > 1 for group in _conditions(report).values()):
-            written.append(save(condition_figure(report), folder / f"{name}-condition")[0])
-    return written
-
-
-def features_figure(report: dict[str, Any]) -> Figure:
-    """Errors of kernel and output against M, for the case in the middle of each group; dashed: the closed form of
-    section 3 over M."""
-    groups: dict[str, list] = {}
-    for case in report["cases"]:
-        groups.setdefault(case["group"], []).append(case)
-    rows = [group[len(group) // 2] for group in groups.values()]
-    figure, axes = subplots(len(rows), 2, width=10, height=0.8 + 3.2 * len(rows), squeeze=False)
-    for case, (kernel, output) in zip(rows, axes, strict=True):
-        for s, look in zip(case["schemes"], _looks(case), strict=True):
-            M = [p["M"] for p in s["points"]]
-            kernel.plot(M, [p["kernel_rms"] for p in s["points"]], **look)
-            output.plot(M, [p["error"] for p in s["points"]], **look)
-            if (form := s["closed_form_variance_log10"]) is not None:
-                curve = [math.sqrt(10 ** min(form, 300) / m) for m in M]
-                kernel.plot(M, curve, color=look["color"], linestyle="--", linewidth=1)
-        for place, what in (
-            (kernel, "relative error of the kernel"),
-            (output, "relative error of the output"),
-        ):
-            place.set_xscale("log", base=2)
-            place.set(yscale="log", xlabel="features M", ylabel=what, title=case["name"])
-            plain_ticks(place)
-    _legend(figure, axes[0][0], "one line per scheme; dashed: closed form of independent features")
-    return figure
-
-
-def _looks(case: dict[str, Any]) -> list[dict[str, str]]:
-    """The schemes of a method share its colour and differ in their markers."""
-    seen: Counter[str] = Counter()
-    looks = []
-    for s in case["schemes"]:
-        mark = MARKERS[seen[s["attention"]] % len(MARKERS)]
-        seen[s["attention"]] += 1
-        looks.append({"color": color(s["attention"]), "marker": mark, "label": s["name"]})
-    return looks
-
-
-def _conditions(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list] = {}
-    for case in report["cases"]:
-        if case["group"] != "layers":
-            groups.setdefault(case["group"], []).append(case)
-    return groups
-
-
-def condition_figure(report: dict[str, Any]) -> Figure:
-    """Relative variance of one feature against the condition number, exact per pair; dashed: closed forms."""
-    groups = _conditions(report)
-    figure, axes = subplots(1, len(groups), width=2 + 4 * len(groups), height=4, squeeze=False, sharey=True)
-    for (group, cases), place in zip(groups.items(), axes[0], strict=True):
-        for i, (s, look) in enumerate(zip(cases[0]["schemes"], _looks(cases[0]), strict=True)):
-            if s["exact_log10"] is None:
-                continue
-            found = [(c["condition"], c["schemes"][i]) for c in cases]
-            points = [(x, f["exact_log10"]["weighted_mean"]) for x, f in found]
-            place.plot(*zip(*points, strict=True), **look)
-            forms = [(x, f["closed_form_variance_log10"]) for x, f in found]
-            known = [(x, v) for x, v in forms if v is not None]
-            if known:
-                place.plot(*zip(*known, strict=True), color=look["color"], linestyle="--", linewidth=1)
-        place.set(xscale="log", xlabel="condition number of Λ", title=group)
-        plain_ticks(place)
-    axes[0][0].set_ylabel("log10 of the relative variance of one feature")
-    _legend(figure, axes[0][0], "a dashed line ends where the closed form ceases to exist")
-    return figure
-
-
-def _legend(figure: Figure, axes: Axes, title: str) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, title=title)

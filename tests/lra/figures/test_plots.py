@@ -1,6 +1,5 @@
 """Figures: what is drawn from which records, that nothing is drawn from nothing, and names as text."""
 
-import json
 import re
 import xml.etree.ElementTree as ET
 
@@ -11,17 +10,12 @@ from lra.figures import plots, style
 from lra.records import measured
 from lra.records.cells import build
 from tests.lra.builders import FIVE, LINEAR, QUADRATIC, bench, point, put
-from tests.lra.leaderboard.test_page import HOSTILE, give_curve
+from tests.lra.figures.builders import HOSTILE, fill, give_curve, texts
 
 
-def texts(path):
-    """All text of an SVG, parsed as XML."""
-    return ["".join(e.itertext()).strip() for e in ET.parse(path).iter() if e.tag.endswith("}text")]
-
-
-def drawn(results, capsys, code=0):
+def drawn(results, capsys, *words, code=0):
     """Run `plot`; returns {name: path of its SVG} and what was said about the others."""
-    assert main(["plot", f"--results={results}"]) == code
+    assert main(["plot", f"--results={results}", *words]) == code
     lines = capsys.readouterr().out.splitlines()
     made = [line for line in lines if line.endswith(".svg")]
     found = {
@@ -32,36 +26,18 @@ def drawn(results, capsys, code=0):
     return found, [line for line in lines if line not in made]
 
 
-def fill(results, attentions=("softmax", "performer", "linformer"), seeds=2):
-    """Records of five tasks, with curves."""
-    for n, task in enumerate(FIVE):
-        for k, attention in enumerate(attentions):
-            for seed in range(seeds):
-                correct = 1500 + 100 * n + 70 * k + 40 * seed
-                give_curve(put(results, task, attention, seed, correct, speed=1 + k, peak=1000 * (k + 1)))
-
-
 def test_every_figure_is_drawn_with_the_methods_and_tasks_it_compares(tmp_path, capsys):
     fill(tmp_path)
     bench(tmp_path, [*LINEAR, *QUADRATIC])
-    points = [{"M": m, "kernel_rms": m**-0.5, "error": m**-0.5} for m in (16, 64, 256)]
-    scheme = {"name": "performer-balanced", "attention": "performer", "points": points}
-    case = {"name": "skewed", "group": "skewed", "schemes": [scheme | {"closed_form_variance_log10": 1.0}]}
-    (tmp_path / "bench" / "variance.json").write_text(json.dumps({"cases": [case]}))
     found, others = drawn(tmp_path, capsys)
-    assert (
-        set(found) == {"small-bubble", "small-accuracy", "small-curves", "lengths", "variance-features"}
-        and not others
-    )
+    assert set(found) == {"small-bubble", "small-accuracy", "small-curves", "lengths"} and not others
     for name in ("small-accuracy", "small-curves"):
         assert set(FIVE) | {"softmax", "performer", "linformer"} <= set(texts(found[name])), name
     # peak memory relative to softmax beside each name
-    assert {"softmax 1.00", "performer 2.00", "linformer 3.00"} <= set(texts(found["small-bubble"]))
+    assert {"softmax, 1.00×", "performer, 2.00×", "linformer, 3.00×"} <= set(texts(found["small-bubble"]))
     assert "performer, from 1,536" in texts(
         found["lengths"]
     )  # the crossover: 3 n = n^2 in units of 512 tokens
-    assert "performer-balanced" in texts(found["variance-features"])
-    assert style.color("performer") in found["variance-features"].read_text()
 
 
 def test_one_method_has_one_colour_in_every_figure(tmp_path, capsys):
@@ -83,7 +59,7 @@ def test_interval_seeds_and_floors_of_the_accuracy_figure_are_those_of_the_cells
     fill(tmp_path, ("softmax",), seeds=3)
     (table,) = build(tmp_path)
     with style.drawing():
-        figure = plots.accuracy(table)
+        figure = plots.accuracy(table, plots.shown_rows(table))
     axes = figure.axes[0]
     cell = table.cells[table.rows[0], table.columns[0]]
     dots = next(line for line in axes.lines if line.get_marker() == ".")
@@ -91,8 +67,10 @@ def test_interval_seeds_and_floors_of_the_accuracy_figure_are_those_of_the_cells
     (bar,) = axes.containers
     ((low, _), (high, _)), *_ = bar.lines[2][0].get_segments()
     assert (low, high) == pytest.approx((100 * cell.estimate.low, 100 * cell.estimate.high))
-    assert any(
-        line.get_xdata()[0] == pytest.approx(16.9) for line in axes.lines if line.get_linestyle() == "--"
+    (floor,) = (line for line in axes.lines if line.get_linestyle() == "--")
+    assert floor.get_xdata()[0] == pytest.approx(16.9)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["floor: majority", "softmax"], (
+        "worst to best"
     )
 
 
@@ -103,7 +81,7 @@ def test_curves_are_means_over_seeds_with_the_band_of_their_sd(tmp_path):
         p.write_text(p.read_text().replace(", 300, 1000]", f", {300 + 100 * shift}, 1000]"))
     (table,) = build(tmp_path)
     with style.drawing():
-        figure = plots.curves(table)
+        figure = plots.curves(table, plots.shown_rows(table))
     (axes,) = figure.axes
     assert list(axes.lines[0].get_xdata()) == [100, 200, 300]
     assert axes.lines[0].get_ydata() == pytest.approx([10, 20, 35])  # percent of 1,000 correct
@@ -113,9 +91,7 @@ def test_curves_are_means_over_seeds_with_the_band_of_their_sd(tmp_path):
 
 def test_nothing_is_drawn_from_nothing_with_a_line_for_each(tmp_path, capsys):
     found, others = drawn(tmp_path, capsys)
-    assert not found and others == [
-        f"no {name}: nothing to draw it from" for name in ("lengths", "variance-features")
-    ]
+    assert not found and others == ["no lengths: nothing to draw it from"]
     put(tmp_path, failed="loss is not finite")
     found, others = drawn(tmp_path, capsys)
     assert "small-bubble" not in found and "no small-curves: nothing to draw it from" in others
@@ -125,21 +101,48 @@ def test_bubbles_are_drawn_only_for_methods_that_ran_every_task_with_every_seed(
     fill(tmp_path, ("softmax", "performer"))
     put(tmp_path, "text", "lfk", speed=2.0, peak=1)
     found, _ = drawn(tmp_path, capsys)
-    assert not any("lfk" in text for text in texts(found["small-bubble"]))
+    assert not any("lfk" in text for text in texts(found["small-bubble"])[1:])
     assert "lfk" in texts(found["small-accuracy"])
 
 
-def test_many_methods_and_long_or_hostile_names_still_make_a_figure(tmp_path, capsys):
-    fill(tmp_path, ("softmax", "a" * 120, *(f"method{i:02d}" for i in range(20))), seeds=1)
+def test_at_most_eight_methods_unless_all_are_asked_for_and_hostile_names_are_text(tmp_path, capsys):
+    fill(tmp_path, ("softmax", "constant", "a" * 120, *(f"method{i:02d}" for i in range(20))), seeds=1)
     bench(tmp_path, [point(HOSTILE, n, 1.0) for n in (2, 4)])
     found, _ = drawn(tmp_path, capsys)
-    shown = texts(found["small-accuracy"])
-    assert "first 16 of 22 methods" in " ".join(shown) and "a" * (plots.LONGEST - 1) + "…" in shown
-    assert "method13" in shown and "method14" not in shown
+    names = ("softmax", "constant", "a" * (style.LONGEST - 1) + "…", *(f"method{i:02d}" for i in range(20)))
+    for name in ("small-accuracy", "small-curves"):
+        shown = set(texts(found[name]))
+        assert "8 of 23 methods; all of them: plot --all" in " ".join(shown)
+        assert sum(name in shown for name in names) == 8 and {"softmax", "constant"} < shown
     assert not [e for e in ET.parse(found["lengths"]).iter() if e.tag.endswith(("}script", "}img"))]
-    assert any(
-        text.startswith("</td></script>") and len(text) <= plots.LONGEST for text in texts(found["lengths"])
-    )
+    assert any(t.startswith("</td></script>") and len(t) <= style.LONGEST for t in texts(found["lengths"]))
+    found, _ = drawn(tmp_path, capsys, "--all")
+    assert set(names) <= set(texts(found["small-accuracy"]))
+
+
+def test_the_title_says_which_tasks_tell_softmax_from_averaging(tmp_path):
+    for task, constant in (("listops", 1990), ("image", 1000), ("text", 2000)):
+        for seed in range(3):
+            put(tmp_path, task, "softmax", seed, 2000 + seed)
+            put(tmp_path, task, "constant", seed, constant + seed)
+    (table,) = build(tmp_path)
+    with style.drawing():
+        title = plots.accuracy(table, plots.shown_rows(table)).get_suptitle()
+    assert title == "small: softmax is above averaging (constant) on image; no such gap on listops and text"
+
+
+def test_the_other_titles_are_computed_from_what_is_shown(tmp_path):
+    fill(tmp_path, ("softmax", "constant", "performer"))
+    bench(tmp_path, [*LINEAR, *QUADRATIC])
+    (table,) = build(tmp_path)
+    rows = plots.shown_rows(table)
+    with style.drawing():
+        bubble, curves = plots.bubble(table, rows).get_suptitle(), plots.curves(table, rows).get_suptitle()
+        lengths = plots.scaling(measured.attention(tmp_path)).get_suptitle()
+    assert "1 of 1 methods not below softmax; the fastest of them, performer, is" in bubble.replace("\n", " ")
+    assert "3.00 times as fast" in bubble.replace("\n", " ")
+    assert "points between the best and the worst method at the end: 0 on listops" in curves
+    assert lengths == "1 of 1 methods overtake softmax: performer from 1,536 tokens"
 
 
 def test_ring_of_the_crossover_lies_on_the_baselines_curve(tmp_path):

@@ -50,11 +50,30 @@ def test_colours_stand_out_from_white_and_from_near_black():
 
 
 def test_every_method_has_one_colour_and_marker_unknown_ones_too():
-    names = ("softmax", "constant", *style.NAMED)
+    names = list(style.METHODS)
     assert len({style.color(n) for n in names}) == len({style.marker(n) for n in names}) == len(names)
     for name in ("package.module:Class", "mine", "<script>", ""):
         assert style.color(name) == style.color(name) in style.PALETTE and style.marker(name) in style.MARKERS
     assert (style.color("mine"), style.marker("mine")) != (style.color("yours"), style.marker("yours"))
+
+
+def test_variants_and_peers_have_the_colour_of_their_method_and_lines_of_their_own():
+    names = ("softmax", "softmax bf16", "softmax causal", "softmax unfused", "pypi:softmax-thing")
+    assert {style.color(n) for n in names} == {style.INK}
+    assert len({str(style.look(n)["linestyle"]) for n in names}) == len(names)
+    for peer, method in (("pypi:linformer", "linformer"), ("pypi:performer-pytorch", "performer"),
+                         ("pypi:nystrom-attention", "nystrom"), ("pypi:darkformer-pytorch", "darkformer")):  # fmt: skip
+        assert style.color(peer) == style.color(method) and style.look(peer) != style.look(method)
+
+
+def test_a_figure_takes_the_baselines_and_ones_own_method_before_others():
+    names = sorted([*style.METHODS, "mine", "softmax bf16", "pypi:linformer"])
+    shown = style.selection(names)
+    assert len(shown) == style.SERIES and {"softmax", "constant", "mine", "performer", "darkformer"} <= set(
+        shown
+    )
+    assert shown == sorted(shown) and not {"softmax bf16", "pypi:linformer"} & set(shown)
+    assert style.selection(names, everything=True) == names
 
 
 def drawn(path):

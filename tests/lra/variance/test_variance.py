@@ -213,12 +213,12 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
     assert reports[0] == reports[1] != reports[2]
 
 
-def test_plot_draws_what_the_command_drew(tmp_path):
+def test_redraw_draws_what_the_command_drew(tmp_path):
     assert main(synthetic_words(tmp_path)) == 0
     figure = tmp_path / "figures" / "variance-features.svg"
     drawn = figure.read_bytes()
     figure.unlink()
-    assert main(["plot", "--results", str(tmp_path)]) == 0
+    assert main(["variance", "--redraw", "--results", str(tmp_path)]) == 0
     assert figure.read_bytes() == drawn and b"darkformer-proposal" in drawn
 
 

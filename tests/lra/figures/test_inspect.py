@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lra.__main__ import main
-from lra.figures import cards, inspection
+from lra.figures import inspect
 from lra.records.markup import refresh_block
 from lra.registry import load_task, task_names
 from tasks import listops, pathfinder
@@ -18,7 +18,7 @@ from tasks.base import SPLITS, Meta, Split
 from tasks.store.prepared import load
 from tests.conftest import ROOT
 
-FACTS = cards.read_facts(ROOT / "results" / "reference" / "data")
+FACTS = inspect.read_facts(ROOT / "results" / "reference" / "data")
 DATA = ROOT / "tasks" / "DATA.md"
 
 
@@ -55,12 +55,12 @@ def test_inspect_prints_and_writes_what_the_arrays_hold(lab, tmp_path, capsys):
 
 def test_examples_are_spelled_as_they_are_read():
     split = Split.of([np.frombuffer(b"a\xc3\xa9\n\x1b[2J\xff", np.uint8) + np.uint16(1)], np.array([1]))
-    (line,) = inspection.examples(module("bytes"), split)
+    (line,) = inspect.examples(module("bytes"), split)
     assert line == "0: label 1, 9 tokens: aé\\n\\x1b[2J\\xff"  # nothing that a terminal obeys
     pair = Split.of([np.array([98, 99]), np.array([100])], np.array([0]))
-    assert [line.split(": ", 2)[2] for line in inspection.examples(module("bytes", 2), pair)] == ["ab", "c"]
+    assert [line.split(": ", 2)[2] for line in inspect.examples(module("bytes", 2), pair)] == ["ab", "c"]
     tokens, labels = listops.generate(1, seed=0, min_length=900)
-    (line,) = inspection.examples(listops, Split.of(tokens, labels))
+    (line,) = inspect.examples(listops, Split.of(tokens, labels))
     text = listops.decode(tokens[0])
     assert line.endswith(f"{text[:400]} ... ({len(text) - 400:,} characters more)")
 
@@ -68,26 +68,28 @@ def test_examples_are_spelled_as_they_are_read():
 def test_contact_sheet_shows_the_pixels_and_their_labels(tmp_path):
     images, labels = pathfinder.generate(13, seed=4)
     split = Split.of(list(images.reshape(13, -1).astype(np.uint16) + 1), labels)
-    assert np.array_equal(inspection.pictures(split, 13), images)
-    with Image.open(inspection.contact_sheet(split, tmp_path / "sheet.png")) as sheet:
+    assert np.array_equal(inspect.pictures(split, 13), images)
+    with Image.open(inspect.contact_sheet(split, tmp_path / "sheet.png")) as sheet:
         pixels = np.asarray(sheet)
     scale, side, gap = 3, 96, 8
     for i in range(13):
         y, x = gap + i // 10 * (side + 16 + gap), gap + i % 10 * (side + gap)
         assert np.array_equal(pixels[y : y + side : scale, x : x + side : scale], images[i])
         assert (pixels[y + side : y + side + 16, x : x + side] < 128).any(), "a label below"
-    art = inspection.examples(module("pixels"), split)
+    art = inspect.examples(module("pixels"), split)
     assert len(art) == 17 and art[0].split("  ")[0].strip() == f"0: label {labels[0]}"
     assert all(len(line) == 5 * 16 + 4 * 2 for line in art)
 
 
 def test_few_levels_are_spread_over_the_greys():
     split = Split.of([np.array([1, 2, 3, 4])], np.array([0]))
-    assert inspection.pictures(split, 1).ravel().tolist() == [0, 85, 170, 255]
+    assert inspect.pictures(split, 1).ravel().tolist() == [0, 85, 170, 255]
 
 
 def test_inspect_refuses_what_is_not_there(tmp_path, error_line, lab):
-    assert "run `python -m lra prepare image --preset small" in error_line("inspect", "image", f"--data={tmp_path}")
+    assert "python -m lra prepare image --preset small" in error_line(
+        "inspect", "image", f"--data={tmp_path}"
+    )
     assert "did you mean 'small'" in error_line("inspect", "image", "--preset=smal")
     assert "did you mean 'image'" in error_line("inspect", "imag")
 
@@ -109,7 +111,7 @@ def test_every_task_has_a_card_with_the_numbers_of_what_was_inspected():
     assert set(FACTS) == {name for name in task_names() if name != "tiny"}
     for task, presets in FACTS.items():
         assert {"small", "paper"} <= set(presets), task
-        made = cards.block(list(presets.values()), ROOT / "results" / "reference" / "data")
+        made = inspect.card(list(presets.values()), ROOT / "results" / "reference" / "data")
         assert refresh_block(text, task, made) == text, (
             "run: python -m lra cards --results results/reference --write tasks/DATA.md"
         )

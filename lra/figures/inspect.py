@@ -1,4 +1,8 @@
-"""`inspect`: what a person would look at, all of it read from the prepared arrays, as the model reads them."""
+"""`inspect` and `cards`: facts of prepared data, examples as the model reads them, the tables of tasks/DATA.md.
+
+`inspect TASK --out FOLDER` writes TASK-PRESET.json (the facts), TASK-PRESET-lengths (a figure) and, for pictures,
+TASK-PRESET-sheet.png. `cards` reads these files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ import numpy as np
 
 from lra import registry
 from lra.figures import style
-from lra.options import unknown
+from lra.options import PRESETS, UsageError, unknown
+from lra.records.markup import Grid, markdown, refresh_block
 from tasks.base import SPLITS, Split
 from tasks.store.files import atomic_path
 from tasks.store.prepared import Prepared, load
@@ -20,35 +25,49 @@ from tasks.store.splits import disjoint
 
 SCHEMA = "lra-inspect/1"
 EXAMPLES = 5  # shown as text, the first of train
-CHARACTERS = 400  # of an example that are shown
+CHARACTERS = 400  # shown of one example
 SHEET = (10, 6)  # columns and rows of a contact sheet, the first pictures of train
 TOKENS = ("shortest", "median", "mean", "longest")
 BINS = 20  # of a histogram of lengths
 GREYS = " .:-=+*#%@"
+FROM_CARDS = "../results/reference/data"  # the folder of the figures as tasks/DATA.md links to it
 
 
-def inspect(args: Namespace) -> None:
+def show(args: Namespace) -> None:
     """`inspect`: print facts and examples; with --out, write facts, figure and contact sheet there."""
     task = registry.load_task(args.task)
     if args.preset not in task.RECIPES:
         raise unknown(f"preset of {args.task}", args.preset, task.RECIPES)
     prepared = load(args.data / args.task / args.preset)
     facts = examine(prepared, args.preset)
-    print(describe(facts))
-    print(
-        "\n".join(["", f"The first {EXAMPLES} training examples:", *examples(task, prepared.splits["train"])])
-    )
+    print(f"{describe(facts)}\n\nThe first {EXAMPLES} training examples:")
+    print("\n".join(examples(task, prepared.splits["train"])))
     if args.out:
         stem = args.out / f"{args.task}-{args.preset}"
         with atomic_path(stem.with_suffix(".json")) as path:
             path.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
-        written = [
-            stem.with_suffix(".json"),
-            *lengths_figure(prepared, stem.with_name(f"{stem.name}-lengths")),
-        ]
+        lengths = lengths_figure(prepared, stem.with_name(f"{stem.name}-lengths"))
+        written = [stem.with_suffix(".json"), *lengths]
         if task.META.reads == "pixels":
             written.append(contact_sheet(prepared.splits["train"], stem.with_name(f"{stem.name}-sheet.png")))
         print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def cards(args: Namespace) -> None:
+    """`cards`: print the table of each task, or put it between the markers of a file."""
+    folder = args.results / "data"
+    tables = {task: card(list(presets.values()), folder) for task, presets in read_facts(folder).items()}
+    if not args.write:
+        print("\n\n".join(f"## {task}\n\n{table}" for task, table in tables.items()))
+        return
+    text = args.write.read_text()
+    for task, table in tables.items():
+        text = refresh_block(text, task, table)
+    with atomic_path(args.write) as path:
+        path.write_text(text)
+
+
+# Facts
 
 
 def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
@@ -59,13 +78,16 @@ def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
     facts["recipe"] = {k: v for k, v in m["request"].items() if k in ("seq_len", "seed", "options")}
     facts["duplicates_removed"] = m["duplicates_removed"]
     _, _, facts["duplicates_within"] = disjoint(prepared.splits, registry.load_task(m["task"]).META.towers)
-    longest = max(int(np.diff(split.offsets).max()) for split in prepared.splits.values())
-    edges = np.unique(np.linspace(0, longest, BINS + 1).round().astype(int)) + 1
+    edges = np.unique(np.linspace(0, _longest(prepared), BINS + 1).round().astype(int)) + 1
     facts["splits"] = {
         name: {"n": len(split.labels), "sha256": m["splits"][name]["sha256"]} | _measure(split, edges)
         for name, split in prepared.splits.items()
     }
     return facts
+
+
+def _longest(prepared: Prepared) -> int:
+    return max(int(np.diff(split.offsets).max()) for split in prepared.splits.values())
 
 
 def _measure(split: Split, edges: np.ndarray) -> dict[str, Any]:
@@ -78,37 +100,93 @@ def _measure(split: Split, edges: np.ndarray) -> dict[str, Any]:
     return {"labels": labels.tolist(), "tokens": tokens, "histogram": bars}
 
 
+def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Facts by task and preset, presets in the usual order. Raises UsageError for a file that holds none."""
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    order = {name: i for i, name in enumerate(PRESETS)}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            facts = json.loads(path.read_text())
+            if facts["schema"] != SCHEMA:
+                raise ValueError(f"schema {facts['schema']!r}")
+            tasks.setdefault(facts["task"], {})[facts["preset"]] = facts
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} holds no facts of `inspect` ({error}): write it again") from None
+    if not tasks:
+        raise UsageError(f"no facts in {folder}: run `python -m lra inspect TASK --out {folder}` first")
+    return {
+        task: {name: presets[name] for name in sorted(presets, key=lambda p: (order.get(p, len(order)), p))}
+        for task, presets in tasks.items()
+    }
+
+
+# Facts as text
+
+
 def describe(facts: dict[str, Any]) -> str:
-    """Facts for people."""
+    """Facts for a terminal."""
+    splits = {name: facts["splits"][name] for name in SPLITS}
     lines = [
-        f"{facts['task']}, {facts['preset']}: {facts['dataset']} ({facts['source']}, {facts['revision']})"
+        f"{facts['task']}, {facts['preset']}: {facts['dataset']} ({facts['source']}, {facts['revision']})",
+        f"licence: {facts['licence']}\n",
+        f"split  examples  tokens: {' / '.join(TOKENS)}",
+        *(f"{name:<5} {split['n']:>9,}  {_tokens(split)}" for name, split in splits.items()),
+        "\nshare of each label, %",
     ]
-    lines += [
-        f"licence: {facts['licence']}",
-        "",
-        "split  examples  tokens: shortest / median / mean / longest",
-    ]
-    for name in SPLITS:
-        split = facts["splits"][name]
-        lengths = " / ".join(f"{split['tokens'][which]:,.6g}" for which in TOKENS)
-        lines.append(f"{name:<5} {split['n']:>9,}  {lengths}")
-    lines += ["", "share of each label, %"]
-    for name in SPLITS:
-        split = facts["splits"][name]
+    for name, split in splits.items():
         shares = (f"{label}: {100 * n / split['n']:.1f}" for label, n in enumerate(split["labels"]))
         lines.append(f"{name:<5} {'  '.join(shares)}")
-    lines += ["", "training sequences by length"]
-    bars = facts["splits"]["train"]["histogram"]
+    bars = splits["train"]["histogram"]
     most = max(n for *_, n in bars)
+    lines.append("\ntraining sequences by length")
     lines += [f"{a:>6}-{b:<6} {n:>9,} {'#' * round(50 * n / most)}" for a, b, n in bars if n]
-    lines += ["", "floors, % of test: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in facts["floors"].items())]
+    lines.append("")
+    return "\n".join(lines + [f"{name}: {value}" for name, value in _checks(facts).items()])
+
+
+def card(presets: list[dict[str, Any]], folder: Path) -> str:
+    """One table as Markdown, a column for each preset, and links to the figures in `folder`."""
+    columns = [_card_column(facts) for facts in presets]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = tuple((name, *(column.get(name, "") for column in columns)) for name in names)
+    links = []
+    for facts in presets:
+        stem = f"{facts['task']}-{facts['preset']}"
+        for end, what in (("lengths.svg", "lengths"), ("sheet.png", "examples")):
+            if (folder / f"{stem}-{end}").is_file():
+                links.append(f"[{what}, {facts['preset']}]({FROM_CARDS}/{stem}-{end})")
+    table = markdown([Grid(("", *(facts["preset"] for facts in presets)), rows)])
+    return table + (f"\nFigures: {', '.join(links)}.\n" if links else "")
+
+
+def _card_column(facts: dict[str, Any]) -> dict[str, str]:
+    splits, test = facts["splits"], facts["splits"]["test"]
+    return {
+        "data set": facts["dataset"],
+        "revision": facts["revision"],
+        "train / val / test": " / ".join(f"{splits[name]['n']:,}" for name in SPLITS),
+        f"training tokens: {' / '.join(TOKENS)}": _tokens(splits["train"]),
+        "labels of test, %": "–".join(f"{100 * pick(test['labels']) / test['n']:.1f}" for pick in (min, max)),
+    } | _checks(facts)
+
+
+def _tokens(split: dict[str, Any]) -> str:
+    return " / ".join(f"{split['tokens'][which]:,.6g}" for which in TOKENS)
+
+
+def _checks(facts: dict[str, Any]) -> dict[str, str]:
+    """Duplicates, floors and what the task reports of its own data."""
     removed = ", ".join(f"{n:,} from {name}" for name, n in facts["duplicates_removed"].items())
     within = ", ".join(f"{n:,} in {name}" for name, n in facts["duplicates_within"].items())
-    lines.append(
-        f"duplicates across splits removed: {removed or 'none'}; within a split, kept: {within or 'none'}"
-    )
-    return "\n".join([*lines, *(f"{k}: {v:g}" if isinstance(v, float) else f"{k}: {v}"
-                                for k, v in facts["report"].items())])  # fmt: skip
+    rows = {
+        "duplicates across splits removed": removed or "none",
+        "duplicates within a split, kept": within or "none",
+    }
+    rows |= {f"floor: {name}, % of test": f"{100 * value:.1f}" for name, value in facts["floors"].items()}
+    return rows | {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in facts["report"].items()}
+
+
+# Examples
 
 
 def examples(task: ModuleType, split: Split) -> list[str]:
@@ -182,8 +260,7 @@ def contact_sheet(split: Split, path: Path) -> Path:
 def lengths_figure(prepared: Prepared, path: Path) -> tuple[Path, Path]:
     """Draw how long the sequences of each split are; writes PATH.svg and PATH.png."""
     m = prepared.manifest
-    longest = max(int(np.diff(split.offsets).max()) for split in prepared.splits.values())
-    bins = np.linspace(0, longest + 1, 51)
+    bins = np.linspace(0, _longest(prepared) + 1, 51)
     with style.drawing():
         figure, axes = style.subplots(height=2.6)
         for name, colour in zip(SPLITS, style.PALETTE):
