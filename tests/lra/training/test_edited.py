@@ -110,15 +110,9 @@ def test_sweep_lists_changed_cells_and_again_runs_them(lab, plugin, capsys, monk
     (line,) = shown.err.splitlines()
     assert line.startswith("changed: tiny editable seed 0: ") and "--again" in line
     ran = []
-
-    class Grid:
-        def __init__(self, cells, *_):
-            ran.extend(map(str, cells))
-
-        def run(self, start):
-            return Outcome()
-
-    monkeypatch.setattr(lra.scaling.sweep, "Grid", Grid)
+    monkeypatch.setattr(
+        lra.scaling.sweep, "execute", lambda jobs, args: ran.extend(map(str, jobs)) or Outcome()
+    )
     assert main([*words, "--again"]) == 0 and ran == ["tiny editable seed 0"]
 
 
