@@ -157,7 +157,7 @@ def curves(table: Table, rows: Rows) -> Figure | None:
     style.message(figure, _apart(table, rows))
     figure.supxlabel("optimizer step" + _more(table, rows), fontsize=8)
     figure.supylabel("validation accuracy, %: mean over seeds (band: ± sd)", fontsize=8)
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize=8)
     return figure
 
 

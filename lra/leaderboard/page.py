@@ -98,7 +98,13 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
         filters={
             key: sorted({row[key] for row in rows} - {""}) for key in ("preset", "task", "protocol", "device")
         },
-        warnings=[item for block in shown if isinstance(block, Bullets) for item in block.items],
+        warnings=[
+            item
+            for block in shown
+            if isinstance(block, Bullets)
+            for item in block.items
+            if not item.startswith("Bold: ")  # speaks of the table alone
+        ],
         figures=[*map(_figure, figures), *studies],
         gemma=list(_gemma(results / "gemma")),
         tables=Markup(html_fragment([*every, *measured.blocks(results), *published.blocks()])),
