@@ -16,7 +16,7 @@ from lra.options import PRESETS, unknown
 from lra.records import measured
 from lra.records.markup import flat
 from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, iterate_records, report_skipped
-from lra.records.stats import Estimate, over_seeds, wilson
+from lra.records.stats import Uncertain, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
@@ -180,7 +180,7 @@ class Cell:
         return [e.n_correct / e.n_test for e in self.ok]
 
     @property
-    def estimate(self) -> Estimate | None:
+    def estimate(self) -> Uncertain | None:
         """Mean accuracy with its interval; None if every run failed."""
         return over_seeds(self.accuracies, self.ok[0].n_test) if self.ok else None
 
@@ -239,7 +239,7 @@ class Table:
         """Any entry of a column, for what its entries share: floors and test set."""
         return next(e for e in self.entries if e.column == column)
 
-    def floor(self, column: Column, kind: str) -> tuple[str, Estimate] | None:
+    def floor(self, column: Column, kind: str) -> tuple[str, Uncertain] | None:
         """Name and interval of a floor: majority, shortcut (the highest of the others) or highest (of all)."""
         floors, n_test = self.first(column).floors, self.first(column).n_test
         if kind != "highest":
@@ -247,7 +247,7 @@ class Table:
         if not floors:
             return None
         name = max(sorted(floors), key=floors.__getitem__)
-        return name, Estimate(floors[name], *wilson(floors[name] * n_test, n_test))
+        return name, proportion(floors[name], n_test)
 
     @cached_property
     def averaged(self) -> list[Column]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lra.records.cells import Cell, Column, Row, Table, row_name
+from lra.records.cells import Cell, Column, Table, row_name
 from lra.records.markup import MISSING, Block, Bold, Grid, Italic, Text, flat
 from lra.records.record import PROTOCOL
-from lra.records.significance import Comparison, against_softmax
-from lra.records.stats import Estimate
+from lra.records.significance import Comparison, Key, clusters, compare_all
+from lra.records.stats import Uncertain
 
 WIDTH = 110  # columns of a line of text
 EMPTY = "No results yet: no record was found; bash run_all.sh makes them."
@@ -20,12 +20,14 @@ def blocks(tables: Sequence[Table]) -> list[Block]:
 
 
 def _preset(table: Table) -> list[Block]:
-    compared = against_softmax(table)
+    compared = compare_all(table)
     names = column_names(table)
     rows = [(kind, *(_floor(table, c, kind) for c in table.columns)) for kind in ("majority", "shortcut")]
     for row in table.rows:
         if not row[2]:
-            cells = (_cell(table.cells.get((row, c)), compared.get((row, c))) for c in table.columns)
+            cells = (
+                _cell(table.cells.get((row, c)), compared.get((row, c, "softmax"))) for c in table.columns
+            )
             rows.append((row_name(row), *cells))
     grid = Grid(("method", *(names[c] for c in table.columns)), tuple(rows))
     return [grid, Text(" ".join(_sentences(table, compared)))]
@@ -38,7 +40,7 @@ def column_names(table: Table) -> dict[Column, str]:
     return {c: n if texts.count(n) == 1 else f"{n} {c.data[:8]}" for c, n in names.items()}
 
 
-def interval(estimate: Estimate) -> str:
+def interval(estimate: Uncertain) -> str:
     """Percent ± the longer half of the 95% interval."""
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)
     return f"{100 * estimate.value:.1f} ± {100 * half:.1f}"
@@ -57,11 +59,11 @@ def _cell(cell: Cell | None, compared: Comparison | None) -> str:
         return f"failed {len(cell.runs)}/{seeds}"
     count = "" if len(cell.ok) == seeds else f" ({len(cell.ok)}/{seeds})"
     dagger = " †" if any(e.open for e in cell.ok) else ""
-    face = {"above": Bold, "below": Italic}.get(compared.verdict if compared else None, str)
+    face = {"above": Bold, "below": Italic}.get(compared.face if compared else None, str)
     return face(f"{interval(cell.estimate)}{count}{dagger}")
 
 
-def _sentences(table: Table, compared: dict[tuple[Row, Column], Comparison]) -> list[str]:
+def _sentences(table: Table, compared: dict[Key, Comparison]) -> list[str]:
     """What the table holds: unit, seeds, columns, floors, marks; a mark only if it occurs."""
     cells = list(table.cells.values())
     seeds = max(cell.seeds or len(cell.runs) for cell in cells)
@@ -71,10 +73,18 @@ def _sentences(table: Table, compared: dict[tuple[Row, Column], Comparison]) -> 
         f"{seeds} seed{'s' if seeds > 1 else ''}. {columns}.",
         "majority and shortcut: floors, scored without solving the task. constant: every token averages all tokens.",
     ]
-    if compared:
+    if seeds == 1:
+        sentences.append("Intervals of one seed hold the noise of the test set alone.")
+    if any(name == "softmax" and c.face for (*_, name), c in compared.items()):
         sentences.append(
-            "Bold: above softmax; italics: below it; significant at 5% by a paired test with Holm's rule."
+            "Bold: above softmax; italics: below it; significant at 5% by a paired test, Holm's rule over "
+            f"{len(compared)} comparisons."
         )
+    sentences += [
+        f"{flat(c.task)}: examples share documents, so its intervals are too narrow (variance × {factor:.2f})."
+        for c in table.columns
+        if (factor := clusters(c))
+    ]
     if not all(cell.complete for cell in cells):
         sentences.append("2/3: seeds that ended, of those that were run elsewhere in the column.")
     if any(e.open for e in table.entries):
