@@ -10,6 +10,7 @@ import math
 import statistics
 import textwrap
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,8 @@ from lra.records.cells import Cell, Column, Table, build, row_name
 from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
 from lra.records.record import report_skipped
-from lra.records.stats import average, difference, mean_sd
+from lra.records.significance import compare_all
+from lra.records.stats import ALPHA, average, holm, mean_sd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,14 +89,13 @@ def panels(table: Table, height: float) -> tuple[Figure, list[tuple[Column, Axes
 
 
 def _told_apart(table: Table) -> str:
-    """Which columns tell softmax from constant (the interval of the difference is above 0), as a sentence."""
+    """Which columns tell softmax from constant (the paired test of the tables), as a sentence."""
     tells: dict[bool, list[str]] = {True: [], False: []}
-    for column in table.columns:
-        softmax, constant = (table.cell(name, column) for name in ("softmax", "constant"))
-        if softmax and softmax.ok and constant and constant.ok:
-            tells[difference(softmax.estimate, constant.estimate).low > 0].append(column.task)
+    for (row, column, baseline), comparison in compare_all(table).items():
+        if row[1:] == ("constant", ()) and baseline == "softmax":
+            tells[comparison.verdict == "below"].append(column.task)
     above, level = (listed(tells[key] or ["no task"]) for key in (True, False))
-    return f"{table.preset}: softmax is above averaging (constant) on {above}; no such gap on {level}"
+    return f"{table.preset}: softmax is significantly above averaging (constant) on {above}; not on {level}"
 
 
 def accuracy(table: Table, rows: Rows) -> Figure | None:
@@ -209,22 +210,35 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
     tasks = f"{len(columns)} task{'s' * (len(columns) > 1)}"
     axes.set_ylabel(f"test accuracy, %, mean of {tasks}, 95% interval")
     axes.set_title(f"area, ×: peak memory relative to softmax{_more(table, rows)}", fontsize=8)
-    style.message(figure, _tradeoff(table.preset, points))
+    style.message(figure, _tradeoff(table, columns, points))
     middles = [(speed, 100 * mean.value) for speed, _, mean in points.values()]
     texts = [f"{short(method)}, {memory:.2f}×" for method, (_, memory, _) in points.items()]
     place_labels(axes, middles, texts, [9 * memory**0.5 for _, memory, _ in points.values()])
     return figure
 
 
-def _tradeoff(preset: str, points: dict[str, tuple]) -> str:
-    """The fastest of the methods whose average is not below softmax's, as a sentence."""
-    softmax = points.get("softmax")
-    others = {name: point for name, point in points.items() if name not in ("softmax", "constant")}
-    level = {name: p[0] for name, p in others.items() if softmax and difference(p[2], softmax[2]).high >= 0}
-    text = f"{preset}: averaged over tasks, {len(level)} of {len(others)} methods not below softmax"
-    best = max(level, key=level.__getitem__, default=None)
+def _tradeoff(table: Table, columns: Sequence[Column], points: dict[str, tuple]) -> str:
+    """Which methods are below softmax in the mean of the columns (paired, Holm over the methods), as a sentence."""
+    gaps = defaultdict(list)
+    for (row, column, name), comparison in compare_all(table).items():
+        if (
+            name == "softmax"
+            and not row[2]
+            and row[1] in points
+            and row[1] != "constant"
+            and column in columns
+        ):
+            gaps[row[1]].append(comparison.gap)
+    means = {name: average(parts) for name, parts in gaps.items() if len(parts) == len(columns)}
+    adjusted = holm([mean.p_value for mean in means.values()])
+    below = {
+        name for (name, mean), p in zip(means.items(), adjusted, strict=True) if p < ALPHA and mean.value < 0
+    }
+    speeds = {name: points[name][0] for name in means if name not in below}
+    text = f"{table.preset}: averaged over tasks, {len(below)} of {len(means)} methods significantly below softmax"
+    best = max(speeds, key=speeds.__getitem__, default=None)
     return text + (
-        f"; the fastest of them, {short(best)}, is {level[best]:.2f} times as fast" if best else ""
+        f"; the fastest of the others, {short(best)}, is {speeds[best]:.2f} times as fast" if best else ""
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lra.figures import style
 from lra.figures.labels import label_ends
 from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
-from lra.gemma.stats import Record, accuracy, gap, recovered, spikes
+from lra.gemma.stats import Record, above, accuracy, gap, recovered, spikes
 from lra.gemma.table import by_kind
 
 if TYPE_CHECKING:
@@ -103,15 +103,16 @@ def _recovery(rows: dict[Label, list[Record]]) -> str:
         return "no exact attention or no averaging to compare with"
     shares = {label: recovered(exact, constant, runs) for label, runs in others.items()}
     known = {label: share for label, share in shares.items() if share}
-    above = {label: share.value for label, share in known.items() if share.low > 0}
     if not known:
-        return "averaging (constant) is level with exact attention"
-    if not above:
-        return f"none of {len(known)} rows is above averaging (constant)"
-    best = max(above, key=above.__getitem__)
+        return "averaging (constant) is not told apart from exact attention"
+    higher = above(constant, [others[label] for label in known])
+    better = {label: share.value for (label, share), yes in zip(known.items(), higher, strict=True) if yes}
+    if not better:
+        return f"none of {len(known)} rows is significantly above averaging (constant)"
+    best = max(better, key=better.__getitem__)
     return (
-        f"{len(above)} of {len(known)} rows above averaging (constant); the best, {style.short(titled(best), 90)}, "
-        f"goes {100 * above[best]:.0f}% of the way from averaging to exact attention"
+        f"{len(better)} of {len(known)} rows significantly above averaging (constant); the best, "
+        f"{style.short(titled(best), 90)}, goes {100 * better[best]:.0f}% of the way from averaging to exact attention"
     )
 
 
@@ -175,7 +176,9 @@ def swap(records: Sequence[Record]) -> Figure:
             shifted = [
                 M * 2 ** (0.07 * (i - len(series) / 2)) for M in at
             ]  # so that intervals stand side by side
-            lines.append(_bars(axes, shifted, [[100 * x for x in g] for g in gaps], look))
+            lines.append(
+                _bars(axes, shifted, [[100 * x for x in (g.value, g.low, g.high)] for g in gaps], look)
+            )
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, map(str, sizes))
         axes.set(xlabel="random features M", ylabel="gap to exact, points (less is better)")

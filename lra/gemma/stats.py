@@ -3,9 +3,10 @@
 A test block is a cluster: tokens of one text rise and fall together, so intervals count documents, not tokens.
 With c_g correct and n_g tokens in cluster g of G, p = sum c / sum n has the variance
 
-    G / (G - 1) sum (c_g - p n_g)^2 / (sum n)^2
+    G / (G - 1) sum (c_g - p n_g)^2 / (sum n)^2,    G - 1 degrees of freedom
 
-and every difference is taken within clusters, on the same tokens.
+and every difference is taken within clusters, on the same tokens. The noise of training is added as in
+lra.records.stats, for every method of a gap or a share.
 """
 
 from __future__ import annotations
@@ -14,30 +15,24 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from lra.records.stats import Estimate, Z, mean_sd
+from lra.records.stats import ALPHA, Uncertain, combine, holm, training
 
 Record = dict[str, Any]
 SPIKE, WINDOW, LEAST = 5.0, 32, 8  # MADs above the median of the last WINDOW losses, once there are LEAST
 
 
-def student(clusters: int) -> float:
-    """Two-sided 95% quantile of Student's t with clusters - 1 degrees of freedom, by a Cornish-Fisher series.
-
-    The series is right to 1% from 9 clusters on. It is too small below: 4.33 for 12.71 with 2 clusters.
-    """
-    return Z + (Z**3 + Z) / (4 * (clusters - 1)) if clusters > 1 else math.inf
-
-
-def ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
+def ratio(parts: Sequence[tuple[float, float]]) -> Uncertain:
     """sum a / sum b over clusters (a_g, b_g), with the variance above; b need not be a count."""
     total = math.fsum(b for _, b in parts)
     value = math.fsum(a for a, _ in parts) / total
     G = len(parts)
-    spread = math.sqrt(math.fsum((a - value * b) ** 2 for a, b in parts) * G / max(1, G - 1)) / abs(total)
-    half = student(G) * spread
-    return Estimate(value, value - half, value + half)
+    if G == 1:
+        return Uncertain(value, math.inf, math.inf)  # one document shows nothing of the others
+    error = math.sqrt(math.fsum((a - value * b) ** 2 for a, b in parts) * G / (G - 1)) / abs(total)
+    return Uncertain(value, error, error, G - 1)
 
 
 def clusters(runs: Sequence[Record]) -> dict[int, tuple[float, float]]:
@@ -50,15 +45,10 @@ def clusters(runs: Sequence[Record]) -> dict[int, tuple[float, float]]:
     return {d: (c, n) for d, (c, n) in sums.items()}
 
 
-def widened(estimate: Estimate, runs: Sequence[Record], scale: float = 1.0) -> Estimate:
-    """The estimate with the noise of training added: `scale` times that of the seeds' mean accuracy.
-
-    The two are independent: half-width^2 = half-width(text)^2 + half-width(seeds)^2. One seed shows no noise.
-    """
-    _, sd = mean_sd([accuracy(r) for r in runs])
-    noise = student(len(runs)) * (sd or 0.0) / math.sqrt(len(runs)) * scale if len(runs) > 1 else 0.0
-    low, high = (math.hypot(abs(edge - estimate.value), noise) for edge in estimate[1:])
-    return Estimate(estimate.value, estimate.value - low, estimate.value + high)
+def with_training(text: Uncertain, parts: Sequence[tuple[float, Sequence[Record]]]) -> Uncertain:
+    """An estimate with the noise of training of each method's runs; the weights are its derivatives by their means."""
+    noise = combine([(weight, training([accuracy(r) for r in runs])) for weight, runs in parts])
+    return replace(text, seeds=noise.seeds, seeds_freedom=noise.seeds_freedom)
 
 
 def accuracy(run: Record) -> float:
@@ -66,19 +56,45 @@ def accuracy(run: Record) -> float:
     return run["result"]["n_correct"] / run["result"]["n_test"]
 
 
-def gap(exact: Sequence[Record], runs: Sequence[Record]) -> Estimate:
+def score(runs: Sequence[Record]) -> Uncertain:
+    """Mean accuracy of the runs."""
+    return replace(with_training(ratio(list(clusters(runs).values())), [(1.0, runs)]), limits=(0.0, 1.0))
+
+
+def gap(exact: Sequence[Record], runs: Sequence[Record]) -> Uncertain:
     """exact minus method, paired by document."""
     e, m = clusters(exact), clusters(runs)
-    return widened(ratio([(e[d][0] - m[d][0], e[d][1]) for d in sorted(e)]), runs)
+    return with_training(
+        ratio([(e[d][0] - m[d][0], e[d][1]) for d in sorted(e)]), [(1.0, exact), (-1.0, runs)]
+    )
 
 
-def recovered(exact, constant, runs) -> Estimate | None:
-    """(method - constant) / (exact - constant), paired by document; None where constant does not clearly lose."""
-    if gap(exact, constant).low <= 0:
+def recovered(exact, constant, runs) -> Uncertain | None:
+    """s = (method - constant) / (exact - constant), paired by document; None where constant does not clearly lose.
+
+    Derivatives of s, which weigh the noise of training: 1, s - 1 and -s by method, constant and exact, each over
+    exact - constant.
+    """
+    distance = gap(exact, constant)
+    if distance.low <= 0:
         return None
     e, c, m = clusters(exact), clusters(constant), clusters(runs)
     share = ratio([(m[d][0] - c[d][0], e[d][0] - c[d][0]) for d in sorted(e)])
-    return widened(share, runs, 1 / gap(exact, constant).value)
+    if runs == constant or runs == exact:
+        return share  # 0 or 1 whatever the runs are
+    weights = (1.0, runs), (share.value - 1.0, constant), (-share.value, exact)
+    return with_training(share, [(weight / distance.value, method) for weight, method in weights])
+
+
+def above(constant: Sequence[Record], rows: Sequence[Sequence[Record]]) -> list[bool]:
+    """Which rows are significantly above constant: paired by document, Holm over the rows.
+
+    A row and constant both have several runs, or both have one; else it is not tested. One run beside several shows
+    none of its noise.
+    """
+    gaps = [gap(runs, constant) if (len(runs) == 1) == (len(constant) == 1) else None for runs in rows]
+    adjusted = iter(holm([g.p_value for g in gaps if g]))
+    return [g is not None and next(adjusted) < ALPHA and g.value > 0 for g in gaps]
 
 
 def spikes(losses: Sequence[float | None]) -> int:

@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
-from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, clusters, gap, ratio, recovered, spikes, widened
+from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, gap, recovered, score, spikes
 from lra.options import UsageError
 from lra.records.markup import Block, Grid, Heading, Text, markdown, refresh_block
 from lra.records.record import iterate_records
-from lra.records.stats import Estimate
+from lra.records.stats import Uncertain
 from tasks.store.files import atomic_path
 
 MISSING = "–"
 LEGEND = (
-    "Next-token accuracy in percent on the test blocks [95% interval, clustered by document, with the noise of "
-    "training where there are several seeds] (number of seeds). gap: exact minus the method, on the same tokens. "
-    "recovered: (method − constant) / (exact − constant), the share of what attention is worth here; it means nothing "
-    "where constant ties exact, and is left out there. Where exact or constant attention was trained in several ways, "
-    "its row of least validation loss is the one compared with. KL: from the exact model's predictions, nats per "
+    "Next-token accuracy in percent on the test blocks [95% interval] (number of seeds). Intervals are clustered by "
+    "document and hold, where there are several seeds, the noise of training (Student's t), in gaps and shares that of "
+    "every method in them. A single seed shows none, so its training noise is in no interval. gap: exact minus the "
+    "method, on the same tokens. recovered: (method − constant) / (exact − constant), the share of what attention is "
+    "worth here; it is left out where constant is not told apart from exact. Where exact or constant attention was "
+    "trained in several ways, its row of least validation loss is the one compared with. KL: from the exact model's "
+    "predictions, nats per "
     "token. tokens/s: of training steps by the clock of the run, which may have shared the machine; in brackets the "
     "bound, its matrix products alone at the machine's measured peak. MB: peak memory of training."
 )
@@ -101,7 +103,7 @@ def line(label, runs, rows) -> list[str]:
     if not done:
         return [name, runs[0]["status"], *[MISSING] * (6 if runs[0]["training"]["recipe"] else 4)]
     failed = f", {len(runs) - len(done)} failed" if len(done) < len(runs) else ""
-    own = widened(ratio(list(clusters(done).values())), done)
+    own = score(done)
     exact, constant = (baseline(rows, kind) for kind in ("softmax", "constant"))
     cells = [name, f"{percent(own)} ({len(done)}{failed})"]
     cells.append(percent(gap(exact, done)) if exact and exact != done else MISSING)
@@ -212,7 +214,7 @@ def spectrum(x: dict) -> tuple[str, ...]:
 # Text
 
 
-def percent(e: Estimate, digits: int = 1) -> str:
+def percent(e: Uncertain, digits: int = 1) -> str:
     """Value and interval; zero has no sign."""
     return f"{100 * e.value:z.{digits}f} [{100 * e.low:z.{digits}f}, {100 * e.high:z.{digits}f}]"
 

@@ -104,13 +104,14 @@ def footnote(compared: dict[Key, Comparison]) -> list[str]:
         above, below = verdicts.count("above"), verdicts.count("below")
         counts.append(f"{len(verdicts)} with {baseline} ({above} above, {below} below)")
     bold = f"Bold: above softmax; italics: below it, with at least {FEWEST} seeds of either. "
+    marked = any(name == "softmax" and c.face for (*_, name), c in compared.items())
     return [
-        (bold if any(name == "softmax" and c.face for (*_, name), c in compared.items()) else "")
-        + "Every remark and mark is significant at 5% by one paired test on the stored predictions (of several seeds "
-        "Student's t with the noise of the test set and of both methods' training; of one seed each McNemar's exact "
-        f"test, which knows no noise of training), corrected by Holm for the {len(compared)} comparisons of this "
-        f"table: {' and '.join(counts)}. Ties: equivalent within the margin that is given, by two one-sided tests at 5%. "
-        "Not told apart: neither a difference nor a tie was shown."
+        f"{bold if marked else ''}What is said to differ is significant at 5% by one paired test on "
+        "the stored predictions. Of several seeds it is Student's t with the noise of the test set and of both "
+        "methods' training; of one seed each it is McNemar's exact test, which knows no noise of training. Holm's rule "
+        f"corrects for all {len(compared)} comparisons of this table: {' and '.join(counts)}. Ties: equivalent within "
+        "the given margin by two one-sided tests at 5%. Not told apart: neither a difference nor a tie was shown. "
+        "Intervals of gaps are not corrected."
     ]
 
 

@@ -222,9 +222,9 @@ def _column_remarks(table: Table, column: Column, compared: dict[Key, Comparison
             )
     if factor := clusters(column):
         yield (
-            f"{name}: examples share documents (567 files in the 1,592 pairs of preset small, up to 30 uses of one), and "
-            f"records do not say which. Over the 27 runs of preset small the variance is {factor:.2f} times the binomial "
-            "one in the median: intervals of this column are about a fifth too narrow, its p-values too small."
+            f"{name}: examples share documents (567 files in the 1,592 pairs of preset small, up to 30 uses of one), "
+            f"and records do not say which. In the median of the 27 runs of preset small the variance is {factor:.2f} "
+            "times the binomial one: intervals of this column are about a fifth too narrow, its p-values too small."
         )
     seeds = [{e.seed for e in cell.runs} for (_, c), cell in table.cells.items() if c == column]
     if not all(s <= max(seeds, key=len) for s in seeds):
@@ -241,7 +241,7 @@ def _reproductions(table: Table, reproduced: Mapping[Path, object]) -> list[str]
 
 
 def _averaging(table: Table, column: Column, compared: dict[Key, Comparison]) -> Iterator[str]:
-    """How averaging (constant) compares with softmax, and what that says of a column; nothing where softmax is above."""
+    """How constant compares with softmax, and what that says of a column; nothing where softmax is above."""
     softmax, constant = (table.cell(a, column) for a in ("softmax", "constant"))
     if not (softmax and softmax.ok and constant and constant.ok):
         return
@@ -256,21 +256,21 @@ def _averaging(table: Table, column: Column, compared: dict[Key, Comparison]) ->
     if comparison.verdict == "below":
         return
     verb = {
-        "above": "is above",
-        "ties": f"ties (margin {100 * comparison.margin:.1f} points)",
-        "untold": "is not told apart from",
+        "above": "is above softmax",
+        "ties": f"ties softmax within {100 * comparison.margin:.1f} points",
+        "untold": "is not told apart from softmax",
     }[comparison.verdict]
     shown = comparison.verdict != "untold"
     meaning = f"this column {'does not' if shown else 'is not shown to'} measure attention at this size."
     if above := _above(column, compared):
         meaning = (
-            f"softmax {'has not learned' if shown else 'is not shown'} to use attention here (above constant: {above}), "
-            "and a gap to softmax in this column says nothing about approximation."
+            f"softmax {'has not learned' if shown else 'is not shown'} to use attention here (above constant: "
+            f"{above}), and a gap to softmax in this column says nothing about approximation."
         )
     single = " One seed each: this compares two runs, not two methods." if comparison.seeds == 1 else ""
     gap = combine([(-1.0, comparison.gap)])
     evidence = f"softmax − constant: {_points(gap)}, p {comparison.adjusted:.2g} by Holm"
-    yield f"constant {verb} softmax ({evidence}), so {meaning}{single}"
+    yield f"constant {verb} ({evidence}), so {meaning}{single}"
 
 
 def _points(gap: Uncertain) -> str:

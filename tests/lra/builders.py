@@ -3,7 +3,9 @@
 import hashlib
 import json
 
-from lra.records.record import SCHEMA, record_path, write_record
+import numpy as np
+
+from lra.records.record import SCHEMA, record_path, write_labels, write_record
 
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
 DATASETS = {"text": "IMDb", "retrieval": "AAN", "image": "CIFAR-10"}
@@ -66,6 +68,19 @@ def put(
         points = json.loads(report.read_text())["points"] if report.exists() else []
         report.write_text(json.dumps({"points": [*points, {"digest": path.parent.name, "ratio": speed}]}))
     return path
+
+
+def answer(path, right):
+    """Give a record predictions that are right where `right` says so; returns `right`."""
+    labels = np.random.default_rng(7).integers(0, 10, len(right)).astype(np.uint8)
+    predictions = np.where(right, labels, (labels + 1) % 10).astype(np.uint8).tobytes()
+    record = json.loads(path.read_text())
+    record["result"] |= {"n_correct": int(sum(right)), "n_test": len(right)}
+    record["result"]["predictions_sha256"] = hashlib.sha256(predictions).hexdigest()
+    record["data"]["splits"]["test"]["labels_sha256"] = hashlib.sha256(labels.tobytes()).hexdigest()
+    write_labels(path.parents[4], labels.tobytes())
+    write_record(path, record, predictions)
+    return right
 
 
 def grid(text, nth=0, preset="small"):

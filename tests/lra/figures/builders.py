@@ -3,9 +3,10 @@
 import json
 import xml.etree.ElementTree as ET
 
+import numpy as np
 from matplotlib.text import Text
 
-from tests.lra.builders import FIVE, put
+from tests.lra.builders import FIVE, answer, put
 
 HOSTILE = "</td></script><script>hacked=1</script><img src=x onerror=hacked=1>\"'>{{7*7}}\u202e&#60;"
 CURVE = [[step, split, 1.0, step, 1000] for step in (100, 200, 300) for split in ("train", "val")]
@@ -23,8 +24,9 @@ def fill(results, attentions=("softmax", "performer", "linformer"), seeds=2):
     for n, task in enumerate(FIVE):
         for k, attention in enumerate(attentions):
             for seed in range(seeds):
-                correct = 1500 + 100 * n + 70 * k + 40 * seed
-                give_curve(put(results, task, attention, seed, correct, speed=1 + k, peak=1000 * (k + 1)))
+                path = put(results, task, attention, seed, speed=1 + k, peak=1000 * (k + 1))
+                answer(path, np.arange(4000) < 1500 + 100 * n + 70 * k + 40 * seed)
+                give_curve(path)
 
 
 def texts(path):

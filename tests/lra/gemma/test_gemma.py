@@ -256,7 +256,7 @@ def test_intervals_count_documents_not_tokens():
     own = stats.ratio(list(stats.clusters(few).values()))
     assert own.value == 0.5 and own.high - own.low > 0.6
     same = stats.gap(few, few)
-    assert same == (0, 0, 0)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 def test_share_recovered_is_zero_for_constant_one_for_exact_and_none_without_a_distance():
@@ -267,6 +267,68 @@ def test_share_recovered_is_zero_for_constant_one_for_exact_and_none_without_a_d
     assert stats.recovered(exact, constant, constant).value == 0
     assert stats.recovered(exact, constant, exact).value == 1
     assert stats.recovered(exact, exact, constant) is None
+
+
+def runs_of(accuracies, documents):
+    """Records of one run per accuracy, on documents of 100 tokens that are easier or harder by as much as given."""
+    return block_records(*([[d, 100, 100 * (p + x)] for d, x in enumerate(documents)] for p in accuracies))
+
+
+def test_gaps_and_shares_hold_the_noise_of_training_of_every_method():
+    hard = np.random.default_rng(3).normal(0, 0.05, 12)
+    still, wild = (0.0, 0.0), (-0.02, 0.02)  # the error of the mean of such seeds is 0.02
+    exact, constant, method = (
+        {s: runs_of([p + x for x in s], hard) for s in (still, wild)} for p in (0.5, 0.2, 0.35)
+    )
+    for one, two in ((wild, still), (still, wild)):
+        gap = stats.gap(exact[one], method[two])
+        assert (gap.seeds, gap.seeds_freedom) == pytest.approx((0.02, 1))
+    both = stats.gap(exact[wild], method[wild])
+    assert (both.seeds, both.seeds_freedom) == pytest.approx((0.02 * 2**0.5, 2))
+    # the share is 1/2: derivatives 1, -1/2 and -1/2 by method, constant and exact, over a distance of 0.3
+    for kinds, weight in (
+        ((still, still, wild), 1),
+        ((still, wild, still), 0.5),
+        ((wild, still, still), 0.5),
+    ):
+        share = stats.recovered(
+            *(runs[kind] for runs, kind in zip((exact, constant, method), kinds, strict=True))
+        )
+        assert share.value == pytest.approx(0.5) and share.seeds == pytest.approx(weight * 0.02 / 0.3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_gaps_and_shares_hold_the_truth_about_as_often_as_they_say(seeds):
+    rng, held, draws = np.random.default_rng(seeds), [], 400
+    for sd in (
+        0.001,
+        0.006,
+        0.03,
+    ):  # sd of the methods' seeds in the records: 0.0002 to 0.044; of the baselines 0.001
+        for _ in range(draws):
+            hard = rng.normal(0, 0.03, 16)
+            levels = ((0.35, 0.001), (0.26, 0.001), (0.27, sd))
+            exact, constant, method = (
+                runs_of(rng.normal(p, s, seeds), hard + rng.normal(0, 0.015, 16)) for p, s in levels
+            )
+            gap, share = stats.gap(exact, method), stats.recovered(exact, constant, method)
+            held.append((gap.low <= 0.08 <= gap.high, share.low <= 1 / 9 <= share.high))
+    shares = np.mean(held, axis=0)
+    assert (0.935 < shares).all() and (shares < 0.985).all(), shares
+
+
+def test_rows_above_averaging_are_tested_with_holm_and_only_where_both_sides_show_their_noise():
+    rng = np.random.default_rng(4)
+    hard = rng.normal(0, 0.05, 12)
+    constant, high, equal, wild = (
+        runs_of(p, hard + rng.normal(0, 0.01, 12))
+        for p in ((0.3, 0.301), (0.4, 0.401), (0.3, 0.302), (0.2, 0.6))
+    )
+    assert stats.above(constant, [high, equal, wild, high[:1]]) == [True, False, False, False]
+    assert stats.above(constant[:1], [high[:1], high]) == [True, False]
+    slight = runs_of((0.309, 0.310), hard + 0.01 * np.array([1, -1] * 6))
+    assert stats.gap(slight, constant).p_value > 0.05 / 40
+    assert not any(stats.above(constant, [slight] * 40))
 
 
 def test_interval_of_a_proportion_holds_the_truth_about_as_often_as_it_says():
