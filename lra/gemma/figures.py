@@ -162,13 +162,15 @@ def swap(records: Sequence[Record]) -> Figure:
         series: dict[Label, list] = {}
         for label, runs in rows.items():
             if exact and runs != exact:
-                series.setdefault(without(label, "M="), []).append((features(runs[0]), gap(exact, runs)))
+                lost = gap(exact, runs)
+                points = [100 * x for x in (lost.value, lost.low, lost.high)]
+                series.setdefault(without(label, "M="), []).append((features(runs[0]), points))
         sizes = sorted({M for points in series.values() for M, _ in points if M})
         ends = [sizes[0] / 1.2, sizes[-1] * 1.2] if sizes else [1, 2]
         lines = []
         for i, (label, look) in enumerate(_styles(list(series)).items()):
             if series[label][0][0] is None:
-                value, low, high = (100 * v for v in series[label][0][1])
+                value, low, high = series[label][0][1]
                 lines += axes.plot(ends, [value, value], **look)
                 axes.fill_between(ends, low, high, color=look["color"], alpha=0.2, linewidth=0)
                 continue
@@ -176,9 +178,7 @@ def swap(records: Sequence[Record]) -> Figure:
             shifted = [
                 M * 2 ** (0.07 * (i - len(series) / 2)) for M in at
             ]  # so that intervals stand side by side
-            lines.append(
-                _bars(axes, shifted, [[100 * x for x in (g.value, g.low, g.high)] for g in gaps], look)
-            )
+            lines.append(_bars(axes, shifted, gaps, look))
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, map(str, sizes))
         axes.set(xlabel="random features M", ylabel="gap to exact, points (less is better)")

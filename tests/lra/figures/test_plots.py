@@ -10,7 +10,7 @@ from lra.__main__ import main
 from lra.figures import plots, style
 from lra.records import measured
 from lra.records.cells import build
-from tests.lra.builders import FIVE, LINEAR, QUADRATIC, bench, point, put
+from tests.lra.builders import FIVE, LINEAR, QUADRATIC, answer, bench, point, put
 from tests.lra.figures.builders import HOSTILE, fill, give_curve, texts
 
 

@@ -44,8 +44,8 @@ def test_one_seed_shows_its_count_and_wilson_interval(tmp_path):
 def test_three_seeds_show_mean_sample_sd_count_and_interval(tmp_path):
     for seed, correct in enumerate((1328, 1360, 1392)):  # 33.2, 34.0, 34.8
         put(tmp_path, seed=seed, correct=correct)
-    # 34 -+ hypot(Wilson's 1.45 and 1.49, 1.96 * 0.8 / sqrt 3)
-    assert only(grid(render(tmp_path, "md"))["softmax"]) == "34.0 ± 0.8 (3) [32.3, 35.7]"
+    # Cochran and Cox: a 0.74 and 0.76 (Wilson), b 0.8 / sqrt 3 = 0.46, t* 2.62 and 2.60
+    assert only(grid(render(tmp_path, "md"))["softmax"]) == "34.0 ± 0.8 (3) [31.7, 36.3]"
 
 
 def test_substitute_data_never_shares_a_column_with_the_real_set(tmp_path):
