@@ -69,17 +69,4 @@ COMMANDS = {
         ),
         "training step of each attention on prepared data, for the tables",
     ),
-    "bench fidelity": Command(
-        "lra.bench.fidelity:bench_fidelity",
-        (
-            option(
-                "--reference",
-                "folder with listops_reference_1000.tsv.gz and pathfinder32_reference.npz",
-                Path,
-                required=True,
-            ),
-            REPORT,
-        ),
-        "are generated data distributed as the published programs'?",
-    ),
 }
