@@ -16,23 +16,22 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from lra.bench.base import BASELINE
 from lra.options import UsageError, unknown
+from lra.records.measured import BASELINE
 from models.base import AttentionBase
 
 PYPI = "pypi:"  # before the name of a package where attentions are named
+INSTALL = "pip install -r requirements-dev.txt"
 
 
 class Peer(AttentionBase):
     """`inner(q, k, v) -> out` of a package, all (B, H, N, D)."""
 
-    def __init__(self, package: str, inner: nn.Module, **shape):
+    def __init__(self, inner: nn.Module, **shape):
         super().__init__(None, **shape)
-        self.package, self.inner = package, inner
+        self.inner = inner
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        if mask_BN is not None:
-            raise UsageError(f"{self.package} is measured without padding only")
         return self.inner(q_BHND, k_BHND, v_BHND)
 
 
@@ -106,10 +105,7 @@ def contenders(text: str | None, default: Sequence[str]) -> list[str]:
     if BASELINE not in names:
         raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {text}")
     if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
-        print(
-            f"left out, not installed: {', '.join(missing)} (pip install -r requirements-dev.txt)",
-            file=sys.stderr,
-        )
+        print(f"left out, not installed: {', '.join(missing)} ({INSTALL})", file=sys.stderr)
     return [n for n in names if n not in missing]
 
 
@@ -130,8 +126,8 @@ def build_peer(package: str, *, heads: int, head_dim: int, max_len: int, size: i
     Raises UsageError when the package is not installed.
     """
     if version(package) is None:
-        raise UsageError(f"{package} is not installed: pip install -r requirements-dev.txt")
+        raise UsageError(f"{package} is not installed: {INSTALL}")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # at import, inside packages of 2020
         inner = PEERS[package](heads, head_dim, max_len, size)
-    return Peer(package, inner, heads=heads, head_dim=head_dim, max_len=max_len)
+    return Peer(inner, heads=heads, head_dim=head_dim, max_len=max_len)
