@@ -134,10 +134,9 @@ def compare(
     points = []
     for name, own in seconds.items():
         each = [base / s for base, s in zip(seconds[BASELINE], own, strict=True)]
-        point = {"name": name, **facts, "seconds": round(statistics.median(own), 6)}
-        point |= {"ratio": round(statistics.median(each), 3)}
-        point |= {"ratio_range": [round(min(each), 3), round(max(each), 3)]}
-        point |= {"peak_bytes": contenders[name].peak_bytes}
+        low, ratio, high = (round(pick(each), 3) for pick in (min, statistics.median, max))
+        point = {"name": name, **facts, "seconds": round(statistics.median(own), 6), "ratio": ratio}
+        point |= {"ratio_range": [low, high], "peak_bytes": contenders[name].peak_bytes}
         points.append(point | {"version": version(name[len(PYPI) :]) if name.startswith(PYPI) else None})
     return points
 

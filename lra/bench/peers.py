@@ -35,28 +35,26 @@ class Peer(AttentionBase):
         return self.inner(q_BHND, k_BHND, v_BHND)
 
 
-class _Merged(nn.Module):
-    """Around a module on (B, N, H D): heads are merged before it and split after it."""
+class _Function(nn.Module):
+    """A function as a module; `inner`: a module that it uses."""
 
-    def __init__(self, module: nn.Module, call):
+    def __init__(self, function, inner=None):
         super().__init__()
-        self.module, self.call = module, call
+        self.function, self.inner = function, inner
 
-    def forward(self, *qkv):
+    def forward(self, *x):
+        return self.function(*x)
+
+
+def _merged(module: nn.Module, call) -> nn.Module:
+    """`call(module, q, k, v)` on (B, N, H D): heads are merged before it and split after it."""
+
+    def forward(*qkv):
         B, H, N, D = qkv[0].shape
         merged = [x.transpose(1, 2).reshape(B, N, H * D) for x in qkv]
-        return self.call(self.module, *merged).view(B, N, H, D).transpose(1, 2)
+        return call(module, *merged).view(B, N, H, D).transpose(1, 2)
 
-
-class _Half(nn.Module):
-    """One half of the last axis."""
-
-    def __init__(self, which: int):
-        super().__init__()
-        self.which = which
-
-    def forward(self, x):
-        return x.chunk(2, -1)[self.which]
+    return _Function(forward, module)
 
 
 def _performer(heads, head_dim, max_len, size):
@@ -75,8 +73,9 @@ def _linformer(heads, head_dim, max_len, size):
     from linformer.linformer import LinformerSelfAttention
 
     module = LinformerSelfAttention(heads * head_dim, max_len, k=size, heads=heads)
-    module.to_q, module.to_k, module.to_v, module.to_out = nn.Identity(), _Half(0), _Half(1), nn.Identity()
-    return _Merged(module, lambda m, q, k, v: m(q, context=torch.cat([k, v], -1)))
+    module.to_q, module.to_out = nn.Identity(), nn.Identity()
+    module.to_k, module.to_v = (_Function(lambda x, half=half: x.chunk(2, -1)[half]) for half in (0, 1))
+    return _merged(module, lambda m, q, k, v: m(q, context=torch.cat([k, v], -1)))
 
 
 def _nystrom(heads, head_dim, max_len, size):
@@ -87,7 +86,7 @@ def _nystrom(heads, head_dim, max_len, size):
         heads * head_dim, dim_head=head_dim, heads=heads, num_landmarks=size, residual=False
     )
     module.to_qkv, module.to_out = nn.Identity(), nn.Identity()
-    return _Merged(module, lambda m, *qkv: m(torch.cat(qkv, -1)))
+    return _merged(module, lambda m, *qkv: m(torch.cat(qkv, -1)))
 
 
 PEERS = {  # package -> builder

@@ -71,7 +71,7 @@ def measure(
     for name, run in runs.items():
         each = [base / own for base, own in zip(times[BASELINE][1:], times[name][1:], strict=True)]
         low, ratio, high = (round(value, 4) for value in np.quantile(each, (0.25, 0.5, 0.75)).tolist())
-        point = {"task": run.meta.name, "name": name, "digest": run.digest[:16]}
-        point |= {"seconds": round(statistics.median(times[name][1:]), 6)}
+        seconds = round(statistics.median(times[name][1:]), 6)
+        point = {"task": run.meta.name, "name": name, "digest": run.digest[:16], "seconds": seconds}
         points.append(point | {"ratio": ratio, "low": low, "high": high})
     return points

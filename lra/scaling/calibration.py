@@ -195,12 +195,13 @@ def calibrate(results: Path) -> str:
     command = "python -m lra cost --calibrate"
     measured = {"machine": machine._asdict(), "prices": prices, "held_out_errors": errors}
     measured["configurations"] = {"fitted": len(fitted), "held_out": len(held_out), "memory": len(large)}
+    rows = [[name, *(f"{100 * error:.1f}" for error in e.values())] for name, e in errors.items()]
     text = f"""# What a training step costs
 
 Made by `{command}`. Prices are fitted to {len(fitted)} steps (all attentions, random sizes) and tried on
 {len(held_out)} others. Relative error on the others in percent:
 
-{errors_table(errors)}
+{markdown([Grid(["model", "median", "90th percentile", "largest"], rows)])}
 `flops`: FLOPs and a constant. `traffic`: operations, and the bytes that they read and write (arXiv 2406.18922).
 `both`: what predictions use. `memory`: peak resident bytes of a fresh process, from the bytes that live at once.
 
@@ -208,9 +209,3 @@ Seconds of CPU of one thread, least of {ROUNDS}. {machine_line()}
 """
     write_report(results, "cost", command, measured, text)
     return text
-
-
-def errors_table(errors: dict[str, dict[str, float]]) -> str:
-    """A row for each model of prices."""
-    rows = [[name, *(f"{100 * error:.1f}" for error in e.values())] for name, e in errors.items()]
-    return markdown([Grid(["model", "median", "90th percentile", "largest"], rows)])
