@@ -1,4 +1,4 @@
-"""What the benches share: contenders in processes of their own, timed in turns, and how a bench ends.
+"""What the benches share: contenders in processes of their own, timed in turns, their points, tables and reports.
 
 Why processes: in one process all contenders share an allocator. Whether the large tensors of one are at hand, or have
 to be asked of the system page by page, then depends on what another left behind: a factor of two, seen on this suite's
@@ -11,27 +11,26 @@ import contextlib
 import ctypes
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from lra.scaling.reports import write_report
+from lra.bench.peers import PYPI, version
+from lra.machine import PeakMemory, pick_device, set_threads
+from lra.options import UsageError
+from lra.records.markup import MISSING, Grid, markdown
+from lra.records.measured import BASELINE
+from lra.scaling.reports import machine_line, write_report
 
 ROOT = Path(__file__).parents[2]
-BASELINE = "softmax"  # of every ratio
-
-
-class Turns(NamedTuple):
-    """Seconds of each round, and peak bytes of the first run where the system can tell."""
-
-    seconds: list[float]
-    peak_bytes: int | None
+Facts = Mapping[str, Any]  # what a contender is: name, B sequences of N tokens, M features ...
 
 
 class Apart:
@@ -41,7 +40,7 @@ class Apart:
     the process fails.
     """
 
-    def __init__(self, module: str, facts: Mapping[str, Any]):
+    def __init__(self, module: str, facts: Facts):
         self.facts = {**facts, "threads": torch.get_num_threads()}
         self.errors = tempfile.TemporaryFile()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
@@ -74,8 +73,25 @@ class Apart:
         raise RuntimeError(f"{' '.join(map(str, self.facts.values()))}: {lines[-1] if lines else 'killed'}")
 
 
+def alone(contender: Callable[..., Callable[[], Any]]) -> None:
+    """The other side of Apart, for a module whose `contender(**facts)` is a function to be timed: a short run, so
+    that libraries are loaded, the peak of a whole one, then `serve`."""
+    facts = json.loads(sys.argv[1])
+    set_threads(facts.pop("threads"))
+    contender(**short(facts))()
+    run = contender(**facts)
+    meter = PeakMemory(pick_device("cpu"))
+    run()
+    serve(meter.read(), run)
+
+
+def short(facts: Facts) -> dict[str, Any]:
+    """One sequence, the shortest that every method takes."""
+    return {**facts, "B": 1, "N": facts["M"]}
+
+
 def serve(peak_bytes: int | None, run: Callable[[], Any]) -> None:
-    """The other side of Apart: prints the peak; then runs, and prints the seconds, for every line of stdin.
+    """Print the peak; then run, and print the seconds, for every line of stdin.
 
     Of two runs the second counts: others had caches and memory in between, and a virtual machine may have given memory
     back to its host, whose first touch is three times as slow. What the allocator holds is then released, so that the
@@ -97,32 +113,72 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def take_turns(
-    module: str, facts: Mapping[str, Mapping[str, Any]], rounds: int, done: Callable[[], Any]
-) -> dict[str, Turns]:
-    """All names in `facts` run once in every round. What a process does before it is ready is not counted. `done` is
-    called after every run."""
+def compare(
+    module: str, names: Sequence[str], facts: Facts, rounds: int, done: Callable[[], Any]
+) -> list[dict[str, Any]]:
+    """One point for each name: all run once in every round. `done` is called after every run.
+
+    ratio, ratio_range: median, least and greatest over rounds of (seconds of softmax) / (seconds of the name).
+    peak_bytes: of one run, above a process that is ready for it; None where the system cannot tell.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         contenders = {}
-        for name, given in facts.items():
-            contenders[name] = stack.enter_context(Apart(module, given))
+        for name in names:
+            contenders[name] = stack.enter_context(Apart(module, {"name": name, **facts}))
             done()
-        turns = {name: Turns([], one.peak_bytes) for name, one in contenders.items()}
         for _ in range(rounds):
-            for name, one in contenders.items():
-                turns[name].seconds.append(one.seconds())
+            for name, contender in contenders.items():
+                seconds[name].append(contender.seconds())
                 done()
-    return turns
+    points = []
+    for name, own in seconds.items():
+        each = [base / s for base, s in zip(seconds[BASELINE], own, strict=True)]
+        low, ratio, high = (round(pick(each), 3) for pick in (min, statistics.median, max))
+        point = {"name": name, **facts, "seconds": round(statistics.median(own), 6), "ratio": ratio}
+        point |= {"ratio_range": [low, high], "peak_bytes": contenders[name].peak_bytes}
+        points.append(point | {"version": version(name[len(PYPI) :]) if name.startswith(PYPI) else None})
+    return points
 
 
-def ratios(turns: Mapping[str, Turns], name: str) -> list[float]:
-    """How many times as fast as BASELINE `name` was in each round."""
-    return [base / own for base, own in zip(turns[BASELINE].seconds, turns[name].seconds, strict=True)]
+def whole_numbers(option: str, text: str, like: str) -> list[tuple[int, ...]]:
+    """`32x128,4x4096` as [(32, 128), (4, 4096)]: as many factors as `like` has, each at least 1."""
+    try:
+        numbers = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or any(len(n) != len(like.split("x")) or min(n) < 1 for n in numbers):
+        raise UsageError(
+            f"{option} takes whole numbers above 0, comma-separated, such as {like}; got {text!r}"
+        )
+    return list(dict.fromkeys(numbers))
 
 
-def finish(results: Path, what: str, measured: dict[str, Any], text: str, action: str | None = None) -> None:
+def table(points: list[dict[str, Any]], column: Callable[[dict], str], cell: Callable[[dict], str]) -> str:
+    """A row for each name, a column for each `column(point)`."""
+    cells = {(p["name"], column(p)): cell(p) for p in points}
+    versions = {p["name"]: f" {p['version']} (PyPI)" if p.get("version") else "" for p in points}
+    columns = list(dict.fromkeys(map(column, points)))
+    rows = [
+        [name.removeprefix(PYPI) + version, *(cells.get((name, c), MISSING) for c in columns)]
+        for name, version in versions.items()
+    ]
+    return markdown([Grid(["attention", *columns], rows)])
+
+
+def milliseconds(point: dict[str, Any]) -> str:
+    """A cell of a table of times."""
+    return f"{1e3 * point['seconds']:,.1f} ({point['ratio']:.2f})"
+
+
+def megabytes(point: dict[str, Any]) -> str:
+    """A cell of a table of memory."""
+    return MISSING if point["peak_bytes"] is None else f"{point['peak_bytes'] / 1e6:,.0f}"
+
+
+def finish(results: Path, what: str, action: str, measured: dict[str, Any], text: str) -> None:
     """Write the report of `bench ACTION`, whose text names the command as {command}, and print it."""
-    command = shlex.join(["python", "-m", "lra", "bench", action or what, *sys.argv[3:]])
-    text = text.replace("{command}", command)
+    command = shlex.join(["python", "-m", "lra", "bench", action, *sys.argv[3:]])
+    text = text.replace("{command}", command) + f"\n{machine_line()}\n"
     paths = write_report(results, what, command, measured, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))

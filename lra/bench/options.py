@@ -8,78 +8,54 @@ from lra.options import DATA, DEVICE, PRESET, THREADS, Command, at_least, option
 
 REPORT = option("--results", "folder whose bench/ gets the report", Path, Path("results"))
 SIZE = option("--features", "features, landmarks, projected positions or window M", at_least(1), 256)
-TASKS = option("--tasks", "comma-separated names", default="all")
 PRECISION = option("--precision", "bf16: autocast", ("fp32", "bf16"), "fp32")
+NAMES = "comma-separated names, softmax among them"
+PEERS = f"{NAMES}; pypi:PACKAGE is a public package"
+LAYOUTS = "32x128,32x1024,32x2048,32x3072,32x4096,4x4096"
 
 
 def timing(rounds: int) -> tuple:
     """How steps are timed."""
     how = "interleaved rounds, after one that is not counted"
-    return (option("--rounds", how, at_least(1), rounds), THREADS)
+    return option("--rounds", how, at_least(1), rounds), THREADS, REPORT
 
 
+ATTENTION = (
+    option("--attentions", f'{PEERS}; each with " causal" or " bf16" (default: all)'),
+    option("--lengths", "tokens N, comma-separated", default="512,1024,2048,4096,8192,16384"),
+    option("--batch", "sequences B", at_least(1), 2),
+    option("--heads", "heads H", at_least(1), 4),
+    option("--head-dim", "head width D", at_least(1), 64),
+    SIZE,
+)
+ENCODER = (
+    option("--attentions", f'{PEERS}; each with " compiled" (default: linear ones and peers)'),
+    option("--layouts", "batch x tokens, comma-separated", default=LAYOUTS),
+    PRECISION,
+    SIZE,
+)
+TASKS = (
+    PRESET,
+    option("--tasks", "comma-separated names", default="all"),
+    option("--attentions", f"{NAMES} (default: all)"),
+    DATA,
+    PRECISION,
+    DEVICE,
+)
 COMMANDS = {
     "bench attention": Command(
         "lra.bench.attention:bench_attention",
-        (
-            option(
-                "--attentions",
-                'comma-separated: NAME or pypi:PACKAGE, each with " causal" or " bf16" (default: all)',
-            ),
-            option("--lengths", "tokens N, comma-separated", default="512,1024,2048,4096,8192,16384"),
-            option("--batch", "sequences B", at_least(1), 2),
-            option("--heads", "heads H", at_least(1), 4),
-            option("--head-dim", "head width D", at_least(1), 64),
-            SIZE,
-            *timing(5),
-            REPORT,
-        ),
+        (*ATTENTION, *timing(5)),
         "time and memory against length, beside packages",
     ),
     "bench encoder": Command(
         "lra.bench.encoder:bench_encoder",
-        (
-            option(
-                "--attentions",
-                'as of `bench attention`, each with " compiled" (default: linear ones and peers)',
-            ),
-            option(
-                "--layouts",
-                "batch x tokens, comma-separated",
-                default="32x128,32x1024,32x2048,32x3072,32x4096,4x4096",
-            ),
-            PRECISION,
-            SIZE,
-            *timing(3),
-            REPORT,
-        ),
+        (*ENCODER, *timing(3)),
         "training step with each attention, beside packages",
     ),
     "bench tasks": Command(
         "lra.bench.tasks:bench_tasks",
-        (
-            PRESET,
-            TASKS,
-            option("--attentions", "comma-separated names, softmax among them (default: all)"),
-            DATA,
-            PRECISION,
-            DEVICE,
-            *timing(20),
-            REPORT,
-        ),
+        (*TASKS, *timing(20)),
         "training step of each attention on prepared data, for the tables",
-    ),
-    "bench fidelity": Command(
-        "lra.bench.fidelity:bench_fidelity",
-        (
-            option(
-                "--reference",
-                "folder with listops_reference_1000.tsv.gz and pathfinder32_reference.npz",
-                Path,
-                required=True,
-            ),
-            REPORT,
-        ),
-        "are generated data distributed as the published programs'?",
     ),
 }

@@ -16,48 +16,45 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from lra.bench.base import BASELINE
 from lra.options import UsageError, unknown
+from lra.records.measured import BASELINE
 from models.base import AttentionBase
 
 PYPI = "pypi:"  # before the name of a package where attentions are named
+INSTALL = "pip install -r requirements-dev.txt"
 
 
 class Peer(AttentionBase):
     """`inner(q, k, v) -> out` of a package, all (B, H, N, D)."""
 
-    def __init__(self, package: str, inner: nn.Module, **shape):
+    def __init__(self, inner: nn.Module, **shape):
         super().__init__(None, **shape)
-        self.package, self.inner = package, inner
+        self.inner = inner
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        if mask_BN is not None:
-            raise UsageError(f"{self.package} is measured without padding only")
         return self.inner(q_BHND, k_BHND, v_BHND)
 
 
-class _Merged(nn.Module):
-    """Around a module on (B, N, H D): heads are merged before it and split after it."""
+class _Function(nn.Module):
+    """A function as a module; `inner`: a module that it uses."""
 
-    def __init__(self, module: nn.Module, call):
+    def __init__(self, function, inner=None):
         super().__init__()
-        self.module, self.call = module, call
+        self.function, self.inner = function, inner
 
-    def forward(self, *qkv):
+    def forward(self, *x):
+        return self.function(*x)
+
+
+def _merged(module: nn.Module, call) -> nn.Module:
+    """`call(module, q, k, v)` on (B, N, H D): heads are merged before it and split after it."""
+
+    def forward(*qkv):
         B, H, N, D = qkv[0].shape
         merged = [x.transpose(1, 2).reshape(B, N, H * D) for x in qkv]
-        return self.call(self.module, *merged).view(B, N, H, D).transpose(1, 2)
+        return call(module, *merged).view(B, N, H, D).transpose(1, 2)
 
-
-class _Half(nn.Module):
-    """One half of the last axis."""
-
-    def __init__(self, which: int):
-        super().__init__()
-        self.which = which
-
-    def forward(self, x):
-        return x.chunk(2, -1)[self.which]
+    return _Function(forward, module)
 
 
 def _performer(heads, head_dim, max_len, size):
@@ -76,8 +73,9 @@ def _linformer(heads, head_dim, max_len, size):
     from linformer.linformer import LinformerSelfAttention
 
     module = LinformerSelfAttention(heads * head_dim, max_len, k=size, heads=heads)
-    module.to_q, module.to_k, module.to_v, module.to_out = nn.Identity(), _Half(0), _Half(1), nn.Identity()
-    return _Merged(module, lambda m, q, k, v: m(q, context=torch.cat([k, v], -1)))
+    module.to_q, module.to_out = nn.Identity(), nn.Identity()
+    module.to_k, module.to_v = (_Function(lambda x, half=half: x.chunk(2, -1)[half]) for half in (0, 1))
+    return _merged(module, lambda m, q, k, v: m(q, context=torch.cat([k, v], -1)))
 
 
 def _nystrom(heads, head_dim, max_len, size):
@@ -88,7 +86,7 @@ def _nystrom(heads, head_dim, max_len, size):
         heads * head_dim, dim_head=head_dim, heads=heads, num_landmarks=size, residual=False
     )
     module.to_qkv, module.to_out = nn.Identity(), nn.Identity()
-    return _Merged(module, lambda m, *qkv: m(torch.cat(qkv, -1)))
+    return _merged(module, lambda m, *qkv: m(torch.cat(qkv, -1)))
 
 
 PEERS = {  # package -> builder
@@ -106,10 +104,7 @@ def contenders(text: str | None, default: Sequence[str]) -> list[str]:
     if BASELINE not in names:
         raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {text}")
     if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
-        print(
-            f"left out, not installed: {', '.join(missing)} (pip install -r requirements-dev.txt)",
-            file=sys.stderr,
-        )
+        print(f"left out, not installed: {', '.join(missing)} ({INSTALL})", file=sys.stderr)
     return [n for n in names if n not in missing]
 
 
@@ -130,8 +125,8 @@ def build_peer(package: str, *, heads: int, head_dim: int, max_len: int, size: i
     Raises UsageError when the package is not installed.
     """
     if version(package) is None:
-        raise UsageError(f"{package} is not installed: pip install -r requirements-dev.txt")
+        raise UsageError(f"{package} is not installed: {INSTALL}")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # at import, inside packages of 2020
         inner = PEERS[package](heads, head_dim, max_len, size)
-    return Peer(package, inner, heads=heads, head_dim=head_dim, max_len=max_len)
+    return Peer(inner, heads=heads, head_dim=head_dim, max_len=max_len)

@@ -8,19 +8,17 @@ from __future__ import annotations
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.base import BASELINE, finish
+from lra.bench.base import finish, milliseconds, table
 from lra.bench.peers import contenders
 from lra.machine import pick_device, set_threads, synchronize
-from lra.records.markup import Grid, markdown
-from lra.records.measured import tasks_report
-from lra.scaling.reports import machine_line
+from lra.records.measured import BASELINE, tasks_report
 from lra.training import config
 from lra.training.trainer import Trainer, Where
 from tasks.store.prepared import Prepared, load
@@ -33,23 +31,25 @@ def bench_tasks(args: Namespace) -> None:
     names = contenders(args.attentions, registry.attention_names())
     # All there, before anything is timed.
     prepared = {task: load(args.data / task / args.preset) for task in tasks}
-    where = Where(pick_device(args.device), args.precision)
-    points: list[dict[str, Any]] = []
+    where, points = Where(pick_device(args.device), args.precision), []
     with tqdm(total=len(tasks) * len(names) * (1 + args.rounds), disable=None, unit="step") as bar:
         for task, data in prepared.items():
             bar.set_description(task)
-            points += measure(task, args.preset, names, data, where, args.rounds, bar.update)
-    finish(args.results, tasks_report(args.preset), {"points": points}, steps_table(points, args), "tasks")
+            runs = {name: config.resolve(task, args.preset, name, 0, data.manifest, {}) for name in names}
+            points += measure(runs, data, where, args.rounds, bar.update)
+    text = f"""# A training step of the {args.preset} preset
+
+`{{command}}`: the preset's own encoder, batch and data, loading included; {args.precision}. Median of {args.rounds} \
+interleaved rounds.
+
+Milliseconds, and in brackets how many times as fast as with softmax in the same round: median [quartiles].
+
+{table(points, lambda p: p["task"], lambda p: f"{milliseconds(p)[:-1]} [{p['low']:.2f}, {p['high']:.2f}])")}"""
+    finish(args.results, tasks_report(args.preset), "tasks", {"points": points}, text)
 
 
 def measure(
-    task: str,
-    preset: str,
-    names: Sequence[str],
-    data: Prepared,
-    where: Where,
-    rounds: int,
-    done: Callable[[], Any],
+    runs: dict[str, config.Run], data: Prepared, where: Where, rounds: int, done: Callable[[], Any]
 ) -> list[dict[str, Any]]:
     """One point for each attention at its defaults.
 
@@ -57,9 +57,8 @@ def measure(
     high: median and quartiles over rounds of (seconds of softmax) / (seconds of the attention). seconds: the median of
     a step. digest: that of the runs that the point stands for.
     """
-    runs = {name: config.resolve(task, preset, name, 0, data.manifest, {}) for name in names}
     trainers = {name: Trainer(run, data, where) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(1 + rounds):
         for name, trainer in trainers.items():
             synchronize(where.device)
@@ -72,28 +71,7 @@ def measure(
     for name, run in runs.items():
         each = [base / own for base, own in zip(times[BASELINE][1:], times[name][1:], strict=True)]
         low, ratio, high = (round(value, 4) for value in np.quantile(each, (0.25, 0.5, 0.75)).tolist())
-        point = {"task": task, "name": name, "digest": run.digest[:16]}
-        point |= {"seconds": round(statistics.median(times[name][1:]), 6)}
+        seconds = round(statistics.median(times[name][1:]), 6)
+        point = {"task": run.meta.name, "name": name, "digest": run.digest[:16], "seconds": seconds}
         points.append(point | {"ratio": ratio, "low": low, "high": high})
     return points
-
-
-def steps_table(points: list[dict[str, Any]], args: Namespace) -> str:
-    """One table: milliseconds with ratios."""
-    by = {(p["name"], p["task"]): p for p in points}
-    tasks = list(dict.fromkeys(p["task"] for p in points))
-
-    def cell(p: dict[str, Any]) -> str:
-        return f"{1e3 * p['seconds']:,.1f} ({p['ratio']:.2f} [{p['low']:.2f}, {p['high']:.2f}])"
-
-    rows = [[n, *(cell(by[n, t]) for t in tasks)] for n in dict.fromkeys(p["name"] for p in points)]
-    return f"""# A training step of the {args.preset} preset
-
-`{{command}}`: the preset's own encoder, batch and data, loading included; {args.precision}. Median of {args.rounds} \
-interleaved rounds.
-
-Milliseconds, and in brackets how many times as fast as with softmax in the same round: median [quartiles].
-
-{markdown([Grid(["attention", *tasks], rows)])}
-{machine_line()}
-"""

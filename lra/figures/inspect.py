@@ -6,6 +6,7 @@ TASK-PRESET-sheet.png. `cards` reads these files.
 
 from __future__ import annotations
 
+import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -78,46 +79,43 @@ def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
     facts["recipe"] = {k: v for k, v in m["request"].items() if k in ("seq_len", "seed", "options")}
     facts["duplicates_removed"] = m["duplicates_removed"]
     _, _, facts["duplicates_within"] = disjoint(prepared.splits, registry.load_task(m["task"]).META.towers)
-    edges = np.unique(np.linspace(0, _longest(prepared), BINS + 1).round().astype(int)) + 1
-    facts["splits"] = {
-        name: {"n": len(split.labels), "sha256": m["splits"][name]["sha256"]} | _measure(split, edges)
-        for name, split in prepared.splits.items()
-    }
+    lengths = {name: np.diff(split.offsets) for name, split in prepared.splits.items()}
+    longest = max(int(each.max()) for each in lengths.values())
+    edges = np.unique(np.linspace(0, longest, BINS + 1).round().astype(int)) + 1
+    facts["splits"] = {}
+    for name, each in lengths.items():
+        tokens = {"shortest": int(each.min()), "median": float(np.median(each))}
+        tokens |= {"mean": round(float(each.mean()), 1), "longest": int(each.max())}
+        counts, _ = np.histogram(each, edges)
+        labels = prepared.splits[name].labels
+        facts["splits"][name] = {
+            "n": len(labels),
+            "sha256": m["splits"][name]["sha256"],
+            "labels": np.bincount(labels).tolist(),
+            "tokens": tokens,
+            "histogram": [[int(a), int(b) - 1, int(n)] for a, b, n in zip(edges, edges[1:], counts)],
+        }
     return facts
-
-
-def _longest(prepared: Prepared) -> int:
-    return max(int(np.diff(split.offsets).max()) for split in prepared.splits.values())
-
-
-def _measure(split: Split, edges: np.ndarray) -> dict[str, Any]:
-    lengths = np.diff(split.offsets)
-    counts, _ = np.histogram(lengths, edges)
-    tokens = {"shortest": int(lengths.min()), "median": float(np.median(lengths))}
-    tokens |= {"mean": round(float(lengths.mean()), 1), "longest": int(lengths.max())}
-    bars = [[int(first), int(after) - 1, int(n)] for first, after, n in zip(edges, edges[1:], counts)]
-    labels = np.bincount(split.labels)
-    return {"labels": labels.tolist(), "tokens": tokens, "histogram": bars}
 
 
 def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Facts by task and preset, presets in the usual order. Raises UsageError for a file that holds none."""
-    tasks: dict[str, dict[str, dict[str, Any]]] = {}
-    order = {name: i for i, name in enumerate(PRESETS)}
+    order, files = list(PRESETS), []
     for path in sorted(Path(folder).glob("*.json")):
         try:
             facts = json.loads(path.read_text())
             if facts["schema"] != SCHEMA:
                 raise ValueError(f"schema {facts['schema']!r}")
-            tasks.setdefault(facts["task"], {})[facts["preset"]] = facts
+            task, preset = facts["task"], facts["preset"]
+            files.append((task, order.index(preset) if preset in order else len(order), preset, facts))
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} holds no facts of `inspect` ({error}): write it again") from None
-    if not tasks:
+    if not files:
         raise UsageError(f"no facts in {folder}: run `python -m lra inspect TASK --out {folder}` first")
-    return {
-        task: {name: presets[name] for name in sorted(presets, key=lambda p: (order.get(p, len(order)), p))}
-        for task, presets in tasks.items()
-    }
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    for task, _, preset, facts in sorted(files, key=lambda file: file[:3]):
+        tasks.setdefault(task, {})[preset] = facts
+    return tasks
 
 
 # Facts as text
@@ -125,49 +123,36 @@ def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 def describe(facts: dict[str, Any]) -> str:
     """Facts for a terminal."""
-    splits = {name: facts["splits"][name] for name in SPLITS}
     lines = [
         f"{facts['task']}, {facts['preset']}: {facts['dataset']} ({facts['source']}, {facts['revision']})",
         f"licence: {facts['licence']}\n",
-        f"split  examples  tokens: {' / '.join(TOKENS)}",
-        *(f"{name:<5} {split['n']:>9,}  {_tokens(split)}" for name, split in splits.items()),
-        "\nshare of each label, %",
+        f"split  examples  tokens: {' / '.join(TOKENS)}; share of each label, %",
     ]
-    for name, split in splits.items():
-        shares = (f"{label}: {100 * n / split['n']:.1f}" for label, n in enumerate(split["labels"]))
-        lines.append(f"{name:<5} {'  '.join(shares)}")
-    bars = splits["train"]["histogram"]
-    most = max(n for *_, n in bars)
-    lines.append("\ntraining sequences by length")
-    lines += [f"{a:>6}-{b:<6} {n:>9,} {'#' * round(50 * n / most)}" for a, b, n in bars if n]
-    lines.append("")
-    return "\n".join(lines + [f"{name}: {value}" for name, value in _checks(facts).items()])
+    for name in SPLITS:
+        split = facts["splits"][name]
+        shares = "  ".join(f"{label}: {100 * n / split['n']:.1f}" for label, n in enumerate(split["labels"]))
+        lines.append(f"{name:<5} {split['n']:>9,}  {_tokens(split)}; {shares}")
+    return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in _checks(facts).items())])
 
 
 def card(presets: list[dict[str, Any]], folder: Path) -> str:
     """One table as Markdown, a column for each preset, and links to the figures in `folder`."""
-    columns = [_card_column(facts) for facts in presets]
+    columns, links = [], []
+    for facts in presets:
+        splits, test = facts["splits"], facts["splits"]["test"]
+        shares = (f"{100 * pick(test['labels']) / test['n']:.1f}" for pick in (min, max))
+        column = {"data set": facts["dataset"], "revision": facts["revision"]}
+        column["train / val / test"] = " / ".join(f"{splits[name]['n']:,}" for name in SPLITS)
+        column[f"training tokens: {' / '.join(TOKENS)}"] = _tokens(splits["train"])
+        columns.append(column | {"labels of test, %": "–".join(shares)} | _checks(facts))
+        for end, what in (("lengths.svg", "lengths"), ("sheet.png", "examples")):
+            name = f"{facts['task']}-{facts['preset']}-{end}"
+            if (folder / name).is_file():
+                links.append(f"[{what}, {facts['preset']}]({FROM_CARDS}/{name})")
     names = dict.fromkeys(name for column in columns for name in column)
     rows = tuple((name, *(column.get(name, "") for column in columns)) for name in names)
-    links = []
-    for facts in presets:
-        stem = f"{facts['task']}-{facts['preset']}"
-        for end, what in (("lengths.svg", "lengths"), ("sheet.png", "examples")):
-            if (folder / f"{stem}-{end}").is_file():
-                links.append(f"[{what}, {facts['preset']}]({FROM_CARDS}/{stem}-{end})")
     table = markdown([Grid(("", *(facts["preset"] for facts in presets)), rows)])
     return table + (f"\nFigures: {', '.join(links)}.\n" if links else "")
-
-
-def _card_column(facts: dict[str, Any]) -> dict[str, str]:
-    splits, test = facts["splits"], facts["splits"]["test"]
-    return {
-        "data set": facts["dataset"],
-        "revision": facts["revision"],
-        "train / val / test": " / ".join(f"{splits[name]['n']:,}" for name in SPLITS),
-        f"training tokens: {' / '.join(TOKENS)}": _tokens(splits["train"]),
-        "labels of test, %": "–".join(f"{100 * pick(test['labels']) / test['n']:.1f}" for pick in (min, max)),
-    } | _checks(facts)
 
 
 def _tokens(split: dict[str, Any]) -> str:
@@ -191,19 +176,17 @@ def _checks(facts: dict[str, Any]) -> dict[str, str]:
 
 def examples(task: ModuleType, split: Split) -> list[str]:
     """Lines that show the first examples: text as text, symbols as symbols, pictures side by side."""
-    count = min(EXAMPLES, len(split.labels))
+    count, towers = min(EXAMPLES, len(split.labels)), task.META.towers
     if task.META.reads == "pixels":
         return _pictures_as_text(pictures(split, count), split.labels)
     lines = []
-    for i in range(count):
-        for t in range(task.META.towers):
-            tokens = split.sequence(task.META.towers * i + t)
-            text = _spell(task, tokens)
-            more = f" ... ({len(text) - CHARACTERS:,} characters more)" if len(text) > CHARACTERS else ""
-            which = f", text {t + 1}" if task.META.towers > 1 else ""
-            lines.append(
-                f"{i}: label {split.labels[i]}, {len(tokens)} tokens{which}: {text[:CHARACTERS]}{more}"
-            )
+    for i, t in itertools.product(range(count), range(towers)):
+        tokens = split.sequence(towers * i + t)
+        text = _spell(task, tokens)
+        more = f" ... ({len(text) - CHARACTERS:,} characters more)" if len(text) > CHARACTERS else ""
+        which = f", text {t + 1}" if towers > 1 else ""
+        start = f"{i}: label {split.labels[i]}, {len(tokens)} tokens{which}: "
+        lines.append(start + text[:CHARACTERS] + more)
     return lines
 
 
@@ -225,16 +208,13 @@ def pictures(split: Split, count: int) -> np.ndarray:
 def _pictures_as_text(images: np.ndarray, labels: np.ndarray) -> list[str]:
     """Pictures side by side, two characters a pixel at 8 px; larger ones show each block's brightest pixel."""
     n, side, _ = images.shape
-    small = min(side, 16)
+    small, wide = (16, 1) if side >= 16 else (side, 2)
     block = side // small
     coarse = images[:, : small * block, : small * block].reshape(n, small, block, small, block).max((2, 4))
-    wide = 1 if small == 16 else 2
-    rows = (
-        "  ".join("".join(wide * GREYS[-(-g * 9 // 255)] for g in image[y].tolist()) for image in coarse)
-        for y in range(small)
-    )
-    header = "  ".join(f"{i}: label {label}".ljust(wide * small) for i, label in enumerate(labels[:n]))
-    return [header, *rows]
+    lines = ["  ".join(f"{i}: label {label}".ljust(wide * small) for i, label in enumerate(labels[:n]))]
+    for row in coarse.swapaxes(0, 1).tolist():
+        lines.append("  ".join("".join(wide * GREYS[-(-grey * 9 // 255)] for grey in part) for part in row))
+    return lines
 
 
 def contact_sheet(split: Split, path: Path) -> Path:
@@ -260,13 +240,13 @@ def contact_sheet(split: Split, path: Path) -> Path:
 def lengths_figure(prepared: Prepared, path: Path) -> tuple[Path, Path]:
     """Draw how long the sequences of each split are; writes PATH.svg and PATH.png."""
     m = prepared.manifest
-    bins = np.linspace(0, _longest(prepared) + 1, 51)
+    lengths = {name: np.diff(prepared.splits[name].offsets) for name in SPLITS}
+    bins = np.linspace(0, max(int(each.max()) for each in lengths.values()) + 1, 51)
     with style.drawing():
         figure, axes = style.subplots(height=2.6)
-        for name, colour in zip(SPLITS, style.PALETTE):
-            lengths = np.diff(prepared.splits[name].offsets)
-            share = np.histogram(lengths, bins)[0] / len(lengths)
-            axes.stairs(100 * share, bins, color=colour, label=f"{name} ({len(lengths):,})")
+        for (name, each), colour in zip(lengths.items(), style.PALETTE):
+            share = np.histogram(each, bins)[0] / len(each)
+            axes.stairs(100 * share, bins, color=colour, label=f"{name} ({len(each):,})")
         axes.set(xlabel="tokens of a sequence", ylabel="% of the split", title=f"{m['task']}: {m['dataset']}")
         axes.legend()
         return style.save(figure, path)

@@ -83,28 +83,25 @@ def _shared(a: Bbox, b: Bbox) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
-def label_ends(axes: Axes, lines: Sequence[Line2D], size: float = 7.5) -> None:
+def label_ends(axes: Axes, lines: Sequence[Line2D] | None = None, size: float = 7.5) -> None:
     """Name each line at the right of the axes, at the height of its last point or as near as the others allow.
 
-    The name is the label of the line. Limits and scales of the axes must be set before.
+    The name is the label of the line; by default all lines that have one are named. Limits and scales of the axes
+    must be set before.
     """
+    lines = lines or [line for line in axes.lines if not line.get_label().startswith("_")]
     axes.figure.draw_without_rendering()
     step = 1.35 * size / 72 * axes.figure.dpi / axes.get_window_extent().height  # of the height of the axes
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
     wanted = [float(to_axes.transform(end)[1]) for end in ends]
+    arrow = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1}
+    text = {"textcoords": "axes fraction", "va": "center", "fontsize": size, "annotation_clip": False}
     for line, end, height in zip(lines, ends, spread(wanted, step), strict=True):
-        arrow = {
-            "arrowstyle": "-",
-            "linewidth": 0.5,
-            "color": line.get_color(),
-            "relpos": (0, 0.5),
-            "shrinkA": 1,
-        }
+        color = line.get_color()
         axes.annotate(
-            line.get_label(), end, (1.05, height), textcoords="axes fraction", va="center", fontsize=size,
-            color=line.get_color(), annotation_clip=False, arrowprops=arrow,
-        )  # fmt: skip
+            line.get_label(), end, (1.05, height), color=color, arrowprops=arrow | {"color": color}, **text
+        )
 
 
 def spread(wanted: Sequence[float], step: float) -> list[float]:

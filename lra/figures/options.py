@@ -6,36 +6,26 @@ from pathlib import Path
 
 from lra.options import DATA, PRESET, RESULTS, RUNS, TASK, Command, at_least, option
 
+INSPECT = (
+    TASK,
+    PRESET,
+    DATA,
+    option("--out", "folder for facts (JSON), lengths (SVG, PNG) and a contact sheet (PNG)", Path),
+)
+CARDS = (
+    option("--results", "its data/ holds what `inspect --out` wrote", Path, Path("results")),
+    option("--write", "a file such as tasks/DATA.md: only the text between its markers changes", Path),
+)
+PLOT = (RESULTS, option("--all", "draw all methods (default: at most eight in a panel)", bool))
+TENSORBOARD = (
+    RUNS,
+    option("--task", "only this task: its attentions overlay one another (default: all tasks)"),
+    option("--port", "on 127.0.0.1", at_least(1, 65535), 6006),
+    option("--start", "start TensorBoard, instead of only printing the command", bool),
+)
 COMMANDS = {
-    "inspect": Command(
-        "lra.figures.inspect:show",
-        (
-            TASK,
-            PRESET,
-            DATA,
-            option("--out", "folder for facts (JSON), lengths (SVG, PNG) and a contact sheet (PNG)", Path),
-        ),
-    ),
-    "cards": Command(
-        "lra.figures.inspect:cards",
-        (
-            option("--results", "its data/ holds what `inspect --out` wrote", Path, Path("results")),
-            option(
-                "--write", "a file such as tasks/DATA.md: only the text between its markers changes", Path
-            ),
-        ),
-    ),
-    "plot": Command(
-        "lra.figures.plots:plot",
-        (RESULTS, option("--all", "draw all methods (default: at most eight in a panel)", bool)),
-    ),
-    "tensorboard": Command(
-        "lra.figures.tensorboard:tensorboard",
-        (
-            RUNS,
-            option("--task", "only this task: its attentions overlay one another (default: all tasks)"),
-            option("--port", "on 127.0.0.1", at_least(1, 65535), 6006),
-            option("--start", "start TensorBoard, instead of only printing the command", bool),
-        ),
-    ),
+    "inspect": Command("lra.figures.inspect:show", INSPECT),
+    "cards": Command("lra.figures.inspect:cards", CARDS),
+    "plot": Command("lra.figures.plots:plot", PLOT),
+    "tensorboard": Command("lra.figures.tensorboard:tensorboard", TENSORBOARD),
 }

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lra.figures import style
 from lra.figures.labels import label_ends, place_labels
 from lra.figures.style import color, drawing, listed, short
@@ -126,17 +128,9 @@ def accuracy(table: Table, rows: Rows) -> Figure | None:
 
 
 def _seeds(axes: Axes, y: float, method: str, cell: Cell) -> None:
-    estimate = cell.estimate
-    bounds = [[100 * (estimate.value - estimate.low)], [100 * (estimate.high - estimate.value)]]
-    axes.errorbar(
-        100 * estimate.value,
-        y,
-        xerr=bounds,
-        fmt=style.marker(method),
-        color=color(method),
-        markersize=6,
-        capsize=2,
-    )
+    value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
+    look = {"fmt": style.marker(method), "color": color(method), "markersize": 6, "capsize": 2}
+    axes.errorbar(value, y, xerr=[[value - low], [high - value]], **look)
     dots = [100 * a for a in cell.accuracies]
     axes.plot(dots, [y - 0.28] * len(dots), ".", color=color(method), markersize=4, alpha=0.8)
 
@@ -166,20 +160,16 @@ def _mean_curve(cell: Cell | None) -> list[tuple[int, float, float]]:
     """(step, mean, sd) in percent at the steps that every seed has."""
     runs = [dict(e.curve) for e in cell.ok if e.curve] if cell else []
     shared = sorted(set.intersection(*map(set, runs))) if runs else []
-    points = []
-    for step in shared:
-        mean, sd = mean_sd([100 * run[step] for run in runs])
-        points.append((step, mean, sd or 0.0))
-    return points
+    points = [(step, *mean_sd([100 * run[step] for run in runs])) for step in shared]
+    return [(step, mean, sd or 0.0) for step, mean, sd in points]
 
 
 def _apart(table: Table, rows: Rows) -> str:
     """How far apart the curves of each column end, as a sentence."""
     gaps: dict[str, float] = {}
     for column in table.columns:
-        ends = [points[-1][1] for row in rows if (points := _mean_curve(table.cells.get((row, column))))] or [
-            0.0
-        ]
+        curves = [_mean_curve(table.cells.get((row, column))) for row in rows]
+        ends = [points[-1][1] for points in curves if points] or [0.0]
         gaps[f"{max(ends) - min(ends):.0f} on {column.task}"] = max(ends) - min(ends)
     ranked = listed(sorted(gaps, key=gaps.__getitem__, reverse=True))
     return f"{table.preset}: points between the best and the worst method at the end: {ranked}"
@@ -200,15 +190,13 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
     figure, axes = style.subplots(width=7.2, height=4.6)
     for method, (speed, memory, mean) in points.items():
         axes.plot([speed, speed], [100 * mean.low, 100 * mean.high], color=color(method), linewidth=1)
-        axes.scatter(
-            [speed], [100 * mean.value], s=260 * memory, color=color(method), alpha=0.7, linewidths=0
-        )
-    axes.set_xscale("log")
+        disc = {"s": 260 * memory, "color": color(method), "alpha": 0.7, "linewidths": 0}
+        axes.scatter([speed], [100 * mean.value], **disc)
     axes.margins(0.3, 0.2)
-    style.plain_ticks(axes)
-    axes.set_xlabel("speed relative to softmax (bench tasks; geometric mean over tasks)")
+    speed = "speed relative to softmax (bench tasks; geometric mean over tasks)"
     tasks = f"{len(columns)} task{'s' * (len(columns) > 1)}"
-    axes.set_ylabel(f"test accuracy, %, mean of {tasks}, 95% interval")
+    height = f"test accuracy, %, mean of {tasks}, 95% interval"
+    style.log_axes(axes, y="linear", xlabel=speed, ylabel=height)
     axes.set_title(f"area, ×: peak memory relative to softmax{_more(table, rows)}", fontsize=8)
     style.message(figure, _tradeoff(table, columns, points))
     middles = [(speed, 100 * mean.value) for speed, _, mean in points.values()]
@@ -255,45 +243,34 @@ def scaling(lengths: Curves) -> Figure | None:
     crossings: dict[str, float] = {}
     for name, curve in lengths.items():
         cross = measured.crossover(curve, lengths.get(BASELINE, [])) if name != BASELINE else None
-        times.plot(*zip(*((p.x, p.y) for p in curve)), label=short(name), **style.look(name))
+        label = short(name) + (f", from {cross:,.0f}" if cross else "")
+        times.plot(*zip(*((p.x, p.y) for p in curve)), label=label, **style.look(name))
         peaks = [(p.x, p.peak_bytes / 1e6) for p in curve if p.peak_bytes]
         if peaks:
             memory.plot(*zip(*peaks), label=short(name), **style.look(name))
         if cross:
             crossings[name] = cross
-            times.lines[-1].set_label(f"{short(name)}, from {cross:,.0f}")
-    for name, cross in crossings.items():
-        if cross > lengths[name][0].x:
-            _ring(times, cross, lengths[BASELINE], color(name))
-    times.set_ylabel("seconds, forward and backward")
-    memory.set_ylabel("peak memory, MB")
+            if cross > curve[0].x:
+                _ring(times, cross, lengths[BASELINE], color(name))
     style.message(figure, _overtaken(lengths, crossings))
+    ring = "tokens N (ring, from: not slower than softmax)"
+    style.log_axes(times, 2, xlabel=ring, ylabel="seconds, forward and backward")
+    style.log_axes(memory, 2, xlabel="tokens N", ylabel="peak memory, MB")
     for axes in (times, memory):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("tokens N (ring, from: not slower than softmax)" if axes is times else "tokens N")
-        style.plain_ticks(axes)
-        label_ends(axes, [line for line in axes.lines if not line.get_label().startswith("_")])
+        label_ends(axes)
     return figure
 
 
 def _overtaken(lengths: Curves, crossings: dict[str, float]) -> str:
     """From which lengths methods are not slower than softmax, as a sentence."""
     ranked = sorted(crossings, key=crossings.__getitem__)
-    ends = [
-        f"{short(name)} from {crossings[name]:,.0f} tokens"
-        for name in dict.fromkeys(ranked[:1] + ranked[-1:])
-    ]
+    ends = [f"{short(n)} from {crossings[n]:,.0f} tokens" for n in dict.fromkeys(ranked[:1] + ranked[-1:])]
     text = f"{len(crossings)} of {sum(name != BASELINE for name in lengths)} methods overtake softmax"
     return ": ".join([text, ", ".join(ends)] if ends else [text])
 
 
 def _ring(axes: Axes, x: float, baseline: Sequence[measured.Point], shade: str) -> None:
     """Mark x on the baseline's curve, a straight line between points in log-log."""
-    left = max((p for p in baseline if p.x <= x), key=lambda p: p.x)
-    right = min((p for p in baseline if p.x >= x), key=lambda p: p.x)
-    share = math.log(x / left.x) / math.log(right.x / left.x) if right.x > left.x else 0.0
-    y = math.exp((1 - share) * math.log(left.y) + share * math.log(right.y))
-    axes.plot(
-        [x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=shade, markeredgewidth=1.8
-    )
+    xs, ys = (np.log([getattr(p, axis) for p in baseline]) for axis in ("x", "y"))
+    y = np.exp(np.interp(math.log(x), xs, ys))
+    axes.plot([x], [y], "o", markersize=11, fillstyle="none", markeredgecolor=shade, markeredgewidth=1.8)

@@ -167,10 +167,15 @@ def message(figure: Figure, text: str) -> None:
     figure.suptitle(lines, x=0.01, horizontalalignment="left", fontsize=10, fontweight="bold")
 
 
-def plain_ticks(axes: Axes) -> None:
-    """Numbers as people write them, 0.5 or 2,048, on both axes; never powers of ten, which would be markup."""
+def log_axes(axes: Axes, base: float = 10, y: str = "log", **labels: str) -> None:
+    """Logarithmic x, and y unless it is "linear"; labels as matplotlib's `axes.set` takes them.
+
+    Numbers stand as people write them, 0.5 or 2,048; never powers of ten, which would be markup.
+    """
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    axes.set_xscale("log", base=base)
+    axes.set(yscale=y, **labels)
     plain = FuncFormatter(lambda value, _: f"{value:,g}")
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         axis.set_major_formatter(plain)
@@ -180,11 +185,10 @@ def plain_ticks(axes: Axes) -> None:
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Write PATH.svg and PATH.png, each atomically: the same figure gives the same bytes, without a date.
 
-    Returns the two paths. A suffix of `path` is dropped.
+    Returns the two paths. A suffix .svg or .png of `path` is dropped.
     """
-    path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".svg", ".png") else path
-    svg, png = stem.with_name(stem.name + ".svg"), stem.with_name(stem.name + ".png")
+    name = Path(path).name.removesuffix(".svg").removesuffix(".png")
+    svg, png = (Path(path).with_name(name + suffix) for suffix in (".svg", ".png"))
     with drawing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # another script: boxes in the PNG alone
         with atomic_path(svg) as temporary:

@@ -50,12 +50,13 @@ def write_mean(cell: Path) -> bool:
     if len(seeds) < 2:
         shutil.rmtree(mean, ignore_errors=True)
         return False
-    means = _means(seeds)
+    shared = set.intersection(*map(set, seeds))
     try:
         with SummaryWriter(str(temporary)) as writer:
             writer.add_custom_scalars(LAYOUT)
-            for (step, tag), value in sorted(means.items()):
-                writer.add_scalar(tag, value, step)
+            for step, tag in sorted(shared):
+                mean = math.fsum(values[step, tag] for values in seeds) / len(seeds)
+                writer.add_scalar(tag, mean, step)
         shutil.rmtree(mean, ignore_errors=True)
         temporary.rename(mean)
     finally:
@@ -66,16 +67,7 @@ def write_mean(cell: Path) -> bool:
 def _values(path: Path) -> dict[tuple[int, str], float]:
     """{(step, tag): value} of one seed."""
     try:
-        return {
-            (line["step"], tag): float(value)
-            for line in read_log(path)
-            for tag, value in line.items()
-            if tag != "step"
-        }
+        pairs = [(line["step"], tag, value) for line in read_log(path) for tag, value in line.items()]
+        return {(step, tag): float(value) for step, tag, value in pairs if tag != "step"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged: {error}; remove the folder of this run") from None
-
-
-def _means(seeds: list[dict[tuple[int, str], float]]) -> dict[tuple[int, str], float]:
-    shared = set.intersection(*map(set, seeds))
-    return {key: math.fsum(values[key] for values in seeds) / len(seeds) for key in shared}

@@ -12,15 +12,14 @@ Peak resident bytes of a process above its start = fixed + slack * (bytes of ten
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,14 +41,12 @@ MODELS = {
     "traffic": ("operations", "bytes", "tiles"),
     "both": ("operations", "flops", "bytes", "tiles"),
 }
-TASK, PRESET = "listops", "paper"  # whose vocabulary and head the measured models have
 ROUNDS = 3  # of timed steps, interleaved; the least of a sample counts
 FITTED, HELD_OUT = 4, 2  # samples of each attention
 MEMORY = 10  # samples whose peak memory is measured, every second one held out
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """What predicts a run: prices in seconds by COLUMNS (a missing one is 0), and what a process takes anyway."""
 
     prices: dict[str, float]
@@ -75,39 +72,31 @@ class Machine:
         if path is None:
             raise UsageError(f"no calibration at {paths[0]}: run python -m lra cost --calibrate")
         facts = json.loads(path.read_text())["machine"]
-        return Machine(**{field.name: facts[field.name] for field in dataclasses.fields(Machine)})
+        return Machine(*(facts[field] for field in Machine._fields))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One model and its batch, to be counted and measured."""
+class Sample(NamedTuple):
+    """One model and its batch, to be counted and measured; a padded batch has rows of different lengths."""
 
-    attention: str
-    overrides: dict[str, str]
+    run: config.Run
     batch: int
     width: int
     padded: bool
 
-    def run(self) -> config.Run:
-        """Resolved, without data."""
-        manifest = planned_manifest(self.width, dict.fromkeys(SPLITS, self.batch))
-        return config.resolve(TASK, PRESET, self.attention, 0, manifest, self.overrides)
-
     def work(self) -> Work:
         """Of one step."""
-        return count(self.run(), batch=self.batch, width=self.width, padded=self.padded)
+        return count(self.run, batch=self.batch, width=self.width, padded=self.padded)
 
     def stepper(self) -> Callable[[], object]:
-        """A function that takes a real step on random tokens; if padded, rows end at different lengths."""
-        run = self.run()
-        shape = self.batch, run.meta.towers, self.width
-        tokens = torch.randint(1, run.meta.vocab, shape, generator=torch.Generator().manual_seed(0))
+        """A function that takes a real step on random tokens."""
+        optim, shape = self.run.recipe.train, (self.batch, self.run.meta.towers, self.width)
+        tokens = torch.randint(1, self.run.meta.vocab, shape, generator=torch.Generator().manual_seed(0))
         ends = self.width - torch.arange(self.batch) * self.width // (4 * self.batch) - 1
         mask = (torch.arange(self.width) < ends[:, None, None]).expand(shape) if self.padded else None
         batch = Batch(tokens, mask, torch.zeros(self.batch, dtype=torch.int64))
-        model = run.build_model().train()
-        optimizer = build_optimizer(model, run.recipe.train)
-        return lambda: update(model, optimizer, batch, run.recipe.train, "fp32")
+        model = self.run.build_model().train()
+        optimizer = build_optimizer(model, optim)
+        return lambda: update(model, optimizer, batch, optim, "fp32")
 
 
 def planned_manifest(longest: int, sizes: dict[str, int]) -> dict:
@@ -117,24 +106,23 @@ def planned_manifest(longest: int, sizes: dict[str, int]) -> dict:
     return nowhere | {"splits": splits}
 
 
+def planned_run(attention: str, longest: int, sets: dict[str, str]) -> config.Run:
+    """A run without data: the vocabulary and the head of ListOps."""
+    manifest = planned_manifest(longest, dict.fromkeys(SPLITS, 64))
+    return config.resolve("listops", "paper", attention, 0, manifest, sets)
+
+
 def samples(number: int, seed: int) -> list[Sample]:
     """`number` samples of each attention at random sizes, small enough to be measured in no time."""
     draw, drawn = random.Random(seed), []
-    for name in attention_names():
-        for _ in range(number):
-            width, length = draw.choice((32, 64, 128)), draw.choice((64, 128, 192, 256, 384, 512, 768, 1024))
-            batch = min(draw.choice((2, 4, 8, 16)), max(1, 1536 // length))
-            size = draw.choice((32, 64, 128))
-            sizes = {f"attention.{option}": size for option in budget_options(name, size)}
-            sizes |= {"encoder.width": width, "encoder.heads": draw.choice((1, 2))}
-            sizes |= {"encoder.ffn": width * draw.choice((1, 2, 4)), "encoder.layers": draw.choice((1, 2, 3))}
-            sizes |= {
-                "encoder.dropout": draw.choice((0.0, 0.1)),
-                "encoder.max_len": length,
-                "train.batch": batch,
-            }
-            overrides = {key: str(value) for key, value in sizes.items()}
-            drawn.append(Sample(name, overrides, batch, length, draw.random() < 0.5))
+    for name in (name for name in attention_names() for _ in range(number)):
+        width, length = draw.choice((32, 64, 128)), draw.choice((64, 128, 192, 256, 384, 512, 768, 1024))
+        batch, size = min(draw.choice((2, 4, 8, 16)), max(1, 1536 // length)), draw.choice((32, 64, 128))
+        encoder = {"width": width, "heads": draw.choice((1, 2)), "ffn": width * draw.choice((1, 2, 4))}
+        encoder |= {"layers": draw.choice((1, 2, 3)), "dropout": draw.choice((0.0, 0.1)), "max_len": length}
+        sets = {f"attention.{option}": str(size) for option in budget_options(name, size)}
+        sets |= {f"encoder.{option}": str(value) for option, value in encoder.items()}
+        drawn.append(Sample(planned_run(name, length, sets), batch, length, draw.random() < 0.5))
     return drawn
 
 
@@ -192,7 +180,7 @@ def calibrate(results: Path) -> str:
     """Measure, fit, write results/bench/cost.json and cost.md; returns the text of the latter."""
     set_threads(1)
     fitted, held_out = samples(FITTED, seed=1), samples(HELD_OUT, seed=2)
-    large = [dataclasses.replace(s, batch=4 * s.batch) for s in samples(1, seed=3)][:MEMORY]
+    large = [s._replace(batch=4 * s.batch) for s in samples(1, seed=3)][:MEMORY]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
         *start, peaks = np.array(list(fresh.map(two_steps, large))).T
     counts, seconds = np.array([s.work().step for s in fitted + held_out]), measure(fitted + held_out)
@@ -204,26 +192,20 @@ def calibrate(results: Path) -> str:
     errors["memory"] = spread(live[1::2] @ [fixed, slack], peaks[1::2])
     start_seconds, start_bytes = map(float, np.median(start, 1))
     machine = Machine(prices["both"], start_seconds, int(start_bytes), int(fixed), float(slack))
-    numbers = {"fitted": len(fitted), "held_out": len(held_out), "memory": len(large)}
-    measured = {"machine": dataclasses.asdict(machine), "prices": prices, "held_out_errors": errors}
     command = "python -m lra cost --calibrate"
-    text = errors_table(errors, numbers, command)
-    write_report(results, "cost", command, measured | {"configurations": numbers}, text)
-    return text
-
-
-def errors_table(errors: dict[str, dict[str, float]], numbers: dict[str, int], command: str) -> str:
-    """The report for people."""
+    measured = {"machine": machine._asdict(), "prices": prices, "held_out_errors": errors}
+    measured["configurations"] = {"fitted": len(fitted), "held_out": len(held_out), "memory": len(large)}
     rows = [[name, *(f"{100 * error:.1f}" for error in e.values())] for name, e in errors.items()]
-    table = markdown([Grid(["model", "median", "90th percentile", "largest"], rows)])
-    return f"""# What a training step costs
+    text = f"""# What a training step costs
 
-Made by `{command}`. Prices are fitted to {numbers["fitted"]} steps (all attentions, random sizes) and tried on
-{numbers["held_out"]} others. Relative error on the others in percent:
+Made by `{command}`. Prices are fitted to {len(fitted)} steps (all attentions, random sizes) and tried on
+{len(held_out)} others. Relative error on the others in percent:
 
-{table}
+{markdown([Grid(["model", "median", "90th percentile", "largest"], rows)])}
 `flops`: FLOPs and a constant. `traffic`: operations, and the bytes that they read and write (arXiv 2406.18922).
 `both`: what predictions use. `memory`: peak resident bytes of a fresh process, from the bytes that live at once.
 
 Seconds of CPU of one thread, least of {ROUNDS}. {machine_line()}
 """
+    write_report(results, "cost", command, measured, text)
+    return text

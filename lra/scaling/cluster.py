@@ -35,9 +35,8 @@ class Command:
         """Run it; returns its exit code, so that a run that fails is no error of the scheduler's."""
         Path(self.log).parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a") as log:
-            process = subprocess.Popen(
-                self.words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_deaf
-            )
+            streams = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            process = subprocess.Popen(self.words, **streams, preexec_fn=_deaf)
         self.pid = process.pid
         while process.poll() is None:
             time.sleep(POLL)
@@ -78,11 +77,11 @@ def executor(args: Namespace, at_once: int, threads: int) -> Any:
                 raise UsageError(f"--slurm takes KEY=VALUE; got {pair!r}")
             parameters[f"slurm_{key}"] = int(value) if value.isdigit() else value
     try:
-        made = submitit.AutoExecutor(folder=args.runs / "submitit", cluster=args.executor)
-        made.update_parameters(**parameters)
+        scheduler = submitit.AutoExecutor(folder=args.runs / "submitit", cluster=args.executor)
+        scheduler.update_parameters(**parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise UsageError(f"--executor {args.executor}: {str(error).splitlines()[0]}") from error
-    return made
+    return scheduler
 
 
 def run(jobs: list[Job], commands: list[list[str]], args: Namespace, at_once: int, threads: int) -> Outcome:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -30,22 +30,16 @@ UNKNOWN_SIZE = 20_000  # examples of a split whose size only its source knows
 TOKENS = 2**14  # of the largest batch that is counted as it is, and not from smaller ones
 
 
-def from_data_sheet(bandwidth: float, flops: float) -> Machine:
-    """A GPU of `bandwidth` bytes/s and `flops` dense bf16 products/s, reached in full. Starts of operations are free,
-    and bytes are those of fp32."""
-    return Machine({"bytes": 1 / bandwidth, "flops": 1 / flops}, 0.0, 0, 0, 1.0)
-
-
-GPUS = {  # NVIDIA's data sheets
-    "A100": from_data_sheet(2.039e12, 312e12),  # SXM, 80 GB
-    "H100": from_data_sheet(3.35e12, 989e12),  # SXM
-    "L4": from_data_sheet(300e9, 121e12),
-    "RTX4090": from_data_sheet(1.008e12, 165e12),
+SHEETS = {  # of NVIDIA: bytes/s and dense bf16 products/s, taken to be reached in full
+    "A100": (2.039e12, 312e12),  # SXM, 80 GB
+    "H100": (3.35e12, 989e12),  # SXM
+    "L4": (300e9, 121e12),
+    "RTX4090": (1.008e12, 165e12),
 }
+GPUS = {name: Machine({"bytes": 1 / b, "flops": 1 / f}, 0.0, 0, 0, 1.0) for name, (b, f) in SHEETS.items()}
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Of one run, start to record. `bytes` is the peak above an idle process, as records keep it."""
 
     seconds: float
@@ -128,13 +122,13 @@ def cost_table(runs: list, predictions: list[Prediction | None], args: Namespace
     rows = []
     for (run, prepared), p in zip(runs, predictions, strict=True):
         name = f"{run.meta.name} {run.attention}{'' if prepared else ' (planned)'}"
-        cells = (
-            [f"{1e3 * p.step_seconds:.1f}", duration(p.seconds), f"{p.bytes / 1e9:.2f}"] if p else ["–"] * 3
-        )
+        cells = [f"{1e3 * p.step_seconds:.1f}", duration(p.seconds), f"{p.bytes / 1e9:.2f}"] if p else "–––"
         rows.append([name, f"{run.recipe.train.steps:,}", *cells])
     text = markdown([Grid(["predicted", "steps", "ms per step", "run", "GB"], rows)])
-    total, where = args.seeds * sum(p.seconds for p in predictions if p), args.gpu or "CPU thread"
-    text += f"\n{args.seeds * len(runs)} runs, predicted: {duration(total)} of one {where}."
+    total = args.seeds * sum(p.seconds for p in predictions if p)
+    text += (
+        f"\n{args.seeds * len(runs)} runs, predicted: {duration(total)} of one {args.gpu or 'CPU thread'}."
+    )
     if not args.gpu:
         jobs = args.jobs or cores()
         text += f" With {jobs} at a time: {duration(total / jobs)}."

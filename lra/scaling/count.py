@@ -55,10 +55,9 @@ def count(run: Run, *, batch: int, width: int, padded: bool) -> Work:
             tokens_BTN = torch.zeros(batch, run.meta.towers, width, dtype=torch.int64)
             mask_BTN = torch.ones(tokens_BTN.shape, dtype=torch.bool) if padded else None
             labels_B = torch.zeros(batch, dtype=torch.int64)
+            batch_of_zeros = Batch(tokens_BTN, mask_BTN, labels_B)
             with counter:
-                update(
-                    model, build_optimizer(model, optim), Batch(tokens_BTN, mask_BTN, labels_B), optim, "fp32"
-                )
+                update(model, build_optimizer(model, optim), batch_of_zeros, optim, "fp32")
     except Exception as error:  # code from outside may read numbers, or fail as it will in training
         raise Uncountable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     return Work(counter.total, counter.forward, counter.peak)

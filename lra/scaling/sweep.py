@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from argparse import Namespace
+from itertools import product
 
 from lra import registry
 from lra.machine import available_memory, cores, pick_device
@@ -93,14 +94,11 @@ def grid(args: Namespace) -> tuple[list[Job], dict[str, Exception]]:
     if not available:
         raise next(iter(unprepared.values()))
     jobs = []
-    for seed in range(args.seeds):
-        for name, prepared in available.items():
-            for attention in attentions:
-                run = config.resolve(
-                    name, args.preset, attention, seed, prepared.manifest, overrides, args.val_rule
-                )
-                path = record_path(args.results, name, attention, run.digest, seed)
-                jobs.append(Job(run, path, run_folder(args.runs, run) / "train.log", prepared))
+    for seed, (name, prepared), attention in product(range(args.seeds), available.items(), attentions):
+        what = name, args.preset, attention, seed, prepared.manifest, overrides, args.val_rule
+        run = config.resolve(*what)
+        record = record_path(args.results, name, attention, run.digest, seed)
+        jobs.append(Job(run, record, run_folder(args.runs, run) / "train.log", prepared))
     return jobs, unprepared
 
 
@@ -108,12 +106,9 @@ def data(name: str, args: Namespace) -> Prepared:
     """Prepare one task and say what there is."""
     places = {"out": args.data, "source": args.source, "data_dir": args.data_dir}
     prepared, reused = prepare(registry.load_task(name), args.preset, **places, workers=cores())
-    m = prepared.manifest
+    m, state = prepared.manifest, "reused" if reused else "prepared"
     sizes = ", ".join(f"{split} {s['n']:,}" for split, s in m["splits"].items())
-    print(
-        f"{name}: data {'reused' if reused else 'prepared'}: {m['dataset']} ({m['source']}): {sizes}",
-        flush=True,
-    )
+    print(f"{name}: data {state}: {m['dataset']} ({m['source']}): {sizes}", flush=True)
     return prepared
 
 
@@ -123,9 +118,7 @@ def command(run: config.Run, args: Namespace, threads: int) -> list[str]:
     words += ["--preset", run.preset, "--seed", str(run.seed), "--val-rule", run.val_rule]
     words += [word for k, v in run.overrides.items() for word in ("--set", f"{k}={v}")]
     words += ["--device", args.device, "--precision", args.precision, "--threads", str(threads)]
-    words += ["--compile"] if args.compile else []
-    words += ["--debug"] if args.debug else []
-    words += ["--again"] if args.again else []
+    words += [f"--{switch}" for switch in ("compile", "debug", "again") if getattr(args, switch)]
     return words + ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
 
 

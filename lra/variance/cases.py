@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,24 +36,19 @@ GAUSSIAN = {  # options of synthetic data alone, and their defaults
 TRACE = "1.5"  # where neither --trace nor --largest is given
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Queries and keys to estimate attention on.
 
-    group: one curve may join the cases of a group.
     eigenvalues_HD: t of the closed forms (section 3), the eigenvalues of Lambda for scaled queries and keys; where the
         distribution is not known, of the second moments of the sample.
-    closed: whether q~ and k~ are N(0, Lambda).
+    facts: for the report. One curve may join the cases of a group. gaussian: whether q~ and k~ are N(0, Lambda).
     """
 
-    name: str
-    group: str
     q_BHND: torch.Tensor
     k_BHND: torch.Tensor
     v_BHND: torch.Tensor
     mask_BN: torch.Tensor | None
     eigenvalues_HD: torch.Tensor
-    closed: bool
     facts: dict[str, Any]
 
 
@@ -93,9 +88,8 @@ def numbers(text: str, option: str, least: float, kind: type = float) -> list:
 def _synthetic_grid(args: Namespace) -> list[Case]:
     if args.trace and args.largest:
         raise UsageError("--trace and --largest both set the scale: give one")
-    options = {
-        name: default if (v := getattr(args, name)) is None else v for name, default in GAUSSIAN.items()
-    }
+    given = {name: getattr(args, name) for name in GAUSSIAN}
+    options = {name: GAUSSIAN[name] if value is None else value for name, value in given.items()}
     by = "largest" if args.largest else "trace"
     scales = numbers(options[by] or TRACE, f"--{by}", 1e-6)
     conditions = numbers(options["condition"], "--condition", 1)
@@ -103,15 +97,12 @@ def _synthetic_grid(args: Namespace) -> list[Case]:
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("kind of synthetic data", kind, KINDS)
-    shift, tokens, dim = options["shift"], options["tokens"], 64 if args.dim is None else args.dim
-    if not 0 <= shift < float("inf"):
-        raise UsageError(f"--shift must be at least 0 and finite; got {shift}")
-    return [
-        synthetic(kind, dim, condition, **{by: scale}, shift=shift, tokens=tokens, seed=args.seed)
-        for kind in kinds
-        for scale in scales
-        for condition in conditions
-    ]
+    if not 0 <= options["shift"] < float("inf"):
+        raise UsageError(f"--shift must be at least 0 and finite; got {options['shift']}")
+    sizes = {name: options[name] for name in ("shift", "tokens")} | {"seed": args.seed}
+    dim = 64 if args.dim is None else args.dim
+    grid = itertools.product(kinds, scales, conditions)
+    return [synthetic(kind, dim, condition, **{by: scale}, **sizes) for kind, scale, condition in grid]
 
 
 def synthetic(
@@ -119,8 +110,8 @@ def synthetic(
     dim: int,
     condition: float,
     *,
-    trace: float | None = None,
-    largest: float | None = None,
+    trace: float = 0.0,
+    largest: float = 0.0,
     shift: float = 3.0,
     tokens: int = 256,
     seed: int = 0,
@@ -130,26 +121,21 @@ def synthetic(
     matched: q~ and k~ are N(0, Lambda), as in section 3, with the `trace` or the `largest` eigenvalue given.
     skewed: keys have the eigenvalues in the opposite order, and both means have length `shift` (before scaling).
     """
+    matched = kind == "matched"
     t_D = condition ** -torch.linspace(0, 1, dim).double()
-    t_D *= trace / t_D.sum() if largest is None else largest
+    t_D *= largest or trace / t_D.sum()
     source = generator("variance", kind, dim, condition, seed)
     q, k, v = torch.randn(3, 1, HEADS, tokens, dim, generator=source, dtype=torch.float64)
     root_D = t_D.sqrt() * dim**0.25  # features see q~ = D^-1/4 q
-    q, k = q * root_D, k * (root_D if kind == "matched" else root_D.flip(0))
-    if kind == "skewed":
+    q, k = q * root_D, k * (root_D if matched else root_D.flip(0))
+    if not matched:
         q[..., 0] += shift
         k[..., 0] += shift
-    scale = f"trace {trace:g}" if largest is None else f"largest {largest:g}"
-    facts = {"data": kind, "condition": condition, "trace": float(t_D.sum())}
-    return Case(
-        f"{kind}, {scale}, condition {condition:g}",
-        f"{kind}, {scale}",
-        *(x.float() for x in (q, k, v)),
-        None,
-        t_D[None] if kind == "matched" else second_moments(q, k, None),
-        kind == "matched",
-        facts if kind == "matched" else facts | {"shift": shift},
-    )
+    group = f"{kind}, " + (f"largest {largest:g}" if largest else f"trace {trace:g}")
+    facts = {"name": f"{group}, condition {condition:g}", "group": group, "gaussian": matched}
+    facts |= {"condition": condition, "trace": float(t_D.sum()), "shift": 0.0 if matched else shift}
+    t_HD = t_D[None] if matched else second_moments(q, k, None)
+    return Case(q.float(), k.float(), v.float(), None, t_HD, facts)
 
 
 def second_moments(q_BHND: torch.Tensor, k_BHND: torch.Tensor, mask_BN: torch.Tensor | None) -> torch.Tensor:
@@ -162,26 +148,15 @@ def second_moments(q_BHND: torch.Tensor, k_BHND: torch.Tensor, mask_BN: torch.Te
     return torch.linalg.eigvalsh(scale * total / 2).flip(-1).clamp(min=0)
 
 
-def measured(
-    name: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    seed: int,
-) -> Case:
+def measured(name: str, q, k, v, mask: torch.Tensor | None, seed: int) -> Case:
     """A case from tensors of a model. Without values, standard normal ones are drawn."""
     if v is None:
         v = torch.randn(q.shape, generator=generator("variance values", seed))
     q, k, v = (x.detach().cpu().float() for x in (q, k, v))
     t_HD = second_moments(q, k, mask)
     condition = float((t_HD[:, 0] / t_HD[:, -1].clamp(min=1e-12)).max())
-    facts = {
-        "data": name,
-        "condition": condition,
-        "trace": float(t_HD.sum(-1).mean()),
-    }
-    return Case(name, "layers", q, k, v, mask, t_HD, False, facts)
+    facts = {"name": name, "group": "layers", "gaussian": False, "condition": condition}
+    return Case(q, k, v, mask, t_HD, facts | {"trace": float(t_HD.sum(-1).mean())})
 
 
 def _captured(args: Namespace) -> list[Case]:
@@ -225,21 +200,17 @@ def _from_file(path: Path, seed: int) -> Case:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
     if missing := [name for name in ("q", "k") if name not in tensors]:
         raise UsageError(f"{path} has no tensor {' and '.join(missing)}")
-    q, mask = tensors["q"], tensors.get("mask")
-    for name in ("q", "k", "v"):
-        if (x := tensors.get(name)) is None:
-            continue
+    q, mask = tensors["q"], tensors.pop("mask", None)
+    for name, x in tensors.items():
         if x.dim() != 4 or x.shape != q.shape or not x.is_floating_point():
-            raise UsageError(
-                f"{path}: {name} must be float (B, H, N, D), as q; got {x.dtype} {tuple(x.shape)}"
-            )
+            shape = f"{x.dtype} {tuple(x.shape)}"
+            raise UsageError(f"{path}: {name} must be float (B, H, N, D), as q; got {shape}")
         if not x.isfinite().all():
             raise UsageError(f"{path}: {name} has values that are not finite")
     B, _, N, _ = q.shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, N)):
-        raise UsageError(
-            f"{path}: mask must be bool (B, N) = ({B}, {N}); got {mask.dtype} {tuple(mask.shape)}"
-        )
+        shape = f"{mask.dtype} {tuple(mask.shape)}"
+        raise UsageError(f"{path}: mask must be bool (B, N) = ({B}, {N}); got {shape}")
     if not q.numel() or (B * N if mask is None else int(mask.sum())) < 2:
         raise UsageError(f"{path}: covariances need at least 2 real tokens; q is {tuple(q.shape)}")
     return measured(path.stem, q, tensors["k"], tensors.get("v"), mask, seed)

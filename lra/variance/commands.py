@@ -43,20 +43,17 @@ def variance(args: Namespace) -> None:
     """`variance`: measure, print the tables, write bench/NAME.json and .md and the figures."""
     folder = args.results / "figures"
     if not re.fullmatch(r"variance[\w.-]*", args.name):  # never the files of another measurement
-        raise UsageError(
-            f"--name must start with variance, then letters, digits, . _ or -; got {args.name!r}"
-        )
+        form = "variance, then letters, digits, . _ or -"
+        raise UsageError(f"--name must start with {form}; got {args.name!r}")
     if args.redraw:
-        for path in figures.redraw(args.results / "bench" / f"{args.name}.json", folder, args.name):
-            print(path)
+        print(*figures.redraw(args.results / "bench" / f"{args.name}.json", folder, args.name), sep="\n")
         return
     if args.target_norm <= 0 or not math.isfinite(args.target_norm):
         raise UsageError(f"--target-norm must be above 0 and finite; got {args.target_norm}")
     features = numbers(args.features, "--features", 1, int)
     names = list(SCHEMES) if args.schemes == "all" else list(dict.fromkeys(args.schemes.split(",")))
-    for name in names:
-        if name not in SCHEMES:
-            raise unknown("scheme", name, SCHEMES)
+    for name in set(names) - set(SCHEMES):
+        raise unknown("scheme", name, SCHEMES)
     set_threads(args.threads)
     chosen = cases(args)
     with tqdm(total=len(chosen) * len(names) * len(features), unit="point", disable=None, leave=False) as bar:
@@ -64,10 +61,8 @@ def variance(args: Namespace) -> None:
     report = {"draws": args.draws, "target_norm": args.target_norm, "pairings": PAIRINGS, "cases": measured}
     command = _command(args)
     text = variance_tables(report, command)
-    print(text)
     written = write_report(args.results, args.name, command, report, text)
-    for path in (*written, *figures.draw(report, folder, args.name)):
-        print(path)
+    print(text, *written, *figures.draw(report, folder, args.name), sep="\n")
 
 
 def _command(args: Namespace) -> str:
@@ -84,41 +79,38 @@ def _command(args: Namespace) -> str:
 def _case(case: Case, names: list[str], features: list[int], args: Namespace, bar: tqdm) -> dict[str, Any]:
     """Everything measured of one case, as stored."""
     forms = closed_forms(case.eigenvalues_HD)
-    return {
-        "name": case.name,
-        "group": case.group,
-        **case.facts,
+    return case.facts | {
         "largest": float(case.eigenvalues_HD.max()),
         "shape": list(case.q_BHND.shape),
-        "gaussian": case.closed,
         "closed_form_log10": {k: None if v is None else v / math.log(10) for k, v in forms.items()},
         "schemes": [_scheme(case, name, features, forms, args, bar) for name in names],
     }
 
 
 def _scheme(case, name, features, forms, args, bar) -> dict[str, Any]:
+    """Everything measured of one scheme of a case."""
     attention, options = SCHEMES[name]
     options = {k: args.target_norm if v is None else v for k, v in options.items()}
-    points, exact, notes = [], None, set()
+    points, notes = [], set()
     for M in features:
         module, warned = calibrated(case, attention, M, args.seed, **options)
         notes |= warned
         point = {"M": M, **measure(module, case, args.draws)}
         if not all(math.isfinite(x) for x in point.values() if x is not None):
-            raise UsageError(f"{case.name}: {name} with {M} features is beyond a double: scale q and k down")
+            where = f"{case.facts['name']}: {name} with {M} features"
+            raise UsageError(f"{where} is beyond a double: scale q and k down")
         points.append(point)
         bar.update()
-    if attention != "optimal":
-        exact = exact_variance(module, case)
     form = forms["optimal" if options.get("proposal") else "isotropic"]
     # Section 3 speaks of independent features, and neither of an aligned Lambda nor of a whitened kernel.
-    if not case.closed or options.get("orthogonal", True) or set(options) - {"orthogonal", "proposal"}:
+    others = options.get("orthogonal", True) or set(options) - {"orthogonal", "proposal"}
+    if not case.facts["gaussian"] or others:
         form = None
     return {
         "name": name,
         "attention": attention,
         "options": options,
-        "exact_log10": exact,
+        "exact_log10": None if attention == "optimal" else exact_variance(module, case),
         "closed_form_variance_log10": None if form is None else log_expm1(form) / math.log(10),
         "kernel_slope": slope(points, "kernel_rms"),
         "error_slope": slope(points, "error"),

@@ -13,9 +13,12 @@ from lra.figures.labels import label_ends
 from lra.options import UsageError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEWER = ("centred", "cooled")  # forms that a figure leaves out, in this order, until SERIES are left
+# Left out where there are too many: forms between two that are shown, and forms on whose lines those of their
+# independent twin (NAME-iid) lie, which has a closed form.
+HIDDEN = ("performer", "performer-centred", "darkformer-proposal", "darkformer-centred-whitened")
 
 
 def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
@@ -23,13 +26,12 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     groups: dict[str, list[dict]] = {}
     for case in report["cases"]:
         groups.setdefault(case["group"], []).append(case)
-    conditions = {group: cases for group, cases in groups.items() if group != "layers"}
     with style.drawing():
-        middles = [cases[len(cases) // 2] for cases in groups.values()]
-        written = [style.save(features(middles), folder / f"{name}-features")[0]]
-        if any(len(cases) > 1 for cases in conditions.values()):
-            written.append(style.save(condition(conditions), folder / f"{name}-condition")[0])
-    return written
+        figures = {"features": features([cases[len(cases) // 2] for cases in groups.values()])}
+        groups.pop("layers", None)
+        if any(len(cases) > 1 for cases in groups.values()):
+            figures["condition"] = condition(groups)
+    return [style.save(figure, folder / f"{name}-{what}")[0] for what, figure in figures.items()]
 
 
 def redraw(path: Path, folder: Path, name: str) -> list[Path]:
@@ -41,25 +43,23 @@ def redraw(path: Path, folder: Path, name: str) -> list[Path]:
 
 
 def selection(case: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """The schemes of a case that a figure shows, with their looks: one colour a method, one marker a scheme.
-
-    Where there are too many, a scheme whose independent twin (NAME-iid) is there goes first: the twin has a closed
-    form, and the two lines lie on each other.
-    """
+    """The schemes of a case that a figure shows, with their looks: one colour a method, one marker a scheme."""
     shown = case["schemes"]
     if len(shown) > style.SERIES:
-        names = {s["name"] for s in shown}
-        shown = [s for s in shown if f"{s['name']}-iid" not in names]
-    for form in FEWER:
-        if len(shown) > style.SERIES:
-            shown = [s for s in shown if form not in s["name"].split("-")]
-    seen: Counter[str] = Counter()
+        shown = [s for s in shown if s["name"] not in HIDDEN]
+    drawn: Counter[str] = Counter()
     looks = []
     for s in shown[: style.SERIES]:
-        marker = style.MARKERS[seen[s["attention"]] % len(style.MARKERS)]
-        seen[s["attention"]] += 1
+        marker = style.MARKERS[drawn[s["attention"]] % len(style.MARKERS)]
+        drawn[s["attention"]] += 1
         looks.append({"color": style.color(s["attention"]), "marker": marker, "label": s["name"]})
     return list(zip(shown, looks))
+
+
+def _dashed(axes: Axes, points: list[tuple[float, float]], look: dict[str, str]) -> None:
+    """The closed form of a scheme."""
+    if points:
+        axes.plot(*zip(*points), color=look["color"], linestyle="--", linewidth=1)
 
 
 def features(cases: list[dict[str, Any]]) -> Figure:
@@ -67,83 +67,56 @@ def features(cases: list[dict[str, Any]]) -> Figure:
     sqrt(variance / M)."""
     figure, axes = style.subplots(len(cases), 2, width=11, height=0.8 + 3.4 * len(cases), squeeze=False)
     best: dict[str, None] = {}
-    for case, (kernel, output) in zip(cases, axes, strict=True):
+    for case, row in zip(cases, axes, strict=True):
         schemes = selection(case)
-        for s, look in schemes:
-            M = [p["M"] for p in s["points"]]
-            kernel.plot(M, [p["kernel_rms"] for p in s["points"]], **look)
-            output.plot(M, [p["error"] for p in s["points"]], **look)
-        for s, look in schemes:
-            if (form := s["closed_form_variance_log10"]) is not None:
-                curve = [math.sqrt(10 ** min(form, 300) / p["M"]) for p in s["points"]]
-                kernel.plot(
-                    [p["M"] for p in s["points"]], curve, color=look["color"], linestyle="--", linewidth=1
-                )
-        least = min((s for s, _ in schemes), key=lambda s: s["points"][-1]["error"])
-        best[least["name"]] = None
-        for place, what in (
-            (kernel, "relative error of the kernel"),
-            (output, "relative error of the output"),
-        ):
-            place.set_xscale("log", base=2)
-            place.set(yscale="log", xlabel="features M", ylabel=what, title=case["name"])
-            style.plain_ticks(place)
+        for place, key, what in zip(row, ("kernel_rms", "error"), ("kernel", "output"), strict=True):
+            for s, look in schemes:
+                place.plot([p["M"] for p in s["points"]], [p[key] for p in s["points"]], **look)
+                form = s["closed_form_variance_log10"]
+                if what == "kernel" and form is not None:
+                    curve = [(p["M"], math.sqrt(10 ** min(form, 300) / p["M"])) for p in s["points"]]
+                    _dashed(place, curve, look)
+            labels = {"ylabel": f"relative error of the {what}", "title": case["name"]}
+            style.log_axes(place, 2, xlabel="features M", **labels)
+        best[min((s for s, _ in schemes), key=lambda s: s["points"][-1]["error"])["name"]] = None
     M = cases[0]["schemes"][0]["points"][-1]["M"]
     style.message(figure, f"the least output error at M {M:,} is that of {style.listed(best)}")
-    figure.supxlabel(f"dashed: closed form for independent features{_more(cases[0])}", fontsize=8)
-    for case, row in zip(cases, axes, strict=True):
-        for place in row:
-            label_ends(place, place.lines[: len(selection(case))])
+    shown, every = len(selection(cases[0])), len(cases[0]["schemes"])
+    more = f"; {shown} of {every} schemes, all of them in the table" if shown < every else ""
+    figure.supxlabel(f"dashed: closed form for independent features{more}", fontsize=8)
+    for place in axes.flat:
+        label_ends(place)
     return figure
 
 
 def condition(groups: dict[str, list[dict[str, Any]]]) -> Figure:
     """Relative variance of one feature against the condition number, exact per pair; dashed: closed forms."""
     figure, axes = style.grid(len(groups), 4.0, 3.2)
-    growth: dict[str, list[float]] = {}
+    growth: dict[str, float] = {}  # of the log10 of the variance, the most of any panel
     for (group, cases), place in zip(groups.items(), axes, strict=True):
+        at = [case["condition"] for case in cases]
         for s, look in selection(cases[0]):
+            name = s["name"]
+            rows = [next(other for other in case["schemes"] if other["name"] == name) for case in cases]
             if s["exact_log10"] is not None:
-                every = [(c["condition"], _scheme(c, s["name"])) for c in cases]
-                means = [x["exact_log10"]["weighted_mean"] for _, x in every]
-                place.plot([at for at, _ in every], means, **look)
-                growth.setdefault(s["name"], []).append(means[-1] - means[0])
-        shown = list(place.lines)
-        for line in shown:
-            forms = [
-                (c["condition"], _scheme(c, line.get_label())["closed_form_variance_log10"]) for c in cases
-            ]
-            if known := [(at, form) for at, form in forms if form is not None]:
-                place.plot(*zip(*known), color=line.get_color(), linestyle="--", linewidth=1)
-        place.set(xscale="log", xlabel="condition number of Λ", title=group)
-        style.plain_ticks(place)
+                means = [row["exact_log10"]["weighted_mean"] for row in rows]
+                place.plot(at, means, **look)
+                growth[name] = max(growth.get(name, -math.inf), means[-1] - means[0])
+                forms = [row["closed_form_variance_log10"] for row in rows]
+                _dashed(place, [(x, y) for x, y in zip(at, forms, strict=True) if y is not None], look)
+        style.log_axes(place, y="linear", xlabel="condition number of Λ", title=group)
+    if growth:
+        most, *others = sorted(growth, key=growth.__getitem__, reverse=True)
+        rest = f"; that of the others at most {_times(growth[others[0]])}" if others else ""
+        grows = f"with the condition number the variance of {style.short(most)} grows {_times(growth[most])}"
+        style.message(figure, grows + rest)
     figure.supylabel("log10 of the relative variance of one feature", fontsize=8)
-    figure.supxlabel("dashed: closed form, which ends where it ceases to exist; each panel has its own scale",
-                     fontsize=8)  # fmt: skip
-    style.message(figure, _growing(growth))
+    ends = "dashed: closed form, which ends where it ceases to exist; each panel has its own scale"
+    figure.supxlabel(ends, fontsize=8)
     for place in axes:
-        label_ends(place, [line for line in place.lines if not line.get_label().startswith("_")])
+        label_ends(place)
     return figure
-
-
-def _scheme(case: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(s for s in case["schemes"] if s["name"] == name)
-
-
-def _growing(growth: dict[str, list[float]]) -> str:
-    """Which scheme's variance grows most over the condition numbers, in any panel, as a sentence."""
-    most = {name: max(steps) for name, steps in growth.items()}
-    name = max(most, key=most.__getitem__)
-    others = [value for other, value in most.items() if other != name]
-    rest = f"; that of the others at most {_times(max(others))}" if others else ""
-    return f"with the condition number the variance of {style.short(name)} grows {_times(most[name])}{rest}"
 
 
 def _times(log10: float) -> str:
     return f"{10**log10:,.2g} times" if log10 < 2 else f"10^{log10:.1f} times"
-
-
-def _more(case: dict[str, Any]) -> str:
-    """Says that a figure leaves schemes out."""
-    shown, every = len(selection(case)), len(case["schemes"])
-    return f"; {shown} of {every} schemes, all of them in the table" if shown < every else ""

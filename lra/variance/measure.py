@@ -33,16 +33,15 @@ def closed_forms(t_HD: torch.Tensor) -> dict[str, float | None]:
     """The logs of E[Z^2] / E[kappa^2] ("isotropic", "optimal") and of E[kappa^2] ("no_sampling"), each the log of a
     mean over heads. None where one head has no such mean."""
     t_HD = t_HD.double()
-    forms = {
-        "isotropic": -0.5 * (torch.log1p(-6 * t_HD) + torch.log1p(2 * t_HD)) if t_HD.max() < 1 / 6 else None,
-        "optimal": -torch.log1p(-2 * t_HD) if t_HD.max() < 1 / 2 else None,
-        "no_sampling": -0.5 * torch.log1p(-4 * t_HD.square()) if t_HD.max() < 1 / 2 else None,
-    }
-    logs = {name: None if x is None else x.sum(-1) for name, x in forms.items()}
-    for name in ("isotropic", "optimal"):
-        if logs[name] is not None:
-            logs[name] = logs[name] - logs["no_sampling"]
-    return {name: None if x is None else float(x.logsumexp(0)) - math.log(len(x)) for name, x in logs.items()}
+    log1p, largest = torch.log1p, t_HD.max()
+    forms: dict[str, torch.Tensor | None] = dict.fromkeys(("isotropic", "optimal", "no_sampling"))
+    if largest < 1 / 2:
+        forms["no_sampling"] = -0.5 * log1p(-4 * t_HD.square()).sum(-1)
+        forms["optimal"] = -log1p(-2 * t_HD).sum(-1) - forms["no_sampling"]
+    if largest < 1 / 6:
+        isotropic = -0.5 * (log1p(-6 * t_HD) + log1p(2 * t_HD))
+        forms["isotropic"] = isotropic.sum(-1) - forms["no_sampling"]
+    return {n: None if x is None else float(x.logsumexp(0)) - math.log(len(x)) for n, x in forms.items()}
 
 
 def redraws(module: Any, draws: int) -> Iterator[Any]:

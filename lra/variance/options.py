@@ -6,28 +6,25 @@ from pathlib import Path
 
 from lra.options import DATA, RESULTS, RUNS, THREADS, TRUST, Command, at_least, option
 
-SOURCE = (
+SYNTHETIC = (
     option("--synthetic", "Gaussian q and k; what is measured when no source is given", bool),
-    option(
-        "--run",
-        "q and k of a trained run: its record, or its folder below --runs",
-        Path,
-        dest="run_of",
-        metavar="RUN",
-    ),
-    option("--tensors", "a safetensors file with q, k (B,H,N,D) and, if any, v and mask (B,N)", Path),
     option("--dim", "head width D (default: synthetic 64; --run and --tensors: theirs)", at_least(1)),
     option("--condition", "synthetic: condition numbers of Lambda, comma-separated (default: 1,10,100,1000)"),
     option(
-        "--trace", "synthetic: traces of Lambda = mean |q|^2 after scaling, comma-separated (default: 1.5)"
+        "--trace", "synthetic: traces of Lambda, mean |q|^2 after scaling, comma-separated (default: 1.5)"
     ),
     option("--largest", "synthetic: largest eigenvalues of Lambda instead of traces, comma-separated"),
     option(
         "--kinds",
-        "synthetic: matched (one covariance), skewed (opposite spectra, means apart) (default: both)",
+        "synthetic: matched (one covariance), skewed (opposite spectra, means apart); default: both",
     ),
     option("--shift", "skewed: length of the means of q and k, before scaling (default: 3)", float),
     option("--tokens", "synthetic: tokens of a sequence (default: 256)", at_least(2)),
+)
+RUN = "q and k of a trained run: its record, or its folder below --runs"
+SOURCE = (
+    option("--run", RUN, Path, dest="run_of", metavar="RUN"),
+    option("--tensors", "a safetensors file with q, k (B,H,N,D) and, if any, v and mask (B,N)", Path),
     DATA,
     RUNS,
 )
@@ -38,10 +35,8 @@ MEASURE = (
     option("--target-norm", "of cooled schemes: mean |q|^2 + |k|^2 after scaling", float, 4.0),
     option("--seed", "of data and projections", at_least(0), 0),
     THREADS,
-    option(
-        "--name", "of the files bench/NAME.*, figures/NAME-features and NAME-condition", default="variance"
-    ),
+    option("--name", "of the files bench/NAME.*, figures/NAME-*", default="variance"),
     option("--redraw", "measure nothing: draw the figures of bench/NAME.json again", bool),
     RESULTS,
 )
-COMMANDS = {"variance": Command("lra.variance.commands:variance", (*SOURCE, *MEASURE, TRUST))}
+COMMANDS = {"variance": Command("lra.variance.commands:variance", (*SYNTHETIC, *SOURCE, *MEASURE, TRUST))}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from lra.records.markup import Grid, markdown
+from lra.records.markup import MISSING, Grid, markdown
 
-MISSING = "–"
-ABSENT = "does not exist"
 FORMS = (
     ("isotropic", "E[Z²]/E[κ²], w ~ N(0, I)", "1/6"),
     ("optimal", "E[Z²]/E[κ²], w ~ N(0, Σ*)", "1/2"),
@@ -34,14 +31,11 @@ def variance_tables(report: dict[str, Any], command: str) -> str:
     parts = [f"`{command}`\n", NOTES.format(draws=report["draws"])]
     for case in report["cases"]:
         B, H, N, D = case["shape"]
-        lines = [f"### {case['name']}", ""]
-        lines.append(
-            f"B {B}, H {H}, N {N}, D {D}; condition number {case['condition']:.3g}, trace of Λ {case['trace']:.3g}, "
-            f"largest eigenvalue {case['largest']:.3g}"
-        )
+        sizes = f"B {B}, H {H}, N {N}, D {D}; condition number {case['condition']:.3g}, trace of Λ "
+        sizes += f"{case['trace']:.3g}, largest eigenvalue {case['largest']:.3g}"
         forms = "; ".join(f"{label}: {_form(case, key, bound)}" for key, label, bound in FORMS)
         condition = "" if case["gaussian"] else ", if q and k were Gaussian with mean 0 and this Λ"
-        lines += [f"Closed forms{condition}: {forms}", "", case_table(case)]
+        lines = [f"### {case['name']}", "", sizes, f"Closed forms{condition}: {forms}", "", case_table(case)]
         notes = sorted({f"{s['name']}: {n}" for s in case["schemes"] for n in s["notes"]})
         parts.append("\n".join(lines + [f"* {note}" for note in notes] + [""] * bool(notes)))
     return "\n".join(parts)
@@ -49,7 +43,8 @@ def variance_tables(report: dict[str, Any], command: str) -> str:
 
 def _form(case: dict[str, Any], key: str, bound: str) -> str:
     log10 = case["closed_form_log10"][key]
-    return power(log10) if log10 is not None else f"{ABSENT} (t up to {case['largest']:.3g}, bound {bound})"
+    absent = f"does not exist (t up to {case['largest']:.3g}, bound {bound})"
+    return absent if log10 is None else power(log10)
 
 
 def power(log10: float) -> str:
@@ -60,49 +55,41 @@ def power(log10: float) -> str:
 def case_table(case: dict[str, Any]) -> str:
     """A row for each scheme."""
     first, last = (case["schemes"][0]["points"][i]["M"] for i in (0, -1))
-    header = (
-        "scheme", "variance, median", "variance, mean", "closed form", "kernel bias", f"kernel error M {last}",
-        "slope", f"output error M {first}", f"M {last}", "slope", f"bias² M {last}", f"variance M {last}",
-    )  # fmt: skip
-    rows = []
-    for s in case["schemes"]:
-        exact, low, high = s["exact_log10"], s["points"][0], s["points"][-1]
-        sampled = f"{high['M'] * high['kernel_median'] ** 2:.3g} sampled"
-        mean, se = bias(s)
-        row = [
-            s["name"],
-            power(exact["median"]) if exact else sampled,
-            power(exact["weighted_mean"]) if exact else f"{high['M'] * high['kernel_rms'] ** 2:.3g} sampled",
-            MISSING if s["closed_form_variance_log10"] is None else power(s["closed_form_variance_log10"]),
-            f"{mean:+.2g} ± {se:.1g}",
-            f"{high['kernel_rms']:.3g}",
-            _slope(s["kernel_slope"]),
-            f"{low['error']:.3g}",
-            f"{high['error']:.3g} ± {high['error_se']:.1g}",
-            _slope(s["error_slope"]),
-            _with_error(high["bias_squared"], high["bias_squared_se"]),
-            f"{high['variance']:.2g}",
-        ]
-        rows.append(row)
-    return markdown([Grid(header, rows)])
+    header = ["scheme", "variance, median", "variance, mean", "closed form", "kernel bias"]
+    header += [f"kernel error M {last}", "slope", f"output error M {first}", f"M {last}", "slope"]
+    rows = [_row(scheme) for scheme in case["schemes"]]
+    return markdown([Grid([*header, f"bias² M {last}", f"variance M {last}"], rows)])
 
 
-def bias(scheme: dict[str, Any]) -> tuple[float, float]:
+def _row(s: dict[str, Any]) -> list[str]:
+    exact, low, high = s["exact_log10"], s["points"][0], s["points"][-1]
+    if exact:
+        variances = [power(exact[which]) for which in ("median", "weighted_mean")]
+    else:
+        variances = [f"{high['M'] * high[f'kernel_{which}'] ** 2:.3g} sampled" for which in ("median", "rms")]
+    form = s["closed_form_variance_log10"]
+    slopes = [f"{x[0]:.2f} ± {x[1]:.2f}" if x else MISSING for x in (s["kernel_slope"], s["error_slope"])]
+    return [
+        s["name"],
+        *variances,
+        MISSING if form is None else power(form),
+        "{:+.2g} ± {:.1g}".format(*bias(s)),
+        f"{high['kernel_rms']:.3g}",
+        slopes[0],
+        f"{low['error']:.3g}",
+        f"{high['error']:.3g} ± {high['error_se']:.1g}",
+        slopes[1],
+        f"{high['bias_squared']:.2g}"
+        + (f" ± {se:.1g}" if (se := high["bias_squared_se"]) is not None else ""),
+        f"{high['variance']:.2g}",
+    ]
+
+
+def bias(scheme: dict[str, Any]) -> list[float]:
     """Mean over M of the kernel's relative bias, every M weighted by its features, and its standard error.
 
     The draws of different M share a seed: the errors are added as if they were one, which is never too small.
     """
-    total = sum(p["M"] for p in scheme["points"])
-    return tuple(
-        sum(p["M"] * p[key] for p in scheme["points"]) / total for key in ("kernel_bias", "kernel_bias_se")
-    )
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.2g}" if error is None else f"{value:.2g} ± {error:.1g}"
-
-
-def _slope(fitted: Sequence[float] | None) -> str:
-    return MISSING if fitted is None else f"{fitted[0]:.2f} ± {fitted[1]:.2f}"
-
-
+    points = scheme["points"]
+    total = sum(p["M"] for p in points)
+    return [sum(p["M"] * p[key] for p in points) / total for key in ("kernel_bias", "kernel_bias_se")]

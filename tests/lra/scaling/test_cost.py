@@ -8,7 +8,7 @@ import pytest
 
 from lra.__main__ import main
 from lra.scaling import calibration, cost
-from lra.scaling.calibration import COLUMNS, Machine, Sample, planned_manifest
+from lra.scaling.calibration import COLUMNS, Machine, Sample, planned_manifest, planned_run
 from lra.scaling.count import Counter, count
 from lra.scaling.jobs import smaller
 from tests.conftest import ROOT
@@ -18,7 +18,8 @@ MACHINE = Machine({"operations": 1e-5, "flops": 1e-11, "bytes": 1e-10}, 1.0, 10*
 
 
 def sample(attention="softmax", batch=3, padded=True, **sets):
-    return Sample(attention, SIZES | {"train.batch": str(batch)} | sets, batch, 67, padded)
+    run = planned_run(attention, 67, SIZES | {"train.batch": str(batch)} | sets)
+    return Sample(run, batch, 67, padded)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_flops_of_the_forward_pass_are_those_of_the_formula():
 
 
 def test_memory_is_parameters_gradients_and_two_moments_and_grows_with_the_batch():
-    run = sample("constant").run()
+    run = sample("constant").run
     parameters = sum(p.numel() for p in run.build_model().parameters())
     small, large = (count(run, batch=batch, width=67, padded=False).peak for batch in (3, 6))
     assert 16 * parameters < small < large
@@ -54,14 +55,14 @@ def test_code_that_reads_numbers_is_uncountable_and_named(monkeypatch, capsys):
     from models.attention.constant import Attention
 
     monkeypatch.setattr(Attention, "attend", lambda self, q, *_: q * q.sum().item())
-    assert cost.foresee(sample("constant").run(), MACHINE, None) is None
+    assert cost.foresee(sample("constant").run, MACHINE, None) is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("no prediction for listops constant: ")
 
 
 def test_large_batches_follow_from_small_ones(monkeypatch):
     monkeypatch.setattr(cost, "TOKENS", 67 * 16)
-    run = sample(batch=48).run()
+    run = sample(batch=48).run
     predicted = cost.predict(run, MACHINE)
     direct = count(run, batch=48, width=67, padded=False)
     assert predicted.step_seconds == pytest.approx(MACHINE.seconds(direct.step), rel=0.02)
@@ -69,13 +70,13 @@ def test_large_batches_follow_from_small_ones(monkeypatch):
 
 
 def test_prediction_grows_with_steps_and_accumulation_trades_memory_for_operations():
-    run = sample(batch=12).run()
+    run = sample(batch=12).run
     once = cost.predict(run, MACHINE)
     longer = replace(run.recipe.train, steps=2 * run.recipe.train.steps, eval_every=10**6)
     assert cost.predict(replace(run, recipe=replace(run.recipe, train=longer)), MACHINE).seconds > (
         once.seconds + run.recipe.train.steps * once.step_seconds * 0.9
     )
-    split = cost.predict(sample(batch=12, **{"train.accumulate": "4"}).run(), MACHINE)
+    split = cost.predict(sample(batch=12, **{"train.accumulate": "4"}).run, MACHINE)
     assert split.bytes < once.bytes and split.step_seconds > once.step_seconds
 
 
@@ -103,9 +104,9 @@ def test_calibration_is_what_predictions_read(tmp_path, monkeypatch, capsys):
 
 
 def test_way_out_of_memory_is_the_next_number_of_micro_batches_that_divides():
-    run = sample(batch=12).run()
+    run = sample(batch=12).run
     assert [smaller(run, f) for f in (1.01, 2, 2.1, 4.5, 7, 100)] == [2, 2, 3, 6, 12, 12]
-    assert smaller(sample(batch=12, **{"train.accumulate": "2"}).run(), 1.5) == 3
+    assert smaller(sample(batch=12, **{"train.accumulate": "2"}).run, 1.5) == 3
 
 
 def test_sweep_refuses_what_cannot_fit_before_it_starts(lab, capsys):
@@ -142,7 +143,7 @@ def test_unknown_gpu_names_the_nearest(lab, error_line):
 
 def test_planned_data_resolve_to_a_run():
     manifest = planned_manifest(67, {"train": 5, "val": 5, "test": 5})
-    assert manifest["splits"]["val"]["max_length"] == 67 and sample().run().digest == sample().run().digest
+    assert manifest["splits"]["val"]["max_length"] == 67 and sample().run.digest == sample().run.digest
 
 
 def test_committed_calibration_keeps_its_promise_on_steps_it_had_not_seen():

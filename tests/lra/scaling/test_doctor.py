@@ -26,11 +26,6 @@ def test_doctor_tries_the_compiler(monkeypatch, compiler, answer):
     assert re.search(answer, doctor.compiler())
 
 
-def test_doctor_says_that_a_folder_cannot_be_written_to(tmp_path):
-    assert doctor.writable(tmp_path) == "writable"
-    assert "not writable here" in doctor.writable(tmp_path / "absent")
-
-
 def test_doctor_says_how_to_get_what_is_missing():
     assert doctor.version("torch")[0].isdigit()
     assert doctor.version("no-such-package") == "missing: pip install no-such-package"

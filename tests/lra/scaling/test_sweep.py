@@ -365,17 +365,11 @@ def test_the_sweep_says_first_what_it_will_take(lab, patient, capsys):
     assert capsys.readouterr().out.splitlines()[0] == line
 
 
-def test_need_of_a_job_is_that_of_its_other_seeds_else_what_is_predicted(lab, monkeypatch):
-    record = lab.train()
-    (path,) = lab.records()
-    other = Job(None, path.with_name("seed1.json"), None)
-    stranger = Job(None, path.parent.parent / "another" / "seed1.json", None)
-    measured, unknown = needs([other, stranger], None).values()
-    assert measured.bytes > record["cost"]["peak_bytes"] and measured.seconds >= record["cost"]["wall_s"]
-    assert unknown == Need()
+def test_need_of_a_job_is_what_is_predicted_for_all_its_seeds(lab, monkeypatch):
+    one, other = (Job(None, lab.results / "kind" / f"seed{k}.json", None) for k in range(2))
+    assert needs([one, other], None) == {one.kind: Need()}
     monkeypatch.setattr(lra.scaling.jobs, "foresee", lambda *_: Prediction(7.0, 100, 0.1))
-    found = needs([other, stranger], SimpleNamespace(start_bytes=11))
-    assert found[other.kind] == measured and found[stranger.kind] == Need(7.0, 111)
+    assert needs([one, other], SimpleNamespace(start_bytes=11)) == {one.kind: Need(7.0, 111)}
 
 
 def test_status_line_is_redrawn_on_a_terminal_and_absent_elsewhere(sweep, processes, monkeypatch, capsys):

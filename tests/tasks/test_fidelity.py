@@ -1,14 +1,15 @@
-"""bench fidelity: it accepts what is drawn alike, and notices what is not."""
+"""The comparison with published samples: it accepts what is drawn alike, and notices what is not."""
 
 import json
 
 import numpy as np
 import pytest
 
-from lra.bench import fidelity, pathfinder_probe
 from tasks import listops, pathfinder
+from tasks.base import SourceError
 from tasks.listops.expressions import SYMBOLS
 from tests.conftest import ROOT
+from tests.tasks import fidelity
 
 REFERENCE = ROOT.parent / "shared" / "data"
 REPORT = ROOT / "results" / "reference" / "bench" / "fidelity.json"
@@ -78,17 +79,15 @@ def test_hashes_are_of_the_first_samples_whoever_draws_them(monkeypatch):
 
 def test_probes_learn_what_can_be_learned_and_nothing_else(monkeypatch):
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(pathfinder_probe, "TRAIN", 640)
-    monkeypatch.setattr(pathfinder_probe, "TEST", 320)
+    monkeypatch.setattr(fidelity, "TRAIN", 640)
+    monkeypatch.setattr(fidelity, "TEST", 320)
     labels = rng.integers(0, 2, 640)
     images = rng.integers(0, 90, (640, 32, 32)).astype(np.uint8)
     images[labels == 1, 4:12, 20:28] += 120
-    score = pathfinder_probe.fit(images[:480], labels[:480], epochs=4)
+    score = fidelity.fit(images[:480], labels[:480], epochs=4)
     assert score(images[480:], labels[480:]) > 0.95
     assert (
-        0.3
-        < pathfinder_probe.fit(images[:480], rng.integers(0, 2, 480), epochs=2)(images[480:], labels[480:])
-        < 0.7
+        0.3 < fidelity.fit(images[:480], rng.integers(0, 2, 480), epochs=2)(images[480:], labels[480:]) < 0.7
     )
 
 
@@ -107,10 +106,11 @@ def test_the_committed_report_says_that_all_is_well_and_is_of_this_code(monkeypa
 
 
 @needs_reference
-def test_references_that_are_not_there_are_refused(tmp_path, error_line):
-    words = ["bench", "fidelity", f"--results={tmp_path}"]
-    assert "listops_reference_1000.tsv.gz" in error_line(*words, f"--reference={tmp_path}")
+def test_references_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(SourceError, match="listops_reference_1000.tsv.gz"):
+        fidelity.run(tmp_path, tmp_path)
     (tmp_path / fidelity.LISTOPS).write_bytes((REFERENCE / fidelity.LISTOPS).read_bytes())
     (tmp_path / fidelity.PATHFINDER).write_bytes(b"no archive")
-    assert "not the reference images" in error_line(*words, f"--reference={tmp_path}")
+    with pytest.raises(SourceError, match="not the reference images"):
+        fidelity.run(tmp_path, tmp_path)
     assert not (tmp_path / "bench").exists()
