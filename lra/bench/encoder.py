@@ -141,7 +141,7 @@ class Step:
 
     def __init__(self, name: str, layout: Layout, features: int, precision: str):
         self.precision, self.layout = precision, layout
-        size = base.Encoder()
+        size = base.Stack()
         heads, head_dim = size.heads, size.width // size.heads
         attention, *how = name.split()
         if set(how) - {COMPILED}:
@@ -172,7 +172,7 @@ class Step:
         F.cross_entropy(logits_BC.float(), self.labels_B).backward()
         self.optimizer.step()
 
-    def _flops(self, size: base.Encoder, heads: int, head_dim: int) -> int:
+    def _flops(self, size: base.Stack, heads: int, head_dim: int) -> int:
         """Of the matrix products: a backward pass counted as twice the forward one, recomputation not counted."""
         B, N = self.layout
         attention = self.model.encoder.attentions[0]
@@ -221,7 +221,7 @@ def encoder_tables(
     names = list(dict.fromkeys(p["name"] for p in points))
     shapes = list(dict.fromkeys(Layout(p["B"], p["N"]) for p in points))
     by = {(p["name"], p["B"], p["N"]): p for p in points}
-    size, shares = base.Encoder(), profile["shares"]
+    size, shares = base.Stack(), profile["shares"]
 
     def table(cell: Callable[[dict[str, Any]], str]) -> str:
         rows = [[name.removeprefix(PYPI), *(cell(by[(name, *s)]) for s in shapes)] for name in names]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
+from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.image.cifar import HUB_REVISION, MEMBERS, SIDE, read_half
 from tasks.store.files import sha256_file
 from tasks.store.sources import check_source, choose, seeded_order
@@ -28,7 +28,6 @@ META = Meta(
     version=1,
     classes=10,
     vocab=257,
-    towers=1,
     description="CIFAR-10 as grey pixels in raster order: ten classes",
     reads="pixels",
 )
@@ -41,7 +40,7 @@ RECIPES = {
     ),
     "small": Recipe(
         data=Data(seq_len=256, train=0, val=200, test=500, options={"downsample": 2}),
-        encoder=Encoder(dropout=0.0),
+        encoder=Stack(dropout=0.0),
         train=Optim(steps=700, batch=32, lr=2e-3, warmup=30, eval_every=70),
         budget=32,
     ),
@@ -52,7 +51,7 @@ RECIPES = {
     ),
 }
 # The encoder of the original paper (arXiv 2011.04006).
-RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=3, width=64, heads=4, ffn=128))
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Stack(layers=3, width=64, heads=4, ffn=128))
 
 OFFICIAL = (50_000, 10_000)  # images in the train and test halves
 HELD_OUT = 500  # digits that stand in for a test half
@@ -66,9 +65,7 @@ def members(data: Data) -> tuple[str, ...]:
     return MEMBERS
 
 
-def build(
-    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
-) -> Built:
+def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch=None) -> Built:
     """Grey images of exactly `recipe.data.seq_len` = (32 / downsample)^2 tokens.
 
     `source` is embedded (digits), hub or local. `workers` threads decode pictures. SourceError if a file is
