@@ -82,25 +82,19 @@ COMMANDS = {
         (*BASE, *METHOD, SCORE, *TRAIN, RATES),
         "finetune at several learning rates and count loss spikes",
     ),
-    "gemma anisotropy": Command(
-        "lra.gemma.commands:anisotropy", BASE, "spectra of real queries and keys, and the variance they cause"
-    ),
+    "gemma anisotropy": Command("lra.gemma.commands:anisotropy", BASE, "spectra of real queries and keys"),
     "gemma evaluate": Command(
         "lra.gemma.commands:evaluate_adapter",
         (*BASE, option("--adapter", "adapter.safetensors of a finetuned run", Path, required=True), SCORE),
         "score a saved adapter on its base model",
     ),
     "gemma weights": Command(
-        "lra.gemma.commands:weights",
-        (MODEL, DATA),
-        "fetch or make a model, and say what it is",
+        "lra.gemma.commands:weights", (MODEL, DATA), "fetch or make a model, and say what it is"
     ),
     "gemma table": Command(
         "lra.gemma.table:show",
         (TABLES, option("--write", "a Markdown file; only the text between its gemma markers changes", Path)),
         "make results/gemma/*.md from the records alone",
     ),
-    "gemma plot": Command(
-        "lra.gemma.figures:show", (TABLES,), "draw results/gemma/figures from the records alone"
-    ),
+    "gemma plot": Command("lra.gemma.figures:show", (TABLES,), "draw its figures from the records alone"),
 }

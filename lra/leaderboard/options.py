@@ -58,11 +58,11 @@ COMMANDS = {
         "check records, and keep how far each was verified",
     ),
     "leaderboard build": Command(
-        "lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html, with its figures"
+        "lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html"
     ),
     "leaderboard serve": Command(
         "lra.leaderboard.page:serve",
         (RESULTS, PORT),
-        "show the results folder to a browser on this machine alone",
+        "show results to a browser of this machine",
     ),
 }

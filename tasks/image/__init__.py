@@ -89,15 +89,13 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
     if factor > 1:
         name += f" {SIDE // factor}x{SIDE // factor}"
     pixels = pool(grey, factor).reshape(len(grey), -1)
-    if sizes is None:
-        order = _order(pixels, labels, data.seed)
-        test, train = order[:HELD_OUT], order[HELD_OUT:]
-    else:
-        n = sizes[0]
-        train = _order(pixels[:n], labels[:n], data.seed)
-        test = n + _order(pixels[n:], labels[n:], data.seed)
+    contents, n = [row.tobytes() for row in pixels], sizes[0] if sizes else len(pixels)
+    train, test = (
+        seeded_order(contents[half], labels[half], data.seed) for half in (slice(n), slice(n, None))
+    )
+    test, train = (n + test, train) if sizes else (train[:HELD_OUT], train[HELD_OUT:])
     splits = {
-        split: Split.of(list(pixels[indices].astype(np.uint16) + 1), labels[indices])
+        split: Split.of_bytes([contents[i] for i in indices], labels[indices])
         for split, indices in choose(train, test, data).items()
     }
     return Built(
@@ -143,11 +141,6 @@ def _downsample(data: Data) -> int:
     if data.seq_len != (tokens := (SIDE // factor) ** 2):
         raise SourceError(f"data.seq_len={data.seq_len}: downsample={factor} makes {tokens} tokens per image")
     return factor
-
-
-def _order(pixels: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """The seeded order of images, uint8 (n, pixels)."""
-    return seeded_order([row.tobytes() for row in pixels], labels, seed)
 
 
 def _digits(files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
