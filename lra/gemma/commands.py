@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from lra.gemma import adapter
-from lra.gemma.data import Blocks, TextSplits, documents
+from lra.gemma.data import Blocks, documents, pack, split
 from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references
 from lra.gemma.finetune import finetune as finetune_one
 from lra.gemma.finetune import trainable
@@ -40,17 +40,7 @@ SIZES = {  # what options default to: for tiny, for others
     "tokens": (16_384, 40_960),
     "batch": (8, 2),
 }
-RECIPE = (
-    "train",
-    "batch",
-    "lr",
-    "lr_kernel",
-    "warmstart",
-    "evaluations",
-    "checkpoint_every",
-    "recompute",
-    "tokens",
-)
+RECIPE = "train batch lr lr_kernel warmstart evaluations checkpoint_every recompute tokens".split()
 ELSEWHERE = ("run", "data", "results", "runs", "threads", "device")  # arguments that decide no result
 
 
@@ -93,7 +83,7 @@ def anisotropy(args: Namespace) -> None:
     setting = Setting(args)
     model, blocks = setting.base.model, setting.blocks("calibration")
     exact = Method("softmax", {}, tuple(range(len(bridge.text_layers(model)))))
-    source = setting.base, setting.text.documents
+    source = setting.base, setting.documents
     experiment = Experiment("anisotropy", *source, {"test": blocks}, exact, args.precision, 0)
     path = experiment.path(args.results)
     if not path.exists():
@@ -147,22 +137,22 @@ class Setting:
         self.recipe = recipe(args) if hasattr(args, "train") else {}
         self.args, self.device, self.command = args, pick_device(args.device), command(args)
         set_threads(args.threads)
-        texts = documents(args.text)
+        self.documents = documents(args.text)
         self.base = load_base(args.model, args.data)
         self.base.model.to(self.device)
         longest = self.base.model.config.max_position_embeddings
         if args.length > longest:
             raise UsageError(f"--length {args.length} exceeds the {longest} tokens of {self.base.name}")
-        self.text = TextSplits(texts, self.base.encode, self.base.bos, args.length)
+        self.splits = split(self.documents.texts)
 
     def blocks(self, name: str) -> Blocks:
-        """The blocks of a split that are not trained on."""
-        option = {"calibration": "calibration", "val": "validation", "test": "eval_blocks"}[name]
-        return self.text.blocks(name, getattr(self.args, option))
+        """The first blocks of a split, as many as its option says; of train, as many as fill whole steps."""
+        a, options = self.args, {"calibration": "calibration", "val": "validation", "test": "eval_blocks"}
+        count = getattr(a, options[name]) if name in options else a.tokens // (a.batch * a.length) * a.batch
+        size = {"length": a.length, "blocks": count}
+        return pack(self.splits[name], self.base.encode, bos=self.base.bos, **size, what=name)
 
-    def experiments(
-        self, kind: str, blocks: dict[str, Blocks], recipes: Sequence[dict[str, Any]]
-    ) -> list[Experiment]:
+    def experiments(self, kind: str, blocks: dict, recipes: Sequence[dict]) -> list[Experiment]:
         """One for each recipe, attention, M and seed; what has no features or draws nothing is not repeated for them.
 
         Raises UsageError where one does not fit the model, before the first is run.
@@ -179,7 +169,7 @@ class Setting:
                 random = bool(recipe) or attention_class(spec.split(",")[0]).random
                 for replacement in (method(spec, m, **where) for m in self.features):
                     for seed in range(a.seeds if random else 1):
-                        parts = self.base, self.text.documents, blocks, replacement, a.precision
+                        parts = self.base, self.documents, blocks, replacement, a.precision
                         experiment = Experiment(kind, *parts, seed, recipe)
                         chosen.setdefault((experiment.digest, seed), experiment)
         for e in {json.dumps(asdict(e.method)): e for e in chosen.values()}.values():
@@ -192,8 +182,7 @@ class Setting:
     def train(self, kind: str, changes: Sequence[dict[str, Any]]) -> int:
         """Finetune each experiment from the base model's own weights; `changes` are made to the recipe."""
         a = self.args
-        blocks = {name: self.blocks(name) for name in ("calibration", "val", "test")}
-        blocks["train"] = self.text.blocks("train", a.tokens // (a.batch * a.length) * a.batch)
+        blocks = {name: self.blocks(name) for name in ("calibration", "val", "test", "train")}
         experiments = self.experiments(kind, blocks, [self.recipe | change for change in changes])
         model = self.base.model
         before = {n: t.detach().clone() for n, t in model.state_dict().items() if "embed" not in n}
@@ -201,7 +190,7 @@ class Setting:
         for experiment in experiments:
             model.load_state_dict(before, strict=False)
             try:
-                path, _ = finetune_one(experiment, **places)
+                path = finetune_one(experiment, **places)
             except Interrupted as stopped:
                 print(stopped, file=sys.stderr)
                 return STOPPED
@@ -213,7 +202,7 @@ class Setting:
         facts = {"command": self.command, "device": self.device, "clocks": clocks}
         cost = cost | {"device": self.device.type}
         sections = experiment.sections({"optimizer": None, "steps": 0}, cost)
-        record = build_record(sections, status="ok", result=result, **facts)
+        record = build_record(sections, result, status="ok", **facts)
         write_record(experiment.path(self.args.results), record, None)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from lra.options import UsageError
 from tasks import text as imdb
 from tasks.store.files import sha256_file
-from tasks.store.sources import open_text, package_file, read_csv, read_folder
+from tasks.store.sources import open_text, package_file, read_folder, read_table
 
 SHARES = {"test": 0.10, "val": 0.05, "calibration": 0.05}  # of the documents; the rest is train
 Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without BOS
@@ -62,7 +61,7 @@ def documents(path: Path | None) -> Documents:
     """
     if path is None:
         file = package_file(imdb.PACKAGE, imdb.PACKAGE_VERSION, imdb.PACKAGE_CSV)
-        columns = read_csv(file, ["text", "source"])
+        columns = read_table(file, ["text", "source"])
         texts = [t for t, s in zip(columns["text"], columns["source"], strict=True) if s == "imdb"]
         files = {file.name: sha256_file(file)}
         return _checked(texts, "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", files)
@@ -112,12 +111,9 @@ def pack(texts: Sequence[str], encode: Encode, *, bos: int, length: int, blocks:
 
     Documents are tokenised as they are needed. Raises UsageError when there are too few.
     """
-    rows: list[list[int]] = []
-    owners: list[int] = []
-    row: list[int] = []
-    batch = 64
-    for start in range(0, len(texts), batch):
-        for number, ids in enumerate(encode(list(texts[start : start + batch])), start):
+    rows, owners, row = [], [], []
+    for start in range(0, len(texts), 64):
+        for number, ids in enumerate(encode(list(texts[start : start + 64])), start):
             if not row:
                 owner = number
             whole = not row
@@ -129,27 +125,5 @@ def pack(texts: Sequence[str], encode: Encode, *, bos: int, length: int, blocks:
                     return Blocks(np.array(rows, np.int32), np.array(owners, np.int64), bos)
                 rest = row[length:]
                 row = [bos, *rest] if whole and rest else []
-    raise UsageError(
-        f"the text has {len(rows):,} blocks of {length} tokens for {what}, {blocks:,} are asked for: "
-        "ask for fewer tokens or give more text"
-    )
-
-
-@dataclass(frozen=True)
-class TextSplits:
-    """Documents of each split, in blocks of `length` tokens, made when they are asked for."""
-
-    documents: Documents
-    encode: Encode
-    bos: int
-    length: int
-
-    @cached_property
-    def splits(self) -> dict[str, list[str]]:
-        """Texts by split."""
-        return split(self.documents.texts)
-
-    def blocks(self, name: str, count: int) -> Blocks:
-        """The first `count` blocks of a split."""
-        size = {"length": self.length, "blocks": count}
-        return pack(self.splits[name], self.encode, bos=self.bos, **size, what=name)
+    present = f"the text has {len(rows):,} blocks of {length} tokens for {what}"
+    raise UsageError(f"{present}, {blocks:,} are asked for: ask for fewer tokens or give more text")

@@ -178,18 +178,16 @@ class BlockScores:
 
     def facts(self) -> dict[str, Any]:
         """For a record: totals, and the blocks they come from, which intervals are made of."""
-        columns = [self.document, self.n, self.correct, self.loss.round(4)]
-        columns += [] if self.kl is None else [self.kl.round(4)]
-        rows = [
-            [finite(float(x)) if x.dtype.kind == "f" else int(x) for x in row]
-            for row in zip(*columns, strict=True)
-        ]
+        sums = [self.loss] if self.kl is None else [self.loss, self.kl]
+        columns = [c.tolist() for c in (self.document, self.n, self.correct)]
+        columns += [list(map(finite, c.round(4).tolist())) for c in sums]
         return {
             "n_correct": int(self.correct.sum()),
             "n_test": int(self.n.sum()),
             "loss": finite(float(self.loss.sum() / self.n.sum())),
             "kl": None if self.kl is None else finite(float(self.kl.sum() / self.n.sum())),
-            "blocks": rows,  # [first document, tokens, correct, sum of losses, sum of divergences]
+            # of each block [first document, tokens, correct, sum of losses, sum of divergences]
+            "blocks": list(map(list, zip(*columns, strict=True))),
         }
 
 
@@ -208,15 +206,8 @@ def scored(model, blocks: Blocks, precision: str, device: torch.device) -> Itera
 
 
 @torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    head: Head,
-    blocks: Blocks,
-    precision: str,
-    device: torch.device,
-    against: list[Reference] | None = None,
-) -> BlockScores:
-    """Scores of every block; the model is left in the mode it was in."""
+def evaluate(model, head: Head, blocks: Blocks, precision: str, device, against=None) -> BlockScores:
+    """Scores of every block, with divergences `against` these References; the model is left in the mode it was in."""
     training = model.training
     model.eval()
     sums = []

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lra.gemma import cost
 from lra.gemma.adapter import describe
 from lra.gemma.experiment import BlockScores, Experiment, evaluate, hidden
 from lra.machine import PeakMemory, StopSignals
@@ -31,21 +30,18 @@ from models.gemma.transfer import PROJECTIONS, Transfer, layer_parameters
 from tasks.base import Optim
 
 
-def finetune(
-    experiment: Experiment, *, results: Path, runs: Path, device: torch.device, command: str
-) -> tuple[Path, bool]:
-    """Train, and write the record. Returns (its path, newly made); raises what training.train.carry_out raises."""
-    path = experiment.path(results)
+def finetune(experiment: Experiment, results: Path, runs: Path, device: torch.device, command: str) -> Path:
+    """Train, and write the record. Returns its path; raises what training.train.carry_out raises."""
+    path, folder = experiment.path(results), run_folder(runs, experiment)
+
+    def publish(record: dict[str, Any], _) -> None:
+        write_record(path, record, None)
+
     try:
-        new = carry_out(
-            lambda: Finetuner(experiment, device, command),
-            path,
-            run_folder(runs, experiment),
-            lambda record, _: write_record(path, record, None),
-        )
+        carry_out(lambda: Finetuner(experiment, device, command), path, folder, publish)
     finally:
         bridge.detach(experiment.base.model)
-    return path, new
+    return path
 
 
 def run_folder(runs: Path, experiment: Experiment) -> Path:
@@ -174,8 +170,7 @@ class Finetuner(Training):
             "transfer_losses": p.transfer_losses,
         }
         spent = self.cost_section(peak) | {"transfer_s": round(p.transfer_seconds, 3)}
-        size = self.recipe["batch"], self.experiment.length
-        return self.experiment.sections(training, spent | cost.bound(self.model, *size, self.where))
+        return self.experiment.sections(training, spent)
 
     def hparams(self) -> dict[str, Any]:
         """The experiment, and of its recipe what is a number or a word."""
@@ -212,9 +207,8 @@ def trainable(model: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn
         skip = {id(p) for p in (*outer, *kernels, *(p for m in unread for p in m.parameters()))}
         pretrained = [p for p in model.parameters() if id(p) not in skip]
     if not kernels and not pretrained:
-        raise UsageError(
-            f"--train {train}: this attention learns nothing of its own; use --train kernel+qkvo"
-        )
+        nothing = "this attention learns nothing of its own; use --train kernel+qkvo"
+        raise UsageError(f"--train {train}: {nothing}")
     for p in (*kernels, *pretrained):
         p.requires_grad_()
     return kernels, pretrained

@@ -26,12 +26,9 @@ def above_zero(kind: type, several: bool = False):
 
 DATA = option("--data", "folder that holds gemma/", Path, Path("data"))
 TABLES = option("--results", "folder whose gemma/ holds the records", Path, Path("results"))
+MODEL = option("--model", "tiny, gemma-3-270m (PyPI, 253 MB), a hub id, or a folder", default="gemma-3-270m")
 BASE = (
-    option(
-        "--model",
-        "tiny (made here), gemma-3-270m (from PyPI, 253 MB), a hub id, or a folder",
-        default="gemma-3-270m",
-    ),
+    MODEL,
     option("--text", "text file or folder of *.txt files (default: IMDb reviews)", Path),
     option("--length", "tokens per sequence (default: tiny 128, others 512)", at_least(2)),
     option("--calibration", "sequences to calibrate on (default: tiny 8, others 4)", at_least(1)),
@@ -43,56 +40,34 @@ BASE = (
     option("--runs", "folder of TensorBoard logs, checkpoints, adapters", Path, Path("runs")),
 )
 METHOD = (
-    option(
-        "--attention",
-        "NAME or NAME,OPTION=VALUE,...: a name of `list attentions` and its options",
-        list,
-        required=True,
-        metavar="SPEC",
-    ),
+    option("--attention", "a name of `list attentions`, or NAME,OPTION=VALUE,...", list, required=True),
     option("--layers", "all, full (those without a window), or indices such as 0,5,11", default="all"),
+    option("--features", "random features M a head, or its like: 64,256", above_zero(int, True), "256"),
     option(
-        "--features",
-        "random features M per head, or what a method has instead; several as 64,256",
-        above_zero(int, several=True),
-        "256",
-    ),
-    option(
-        "--window",
-        "of replaced window layers; auto: exact attention keeps it, others ignore it",
-        ("auto", "keep", "ignore"),
-        "auto",
+        "--window", "of replaced layers; auto: only exact ones keep it", ("auto", "keep", "ignore"), "auto"
     ),
     option("--ignore-softcap", "replace capped logits (Gemma 2) by uncapped ones", bool),
     option("--seeds", "seeds 0..N-1", at_least(1), 1),
 )
 SCORE = option("--eval", "test sequences (default: tiny 64, others 16)", at_least(2), dest="eval_blocks")
+TRAINED = ("kernel", "kernel+qk", "kernel+qkvo", "all")
 TRAIN = (
     option(
-        "--train",
-        "what is trained; qk, qkvo: projections of replaced layers; all: all but the embedding",
-        ("kernel", "kernel+qk", "kernel+qkvo", "all"),
-        "kernel+qkvo",
+        "--train", "qk, qkvo: projections of replaced layers; all: but the embedding", TRAINED, TRAINED[2]
     ),
     option("--tokens", "training tokens (default: tiny 16384, others 40960)", at_least(1)),
     option("--batch", "sequences per step (default: tiny 8, others 2)", at_least(1)),
     option("--lr", "peak learning rate of pretrained weights", above_zero(float), 1e-4),
     option("--lr-kernel", "peak learning rate of what the kernel itself learns", above_zero(float), 1e-3),
-    option(
-        "--warmstart",
-        "transfer: first, each replaced layer learns alone to reproduce the exact layer's output",
-        ("none", "transfer"),
-        "none",
-    ),
+    option("--warmstart", "transfer: each layer first learns its exact output", ("none", "transfer"), "none"),
     option("--transfer-tokens", "tokens of the transfer (default: half of --tokens)", at_least(1)),
     option("--validation", "sequences of a validation (default: tiny 16, others 4)", at_least(2)),
     option("--evaluations", "validations over the run, besides that at its start", at_least(1), 8),
     option("--checkpoint-every", "steps between checkpoints", at_least(1), 20),
     option("--recompute", "recompute activations in the backward pass, to save memory", bool),
 )
-RATES = option(
-    "--lrs", "peak learning rates of both groups", above_zero(float, several=True), "1e-5,1e-4,1e-3,3e-3,1e-2"
-)
+LRS = "1e-5,1e-4,1e-3,3e-3,1e-2"
+RATES = option("--lrs", "peak learning rates of both groups", above_zero(float, True), LRS)
 COMMANDS = {
     "gemma swap": Command(
         "lra.gemma.commands:swap",
@@ -107,25 +82,19 @@ COMMANDS = {
         (*BASE, *METHOD, SCORE, *TRAIN, RATES),
         "finetune at several learning rates and count loss spikes",
     ),
-    "gemma anisotropy": Command(
-        "lra.gemma.commands:anisotropy", BASE, "spectra of real queries and keys, and the variance they cause"
-    ),
+    "gemma anisotropy": Command("lra.gemma.commands:anisotropy", BASE, "spectra of real queries and keys"),
     "gemma evaluate": Command(
         "lra.gemma.commands:evaluate_adapter",
         (*BASE, option("--adapter", "adapter.safetensors of a finetuned run", Path, required=True), SCORE),
         "score a saved adapter on its base model",
     ),
     "gemma weights": Command(
-        "lra.gemma.commands:weights",
-        (option("--model", "tiny, gemma-3-270m, a hub id, or a folder", default="gemma-3-270m"), DATA),
-        "fetch or make a model, and say what it is",
+        "lra.gemma.commands:weights", (MODEL, DATA), "fetch or make a model, and say what it is"
     ),
     "gemma table": Command(
         "lra.gemma.table:show",
         (TABLES, option("--write", "a Markdown file; only the text between its gemma markers changes", Path)),
         "make results/gemma/*.md from the records alone",
     ),
-    "gemma plot": Command(
-        "lra.gemma.figures:show", (TABLES,), "draw results/gemma/figures from the records alone"
-    ),
+    "gemma plot": Command("lra.gemma.figures:show", (TABLES,), "draw its figures from the records alone"),
 }

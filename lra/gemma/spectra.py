@@ -13,6 +13,7 @@ sides have the same covariance, as attention allows without changing its output.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +26,18 @@ def spectra(model: torch.nn.Module, tokens_BN: torch.Tensor) -> list[dict[str, A
     """One row per layer of the exact model: norms, spectra and closed forms, per head where it is a list."""
     rows: dict[int, dict[str, Any]] = {}
 
-    def tap(layer):
-        def see(q, k, v, mask, scale):
-            rows[layer] = {"layer": layer} | describe(q, k, scale)
+    def see(layer, q, k, v, mask, scale):
+        rows[layer] = {"layer": layer} | describe(q, k, scale)
 
-        return see
-
-    bridge.watch(model, tokens_BN, {i: tap(i) for i in bridge.sockets(model)})
-    return [rows[i] for i in sorted(rows)]
+    bridge.watch(model, tokens_BN, {layer: partial(see, layer) for layer in bridge.sockets(model)})
+    return [rows[layer] for layer in sorted(rows)]
 
 
 def describe(q_BHND: torch.Tensor, k_BHND: torch.Tensor, scale: float) -> dict[str, Any]:
     """The row of one layer."""
     q_HTD, k_HTD = ((scale**0.5 * x.double()).transpose(0, 1).flatten(1, 2) for x in (q_BHND, k_BHND))
-    moment_HDD = (second_moment(q_HTD) + second_moment(k_HTD)) / 2
-    t_HD = torch.linalg.eigvalsh(moment_HDD).flip(-1).clamp(min=0)
     qa_HTD, ka_HTD = align(q_HTD, k_HTD)
-    a_HD = torch.linalg.eigvalsh((second_moment(qa_HTD) + second_moment(ka_HTD)) / 2).flip(-1).clamp(min=0)
+    t_HD, a_HD = spectrum(q_HTD, k_HTD), spectrum(qa_HTD, ka_HTD)
     return {
         "q_norm2": norm2(q_HTD),
         "k_norm2": norm2(k_HTD),
@@ -55,9 +51,14 @@ def describe(q_BHND: torch.Tensor, k_BHND: torch.Tensor, scale: float) -> dict[s
         "aligned_above_half": (a_HD > 0.5).sum(-1).tolist(),
         "aligned_spectrum": rounded(a_HD[:, :32]),
         "aligned_log10_pair": log10_pair(qa_HTD, ka_HTD),
-        "aligned_log10_isotropic": closed_form(a_HD, isotropic),
-        "aligned_log10_optimal": closed_form(a_HD, optimal),
+        "aligned_log10_isotropic": log10(-0.5 * ((1 - 6 * a_HD).log() + (1 + 2 * a_HD).log()).sum(-1)),
+        "aligned_log10_optimal": log10(-(1 - 2 * a_HD).log().sum(-1)),
     }
+
+
+def spectrum(q_HTD: torch.Tensor, k_HTD: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues of the mean second moment of queries and keys, the largest first: (H, D)."""
+    return torch.linalg.eigvalsh((second_moment(q_HTD) + second_moment(k_HTD)) / 2).flip(-1).clamp(min=0)
 
 
 def second_moment(x_HTD: torch.Tensor) -> torch.Tensor:
@@ -80,20 +81,9 @@ def log10_pair(q_HTD: torch.Tensor, k_HTD: torch.Tensor, pairs: int = 4096) -> d
     return {"median": float(exponents.median()), "p90": float(exponents.quantile(0.9))}
 
 
-def isotropic(t_D: torch.Tensor) -> torch.Tensor:
-    """log E[Z^2] for w ~ N(0, I)."""
-    return -0.5 * ((1 - 6 * t_D).log() + (1 + 2 * t_D).log()).sum(-1)
-
-
-def optimal(t_D: torch.Tensor) -> torch.Tensor:
-    """log E[Z^2] for w ~ N(0, Sigma*)."""
-    return -(1 - 2 * t_D).log().sum(-1)
-
-
-def closed_form(t_HD: torch.Tensor, form) -> list[float | None]:
-    """Of each head, to base 10; null where the moment is infinite."""
-    values = [float(form(t)) / math.log(10) for t in t_HD]
-    return [v if math.isfinite(v) else None for v in values]
+def log10(logs_H: torch.Tensor) -> list[float | None]:
+    """Natural logarithms of the heads' moments to base 10; null where a moment is infinite."""
+    return [value / math.log(10) if math.isfinite(value) else None for value in logs_H.tolist()]
 
 
 def norm2(x_HTD: torch.Tensor) -> float:

@@ -116,10 +116,11 @@ def line(label, runs, rows) -> list[str]:
     first = [r["result"]["curve"][0] for r in done]
     cells.append(f"{100 * statistics.fmean(c[3] / c[4] for c in first):.1f}")
     rate, floor, peak = (
-        statistics.median(r["cost"][key] or 0 for r in done)
+        statistics.median(r["cost"].get(key) or 0 for r in done)
         for key in ("tokens_per_s", "floor_tokens_per_s", "peak_bytes")
     )
-    return [*cells, f"{rate:,.0f} ({floor:,.0f})", f"{peak / 1e6:,.0f}"]
+    bound = f" ({floor:,.0f})" if floor else ""  # in records of suite 0.1
+    return [*cells, f"{rate:,.0f}{bound}", f"{peak / 1e6:,.0f}"]
 
 
 def curves(rows) -> list[Block]:

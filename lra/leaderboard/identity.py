@@ -11,7 +11,7 @@ from lra import registry
 from lra.options import UsageError
 from lra.records.record import cell_digest, record_path
 from lra.records.schema import Rejected
-from tasks.base import Encoder, Optim, Recipe
+from tasks.base import Optim, Recipe, Stack
 from tasks.store.prepared import SCHEMA as DATA_SCHEMA
 from tasks.store.prepared import data_identity
 
@@ -28,7 +28,7 @@ def recipe(record: dict[str, Any]) -> Recipe:
     """The recipe as run: data from the preset, the rest as recorded. Raises Rejected for an unknown task."""
     return replace(
         task_module(record).RECIPES[record["task"]["preset"]],
-        encoder=Encoder(**record["model"]["encoder"]),
+        encoder=Stack(**record["model"]["encoder"]),
         train=Optim(**record["training"]["recipe"]),
         budget=record["training"]["budget"],
     )
@@ -50,18 +50,9 @@ def identity(record: dict[str, Any]) -> Path:
     task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
     as_run, data_hash = asdict(recipe(record)), data_identity(manifest(record))
     if data["manifest_sha256"] != data_hash:
-        raise Rejected(
-            f"data.manifest_sha256 must be {data_hash}, by the task, data set and splits beside it"
-        )
-    digest = cell_digest(
-        task["name"],
-        task["version"],
-        data_hash,
-        as_run,
-        training["overrides"],
-        data["val_rule"],
-        model["attention"],
-        model["attention_config"],
-    )
+        why = "by the task, data set and splits beside it"
+        raise Rejected(f"data.manifest_sha256 must be {data_hash}, {why}")
+    how, method = (training["overrides"], data["val_rule"]), (model["attention"], model["attention_config"])
+    digest = cell_digest(task["name"], task["version"], data_hash, as_run, *how, *method)
     path = record_path(Path(), task["name"], model["attention"], digest, training["seed"])
     return path.relative_to("records")

@@ -71,7 +71,11 @@ def verify(path: Path, level: int, places: Places, context: Context | None = Non
     """
     verdict = Verdict(reason="")
     try:
-        record = well_formed(path, context)
+        record = read_record(path)
+        check(record)
+        place = identity(record)
+        if context is not None and path.relative_to(context.root) != place:
+            raise Rejected(f"its path is not its identity: what it records belongs to {place}")
         verdict = replace(verdict, levels=(0,))
         if level >= 1:
             consistent(path, record, places)
@@ -85,24 +89,17 @@ def verify(path: Path, level: int, places: Places, context: Context | None = Non
         return replace(verdict, rejected=True, reason=str(error))
     except Unchecked as error:
         return replace(verdict, reason=str(error))
-    if level >= 2:
-        verdict = _passes(verdict, 2, rerun.probe_again, path, record, places)
-    if level >= 3 and not verdict.rejected:
-        verdict = _passes(verdict, 3, rerun.evaluate_again, path, record, places)
+    for number, repeat in ((2, "probe_again"), (3, "evaluate_again")):
+        if number > level or verdict.rejected:
+            break
+        try:
+            getattr(rerun, repeat)(path, record, places)
+            verdict = replace(verdict, levels=(*verdict.levels, number))
+        except Rejected as error:
+            verdict = replace(verdict, rejected=True, reason=str(error))
+        except (Unchecked, UsageError, SourceError) as error:
+            verdict = replace(verdict, reason=verdict.reason or f"V{number}: {error}")
     return verdict
-
-
-def _passes(
-    verdict: Verdict, level: int, repeat, path: Path, record: dict[str, Any], places: Places
-) -> Verdict:
-    """The verdict after one level more, which `repeat` checks."""
-    try:
-        repeat(path, record, places)
-    except Rejected as error:
-        return replace(verdict, rejected=True, reason=str(error))
-    except (Unchecked, UsageError, SourceError) as error:
-        return replace(verdict, reason=verdict.reason or f"V{level}: {error}")
-    return replace(verdict, levels=(*verdict.levels, level))
 
 
 class Context:
@@ -124,9 +121,8 @@ class Context:
         facts = _data_facts(record)
         usual = self.usual.get(record["data"]["manifest_sha256"], facts)
         if usual != facts:
-            raise Rejected(
-                f"data: floors or revision differ from those of other records on the same data: {usual}"
-            )
+            others = "those of other records on the same data"
+            raise Rejected(f"data: floors or revision differ from {others}: {usual}")
         if gap := missing_seeds(self.seeds[path.parent] | {path.stem}):
             raise Unchecked(gap)
 
@@ -141,13 +137,3 @@ def missing_seeds(names: Iterable[str]) -> str:
     names = set(names)
     gap = [str(k) for k in range(len(names)) if f"seed{k}" not in names]
     return f"the cell's seeds must be 0, 1, ...: missing {', '.join(gap)}" if gap else ""
-
-
-def well_formed(path: Path, context: Context | None = None) -> dict[str, Any]:
-    """V0. Returns the record; raises Rejected or UsageError."""
-    record = read_record(path)
-    check(record)
-    place = identity(record)
-    if context is not None and path.relative_to(context.root) != place:
-        raise Rejected(f"its path is not its identity: what it records belongs to {place}")
-    return record

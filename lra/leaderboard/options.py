@@ -28,22 +28,13 @@ COMMANDS = {
         ),
     ),
     "table": Command(
-        "lra.leaderboard.tables:show_table",
+        "lra.leaderboard.page:show_table",
         (
             RESULTS,
-            option(
-                "--format",
-                "Markdown, LaTeX (booktabs), or CSV (a line per record)",
-                ("md", "tex", "csv"),
-                "md",
-            ),
+            option("--format", "tex: with booktabs; csv: a line per record", ("md", "tex", "csv"), "md"),
             option("--compact", "accuracies of the default runs alone, in narrow Markdown", bool),
             PRESETS_SHOWN,
-            option(
-                "--write",
-                "a file; of a Markdown file only the text between its results markers changes",
-                Path,
-            ),
+            option("--write", "a file; of a Markdown file, what is between its results markers", Path),
         ),
     ),
     "leaderboard submit": Command(
@@ -67,11 +58,11 @@ COMMANDS = {
         "check records, and keep how far each was verified",
     ),
     "leaderboard build": Command(
-        "lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html, with its figures"
+        "lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html"
     ),
     "leaderboard serve": Command(
         "lra.leaderboard.page:serve",
         (RESULTS, PORT),
-        "show the results folder to a browser on this machine alone",
+        "show results to a browser of this machine",
     ),
 }

@@ -1,4 +1,4 @@
-"""The leaderboard page: records, figures and badges in one static file that needs no network. No torch."""
+"""What is shown of the records: tables as text, and the page, one static file that needs no network. No torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 
 from lra.figures import plots
 from lra.figures.style import GREY, INK, color
-from lra.leaderboard.submit import Verdict, verified
+from lra.leaderboard.levels import Verdict
+from lra.leaderboard.submit import reproductions, verified
 from lra.options import UsageError
 from lra.records import measured, published, table
-from lra.records.cells import Cell, Entry, Table, row_name
+from lra.records.cells import Cell, Table, row_name
 from lra.records.markup import Block, Bullets, Grid, Heading, Text, flat, html_fragment
 from lra.records.record import report_skipped
 from lra.records.stats import mean_sd
@@ -38,6 +39,7 @@ GEMMA = {  # what `gemma table` and `gemma plot` write below RESULTS/gemma
     "anisotropy": "Spectra of real queries and keys.",
 }
 STRIP = 120  # width of the small chart in a row, in its own units
+FILTERS = ("preset", "task", "protocol", "device")
 FIRST = "small"  # the preset that is shown first
 
 
@@ -52,6 +54,23 @@ def build(args: Namespace) -> int:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(path)
+    return _reported(skipped)
+
+
+def show_table(args: Namespace) -> int:
+    """`table`: from the records alone. Exit code 1 if a file was left out; the rest is shown all the same."""
+    skipped: list[str] = []
+    form = "compact" if args.compact else args.format
+    text = table.render(args.results, form, args.preset, skipped.append, reproductions(args.results))
+    if args.write:
+        table.write(args.write, text)
+    else:
+        print(text, end="")
+    return _reported(skipped)
+
+
+def _reported(skipped: list[str]) -> int:
+    """Name the files that were left out; the exit code."""
     for line in skipped:
         report_skipped(line)
     return 1 if skipped else 0
@@ -59,10 +78,8 @@ def build(args: Namespace) -> int:
 
 def serve(args: Namespace) -> None:
     """`leaderboard serve`: on the loopback interface, until Ctrl-C. Raises UsageError before `build`."""
-    if not (args.results / "index.html").exists():
-        raise UsageError(
-            f"no page at {args.results / 'index.html'}: python -m lra leaderboard build makes it"
-        )
+    if not (page := args.results / "index.html").exists():
+        raise UsageError(f"no page at {page}: python -m lra leaderboard build makes it")
     handler = partial(SimpleHTTPRequestHandler, directory=str(args.results))
     with ThreadingHTTPServer(("127.0.0.1", args.port), handler) as server:
         print(f"http://127.0.0.1:{server.server_port}/index.html (Ctrl-C ends)", flush=True)
@@ -77,16 +94,16 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
     import jinja2
     from markupsafe import Markup
 
-    places = jinja2.FileSystemLoader(HERE)
-    environment = jinja2.Environment(
-        loader=places, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    form = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    loader, strict = jinja2.FileSystemLoader(HERE), jinja2.StrictUndefined
+    environment = jinja2.Environment(loader=loader, undefined=strict, **form)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     verdicts = verified(results)
     rows = [row for t in tables for row in _rows(results, t, verdicts)]
     reproduced = {place: v.reproduction for place, v in verdicts.items() if v.reproduction}
     blocks = {t.preset: table.blocks([t], reproduced) for t in tables}
     shown = blocks.get(FIRST) or next(iter(blocks.values()), [])
+    notes = [item for block in shown if isinstance(block, Bullets) for item in block.items]
     every = list(dict.fromkeys(block for part in blocks.values() for block in part)) or table.blocks([])
     studies = [_picture(path) for path in sorted((results / "figures").glob("variance*.svg"))]
     return environment.get_template("page.html.j2").render(
@@ -95,16 +112,8 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         rows=rows,
         first=FIRST,
-        filters={
-            key: sorted({row[key] for row in rows} - {""}) for key in ("preset", "task", "protocol", "device")
-        },
-        warnings=[
-            item
-            for block in shown
-            if isinstance(block, Bullets)
-            for item in block.items
-            if not item.startswith("Bold: ")  # speaks of the table alone
-        ],
+        filters={name: sorted({row[name] for row in rows} - {""}) for name in FILTERS},
+        warnings=[note for note in notes if not note.startswith("Bold: ")],  # that speaks of the table alone
         figures=[*map(_figure, figures), *studies],
         gemma=list(_gemma(results / "gemma")),
         tables=Markup(html_fragment([*every, *measured.blocks(results), *published.blocks()])),
@@ -130,12 +139,14 @@ def _rows(results: Path, t: Table, verdicts: dict[Path, Verdict]) -> Iterator[di
             "floors": [place(row["accuracy"]) for row in floors],
             "softmax": place(100 * softmax.estimate.value) if softmax and softmax.ok else None,
         }
-        rows.sort(key=lambda row: (row["accuracy"] is None, -(row["accuracy"] or 0.0), row["name"]))
+
+        def best_first(row):
+            return row["accuracy"] is None, -(row["accuracy"] or 0.0)
+
+        rows.sort(key=lambda row: (*best_first(row), row["name"]))
         for rank, row in enumerate(rows, 1):
             row["rank"] = None if row["accuracy"] is None else rank
-        for row in sorted(
-            [*rows, *floors], key=lambda row: (row["accuracy"] is None, -(row["accuracy"] or 0.0))
-        ):
+        for row in sorted([*rows, *floors], key=best_first):
             marks = {name: [place(value) for value in row[name]] for name in ("bounds", "dots")}
             mean = None if row["accuracy"] is None else place(row["accuracy"])
             yield row | {
@@ -151,13 +162,15 @@ def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, V
     return {
         "name": row_name(key),
         "color": "currentColor" if color(key[1]) == INK else color(key[1]),
-        "protocol": flat(" / ".join(sorted({_protocol(e) for e in cell.runs}))),
+        "protocol": flat(" / ".join(sorted({"open" if e.open else e.protocol for e in cell.runs}))),
         "device": flat(" / ".join(sorted({e.device for e in cell.runs}))),
         "params": max(e.params_ratio for e in cell.runs),
         "speed": speed,
         "memory": memory,
         "badge": _badge(results, cell, verdicts),
-        "runs": [_run(results, e) for e in cell.runs],
+        "runs": [
+            {"command": flat(e.command), "path": e.path.relative_to(results).as_posix()} for e in cell.runs
+        ],
         **_score(cell),
     }
 
@@ -168,10 +181,6 @@ def _floor(name: str, value: float) -> dict[str, Any]:
     empty |= dict.fromkeys(("protocol", "device", "interval", "seeds", "failed"), "")
     empty |= dict.fromkeys(("bounds", "dots", "runs"), ())
     return empty | {"name": f"floor: {flat(name)}", "color": GREY, "accuracy": 100 * value}
-
-
-def _protocol(e: Entry) -> str:
-    return "open" if e.open else e.protocol
 
 
 def _score(cell: Cell) -> dict[str, Any]:
@@ -190,10 +199,6 @@ def _score(cell: Cell) -> dict[str, Any]:
         "seeds": seeds,
         "failed": failed,
     }
-
-
-def _run(results: Path, e: Entry) -> dict[str, str]:
-    return {"command": flat(e.command), "path": e.path.relative_to(results).as_posix()}
 
 
 def _badge(results: Path, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
@@ -233,12 +238,8 @@ def _gemma(folder: Path) -> Iterator[dict[str, Any]]:
         figure, text = folder / "figures" / f"{kind}.svg", folder / f"{kind}.md"
         if figure.is_file() or text.is_file():
             tables = html_fragment(_blocks(text.read_text(encoding="utf-8"))) if text.is_file() else ""
-            yield {
-                "kind": kind,
-                "caption": caption,
-                "figure": _picture(figure, caption) if figure.is_file() else None,
-                "tables": Markup(tables),
-            }
+            picture = _picture(figure, caption) if figure.is_file() else None
+            yield {"kind": kind, "caption": caption, "figure": picture, "tables": Markup(tables)}
 
 
 def _blocks(text: str) -> list[Block]:

@@ -46,7 +46,8 @@ def reproduce(args: Namespace) -> int:
     except (schema.Rejected, schema.Unchecked) as error:
         raise UsageError(f"{args.record}: {error}") from error
     training = record["training"]
-    execution = Where(pick_device(_device(args, record)), training["precision"], training["compile"])
+    device = pick_device(record["cost"]["device"] if args.device == "auto" else args.device)
+    execution = Where(device, training["precision"], training["compile"])
     print(header(run))
     reruns = {}
     for threads in counts:
@@ -59,9 +60,8 @@ def reproduce(args: Namespace) -> int:
                 raise KeyboardInterrupt from None
             again = read_record(path)
             reruns[threads] = again, read_predictions(path, again) if again["result"] else None
-    write_labels(
-        args.results, prepared.splits["test"].labels.tobytes()
-    )  # what the counter-record is counted by
+    labels = prepared.splits["test"].labels  # what the counter-record is counted by
+    write_labels(args.results, labels.tobytes())
     return _report(args, record, reruns, target)
 
 
@@ -120,9 +120,8 @@ def _details(a: dict, stored: bytes, b: dict, fresh: bytes, apart: int | None, r
     old, new = x == labels, y == labels
     gap, p = paired_bootstrap(new, old), mcnemar(int((new & ~old).sum()), int((old & ~new).sum()))
     parts.append(f"{first['n_correct']} correct became {second['n_correct']}")
-    parts.append(
-        f"{100 * gap.value:+.2f} points [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}], McNemar p {p:.3g}"
-    )
+    value, low, high = (100 * x for x in (gap.value, gap.low, gap.high))
+    parts.append(f"{value:+.2f} points [{low:+.2f}, {high:+.2f}], McNemar p {p:.3g}")
     return ": " + "; ".join(parts)
 
 
@@ -132,11 +131,6 @@ def _threads(text: str | None, record: dict[str, Any]) -> list[int]:
     if not all(w.isdecimal() and 1 <= int(w) <= 4096 for w in words) or len(set(words)) < len(words):
         raise UsageError(f"--threads takes different numbers of at least 1, such as 1,2; got {text!r}")
     return [int(w) for w in words]
-
-
-def _device(args: Namespace, record: dict[str, Any]) -> str:
-    """The record's device, unless the user names one."""
-    return record["cost"]["device"] if args.device == "auto" else args.device
 
 
 def _data(record: dict[str, Any], args: Namespace) -> Prepared:
@@ -149,14 +143,9 @@ def _data(record: dict[str, Any], args: Namespace) -> Prepared:
             return prepared
     except SourceError:
         pass  # not there yet, or damaged: made again
-    prepared, _ = prepare(
-        registry.load_task(task["name"]),
-        task["preset"],
-        out=args.data,
-        source=None if source in ("generated", "local") else source,
-        data_dir=args.data_dir,
-        workers=os.cpu_count() or 1,
-    )
+    origin = {"source": None if source in ("generated", "local") else source, "data_dir": args.data_dir}
+    module, workers = registry.load_task(task["name"]), os.cpu_count() or 1
+    prepared, _ = prepare(module, task["preset"], out=args.data, workers=workers, **origin)
     if data_identity(prepared.manifest) != expected:
         raise UsageError(f"{folder} is not the data of {args.record}: give another --data, or --data-dir")
     return prepared

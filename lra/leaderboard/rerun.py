@@ -23,7 +23,7 @@ from lra.records.record import read_predictions, read_record, record_path
 from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
 from lra.training.config import Run
-from lra.training.evaluate import Counts, evaluate
+from lra.training.evaluate import Counts, Where, evaluate
 from lra.training.provenance import model_facts, protocol
 from lra.training.train import run_folder
 from lra.training.trainer import probe
@@ -45,16 +45,10 @@ def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None 
     if ":" in name and not places.trust:
         raise Unchecked(f"attention {name!r} is outside code: read it, then give --trust to import it")
     _affordable(record)
+    how = training["overrides"], record["data"]["val_rule"]
     try:
-        return config.resolve(
-            task["name"],
-            task["preset"],
-            name,
-            training["seed"],
-            known or manifest(record),
-            training["overrides"],
-            record["data"]["val_rule"],
-        )
+        known = known or manifest(record)
+        return config.resolve(task["name"], task["preset"], name, training["seed"], known, *how)
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise Rejected(f"model: the configuration cannot be built: {error}") from error
 
@@ -118,9 +112,8 @@ def evaluate_again(path: Path, record: dict[str, Any], places: Places) -> None:
     """V3: the saved weights predict what is stored. Raises Rejected, or UsageError where there are none."""
     counts, agree = evaluate_weights(path, record, places)
     if agree < AGREE:
-        raise Rejected(
-            f"the saved weights give {100 * agree:.2f}% of the stored predictions, below {AGREE:.1%}"
-        )
+        stored = f"{100 * agree:.2f}% of the stored predictions"
+        raise Rejected(f"the saved weights give {stored}, below {AGREE:.1%}")
 
 
 def saved_model(path: Path, record: dict[str, Any], places: Places) -> tuple[Run, Prepared, torch.nn.Module]:
@@ -146,15 +139,9 @@ def saved_model(path: Path, record: dict[str, Any], places: Places) -> tuple[Run
 def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tuple[Counts, float]:
     """A well-formed record's weights on its test split: counts, and the share of equal predictions."""
     run, prepared, classifier = saved_model(path, record, places)
-    counts = evaluate(
-        classifier,
-        prepared.splits["test"],
-        run.meta.towers,
-        batch=2 * run.recipe.train.batch,
-        device=pick_device(places.device),
-        precision=record["training"]["precision"],
-        name="test",
-    )
+    where = Where(pick_device(places.device), record["training"]["precision"])
+    batch, test = 2 * run.recipe.train.batch, prepared.splits["test"]
+    counts = evaluate(classifier, test, run.meta.towers, batch=batch, where=where, name="test")
     stored = np.frombuffer(read_predictions(path, record), np.uint8)
     if len(stored) != counts.n:
         raise Rejected(f"{len(stored)} predictions for {counts.n} test examples")

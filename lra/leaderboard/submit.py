@@ -106,11 +106,9 @@ def submit(args: Namespace) -> int:
         record = read_record(path)
         target = root / identity(record)
         if target.exists():
-            same = target.read_bytes() == path.read_bytes()
-            way_out = "" if same else ": --by NAME adds it as a counter-record"
-            raise UsageError(
-                f"{path} is refused: {target} is there {'already' if same else 'and differs'}{way_out}"
-            )
+            differs = "and differs: --by NAME adds it as a counter-record"
+            how = "already" if target.read_bytes() == path.read_bytes() else differs
+            raise UsageError(f"{path} is refused: {target} is there {how}")
         if target in taken:
             raise UsageError(f"{path} is refused: {taken[target]} records the same run")
         taken[target] = path

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from lra.options import PRESETS
 from lra.records.record import PROTOCOL, SCHEMA
-from tasks.base import SPLITS, Encoder, Optim
+from tasks.base import SPLITS, Optim, Stack
 
 MANY = 10**12  # beyond any count of examples, tokens or parameters
 FINITE = 1e300  # any number: the reader refuses infinities
@@ -188,7 +188,7 @@ RECORD: dict[str, Any] = {
     "model": {
         "attention": matching(rf"{WORD}|{WORD}(\.{WORD}){{0,9}}:{WORD}", "a name, or package.module:Class"),
         "attention_config": Names(NAME, OPTION),
-        "encoder": of_dataclass(Encoder),
+        "encoder": of_dataclass(Stack),
         "exact": FLAG,
         "n_params": whole(1),
         "n_params_ratio_to_softmax": real(),

@@ -76,9 +76,7 @@ def collate(split: Split, towers: int, examples: np.ndarray, cap: int) -> Batch:
     lengths = split.offsets[rows + 1] - split.offsets[rows]
     width = padded(int(lengths.max()), cap)
     tokens = np.full((len(rows), width), PAD, np.int64)
-    source = np.asarray(
-        split.tokens
-    )  # slices of a memory map are slow to make, those of its plain view are not
+    source = np.asarray(split.tokens)  # slices of a memory map are slow to make, those of its view are not
     starts = split.offsets[rows].tolist()
     for row, start, length in zip(tokens, starts, lengths.tolist(), strict=True):
         row[:length] = source[start : start + length]

@@ -16,22 +16,21 @@ from safetensors.torch import save_file
 from lra.options import UsageError
 from tasks.store.files import atomic_path, one_line
 
+Tensors = dict[str, torch.Tensor]
+
 
 class Damaged(UsageError):
     """A checkpoint that cannot be read, or that is not what was written."""
 
 
-def save(
-    path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any], previous: Path | None = None
-) -> None:
+def save(path: Path, tensors: Tensors, state: dict[str, Any], previous: Path | None = None) -> None:
     """Write under a temporary name, sync, rename: a reader sees the old file or the new one, never half of one.
 
     The file that stood at `path` goes to `previous`, if given, once the new one is written.
     """
     # Copies, because safetensors refuses tensors that share memory, as tied parameters do.
-    plain = {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
-    }
+    copied = {"memory_format": torch.contiguous_format}
+    plain = {name: t.detach().cpu().clone(**copied) for name, t in tensors.items()}
     header = {"state": json.dumps(state)}
     header["sha256"] = _digest(plain, header["state"])
     with atomic_path(path) as temporary:
@@ -43,7 +42,7 @@ def save(
             os.replace(path, previous)
 
 
-def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and state of a checkpoint. Raises UsageError when there is none, Damaged when it fails its hash."""
     try:
         with open(path, "rb"):  # what a system refuses to open is not damaged
@@ -64,7 +63,7 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     raise Damaged(f"checkpoint {path} is damaged ({reason})")
 
 
-def _digest(tensors: dict[str, torch.Tensor], state: str) -> str:
+def _digest(tensors: Tensors, state: str) -> str:
     """sha256 over the state and every tensor's name, type, shape and bytes, in order of name."""
     digest = hashlib.sha256(state.encode())
     for name in sorted(tensors):
@@ -74,27 +73,27 @@ def _digest(tensors: dict[str, torch.Tensor], state: str) -> str:
     return digest.hexdigest()
 
 
-def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def under(prefix: str, tensors: Tensors) -> Tensors:
     """The entries whose name starts with `prefix.`, with it stripped."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's per-parameter tensors as `<index>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": t for i, entries in state.items() for name, t in entries.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Put back what `optimizer_tensors` gave; hyper-parameters stay those of the optimizer."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, Tensors] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+def tensors_sha256(tensors: Tensors) -> str:
     """sha256 over names and contents, in order of name: what records call the hash of initial weights."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -29,9 +29,8 @@ def train(args: Namespace) -> int:
     task = registry.load_task(args.task)
     config.load_preset(task, args.preset)
     prepared = load(args.data / args.task / args.preset)
-    run = config.resolve(
-        args.task, args.preset, args.attention, args.seed, prepared.manifest, overrides, args.val_rule
-    )
+    cell = args.task, args.preset, args.attention, args.seed
+    run = config.resolve(*cell, prepared.manifest, overrides, args.val_rule)
     path = record_path(args.results, args.task, args.attention, run.digest, args.seed)
     state, edited = config.standing(run, path)
     if state == "changed" and not args.again:
@@ -40,9 +39,8 @@ def train(args: Namespace) -> int:
     with distributed.process_group(where.device, optim.batch, optim.accumulate) as (world, device):
         where = replace(where, world=world, device=device)
         if world.is_main:
-            print(
-                f"{header(run)}\n  runs on    {device}, {where.precision}, {torch.get_num_threads()} threads"
-            )
+            threads = torch.get_num_threads()
+            print(f"{header(run)}\n  runs on    {device}, {where.precision}, {threads} threads")
             if note := missing_seeds(path, args.seed):
                 print(note, file=sys.stderr)
             if args.again:

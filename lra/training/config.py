@@ -15,8 +15,7 @@ from lra.records.record import cell_digest, read_record
 from lra.registry import attention_class, attention_module, budget_options, build_attention, load_task
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
-from tasks.base import Encoder as EncoderRecipe
-from tasks.base import Meta, Optim, Recipe
+from tasks.base import Meta, Optim, Recipe, Stack
 from tasks.store.files import source_sha256
 from tasks.store.prepared import data_identity
 
@@ -44,16 +43,9 @@ class Run:
     @property
     def digest(self) -> str:
         """sha256 over task, data, recipe, overrides, validation rule and attention."""
-        return cell_digest(
-            self.meta.name,
-            self.meta.version,
-            data_identity(self.manifest),
-            asdict(self.recipe),
-            self.overrides,
-            self.val_rule,
-            self.attention,
-            self.attention_config,
-        )
+        data, method = data_identity(self.manifest), (self.attention, self.attention_config)
+        recipe = asdict(self.recipe), self.overrides, self.val_rule
+        return cell_digest(self.meta.name, self.meta.version, data, *recipe, *method)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -68,17 +60,10 @@ class Run:
         shape = asdict(self.recipe.encoder)
         max_len = shape.pop("max_len") or self.recipe.data.seq_len
         heads, width = shape["heads"], shape["width"]
+        common = {"heads": heads, "head_dim": width // heads, "seed": self.seed} | config
 
         def build(layer, length):
-            return build_attention(
-                name,
-                heads=heads,
-                head_dim=width // heads,
-                max_len=length,
-                seed=self.seed,
-                layer=layer,
-                **config,
-            )
+            return build_attention(name, max_len=length, layer=layer, **common)
 
         torch.manual_seed(self.seed)
         encoder = Encoder(build, vocab=self.meta.vocab, max_len=max_len, **shape)
@@ -118,7 +103,7 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
 
 def group_of(option: str) -> str:
     """The group that an option of --set belongs to: what is no option of train or encoder is the attention's."""
-    groups = {"train": Optim, "encoder": EncoderRecipe}
+    groups = {"train": Optim, "encoder": Stack}
     names = {group: {f.name for f in dataclasses.fields(cls)} for group, cls in groups.items()}
     return next((group for group in names if option in names[group]), "attention")
 
@@ -143,17 +128,11 @@ def stored_options(config: Any) -> dict[str, Any]:
 
 
 def resolve(
-    task_name: str,
-    preset: str,
-    attention: str,
-    seed: int,
-    manifest: dict[str, Any],
-    overrides: dict[str, str],
-    val_rule: str = "held-out",
+    task: str, preset: str, attention: str, seed: int, manifest: dict, overrides: dict, val_rule="held-out"
 ) -> Run:
     """Check everything a run needs before it starts. Raises UsageError, one line."""
-    task = load_task(task_name)
-    recipe = load_preset(task, preset)
+    module = load_task(task)
+    recipe = load_preset(module, preset)
     groups: dict[str, dict[str, str]] = {g: {} for g in GROUPS}
     for key, value in overrides.items():
         group, option = key.split(".", 1)
@@ -170,7 +149,7 @@ def resolve(
     }
     recipe = dataclasses.replace(recipe, encoder=after["encoder"], train=after["train"])
     options = stored_options(after["attention"])
-    run = Run(task.META, preset, attention, options, recipe, changed, val_rule, seed, manifest)
+    run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest)
     _check(run)
     return run
 
@@ -181,9 +160,9 @@ def _check(run: Run) -> None:
         for name, least in bounds.items():
             if (value := getattr(getattr(run.recipe, group), name)) < least:
                 raise UsageError(f"{group}.{name} must be at least {least}; got {value}")
-    for name, value in (("train.lr", train.lr), ("train.clip", train.clip)):
-        if value <= 0:
-            raise UsageError(f"{name} must be above 0; got {value}")
+    for name in ("lr", "clip"):
+        if (value := getattr(train, name)) <= 0:
+            raise UsageError(f"train.{name} must be above 0; got {value}")
     if not 0 <= train.beta2 < 1:
         raise UsageError(f"train.beta2 must be at least 0 and below 1; got {train.beta2}")
     if run.seed < 0:
@@ -196,10 +175,8 @@ def _check(run: Run) -> None:
     longest = max(s["max_length"] for s in run.manifest["splits"].values())
     max_len = encoder.max_len or run.recipe.data.seq_len
     if longest > max_len:
-        raise UsageError(
-            f"prepared {run.meta.name} data has sequences of {longest} tokens, beyond the model's maximum {max_len}: "
-            f"set encoder.max_len={longest}"
-        )
+        longer = f"sequences of {longest} tokens, beyond the model's maximum {max_len}"
+        raise UsageError(f"prepared {run.meta.name} data has {longer}: set encoder.max_len={longest}")
     try:
         run.build_model()
     except (ValueError, RuntimeError) as error:

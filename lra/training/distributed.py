@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -54,10 +53,6 @@ class World:
         mine = slice(self.rank, None, self.size)
         mask = None if batch.mask_BTN is None else batch.mask_BTN[mine]
         return Batch(batch.tokens_BTN[mine], mask, batch.labels_B[mine])
-
-    def shard_items(self, items: Iterable) -> Iterator:
-        """This rank's items of a sequence that all ranks go through: every size-th."""
-        return islice(items, self.rank, None, self.size)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,6 +15,17 @@ from tqdm import tqdm
 from lra.training.batches import evaluation_batches
 from lra.training.distributed import ALONE, World
 from tasks.base import Batch, Split
+
+
+@dataclass(frozen=True)
+class Where:
+    """How a run is executed: nothing here changes what is measured, except by rounding."""
+
+    device: torch.device
+    precision: str = "fp32"  # or bf16 autocast
+    compiled: bool = False
+    debug: bool = False  # look for values that are not finite wherever an attention is called
+    world: World = ALONE  # the processes of the run
 
 
 @dataclass(frozen=True)
@@ -39,17 +51,7 @@ def autocast(device: torch.device, precision: str):
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    split: Split,
-    towers: int,
-    *,
-    batch: int,
-    device: torch.device,
-    precision: str = "fp32",
-    name: str = "",
-    world: World = ALONE,
-) -> Counts:
+def evaluate(model: nn.Module, split: Split, towers: int, batch: int, where: Where, name="") -> Counts:
     """Every example of `split` once: none dropped, none twice. The model is left in the mode it was in.
 
     The ranks of a world share the batches, and each returns the counts of all.
@@ -60,16 +62,17 @@ def evaluate(
     predictions = np.zeros(total, np.uint8)
     loss = 0.0
     bar = tqdm(total=total, desc=f"evaluating {name}", unit="ex", disable=None, leave=False, delay=2)
-    for chosen, examples in world.shard_items(evaluation_batches(split, towers, size=batch)):
-        examples = to_device(examples, device)
-        with autocast(device, precision):
+    batches = evaluation_batches(split, towers, size=batch)
+    for chosen, examples in islice(batches, where.world.rank, None, where.world.size):
+        examples = to_device(examples, where.device)
+        with autocast(where.device, where.precision):
             logits_BC = model(examples.tokens_BTN, examples.mask_BTN)
         loss += F.cross_entropy(logits_BC.float(), examples.labels_B, reduction="sum").item()
         predictions[chosen] = logits_BC.argmax(-1).cpu().numpy()
         bar.update(len(chosen))
     bar.close()
     model.train(training)
-    loss, predictions = sum(world.all_gather(loss)), sum(world.all_gather(predictions))
+    loss, predictions = (sum(where.world.all_gather(x)) for x in (loss, predictions))
     return Counts(loss / total, int((predictions == split.labels).sum()), total, predictions)
 
 
@@ -77,10 +80,7 @@ def evaluate(
 def capture(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, tuple, torch.Tensor]]:
     """(attention, (q, k, v, mask), out) of each layer, in evaluation mode, on a batch."""
     captured: list[tuple[nn.Module, tuple, torch.Tensor]] = []
-    hooks = [
-        a.register_forward_hook(lambda module, args, out: captured.append((module, args, out)))
-        for a in model.encoder.attentions
-    ]
+    hooks = [a.register_forward_hook(lambda *seen: captured.append(seen)) for a in model.encoder.attentions]
     training = model.training
     model.eval()
     model(batch.tokens_BTN, batch.mask_BTN)
@@ -101,12 +101,9 @@ def attention_report(model: nn.Module, batch: Batch) -> dict[str, float]:
     """
     errors, ranks = [], []
     for _, (q_BHND, k_BHND, v_BHND, mask_BN), out_BHND in capture(model, batch):
-        real_B1N1 = torch.ones_like(q_BHND[:, :1, :, :1], dtype=torch.bool)
-        if mask_BN is not None:
-            real_B1N1 = mask_BN[:, None, :, None]
-        exact_BHND = F.scaled_dot_product_attention(
-            q_BHND, k_BHND, v_BHND, attn_mask=real_B1N1.transpose(-1, -2)
-        )
+        real_BN = q_BHND.new_ones(q_BHND[:, 0, :, 0].shape, dtype=torch.bool) if mask_BN is None else mask_BN
+        real_B1N1, seen_B11N = real_BN[:, None, :, None], real_BN[:, None, None]
+        exact_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=seen_B11N)
         exact_BHND, out_BHND = exact_BHND * real_B1N1, out_BHND * real_B1N1
         errors.append(((out_BHND - exact_BHND).norm() / exact_BHND.norm()).item())
         if not out_BHND.isfinite().all():  # a run about to be recorded as failed; svdvals would raise
@@ -116,8 +113,5 @@ def attention_report(model: nn.Module, batch: Batch) -> dict[str, float]:
         p_BHD = spectrum_BHD / spectrum_BHD.sum(-1, keepdim=True).clamp(min=1e-30)
         ranks.append(torch.special.entr(p_BHD).sum(-1).exp().mean().item())
     redraws = max(int(getattr(a, "redraws", 0)) for a in model.encoder.attentions)
-    return {
-        "approx_err": float(np.mean(errors)),
-        "eff_rank": float(np.mean(ranks)),
-        "redraws": float(redraws),
-    }
+    approx_err, eff_rank = float(np.mean(errors)), float(np.mean(ranks))
+    return {"approx_err": approx_err, "eff_rank": eff_rank, "redraws": float(redraws)}

@@ -109,11 +109,10 @@ class RunLog:
     def finish(self, record: dict[str, Any]) -> None:
         """Write the run's hyper-parameters and final metrics, the same keys in every run of a task."""
         result = record["result"] or {}
-        metrics = {
-            "hparam/test_acc": result["n_correct"] / result["n_test"] if result else 0.0,
-            "hparam/val_acc": result["val_n_correct"] / result["n_val"] if result else 0.0,
-        }
-        hparams = {"accuracy": metrics["hparam/test_acc"], **self.hparams}  # shown by name: accuracy comes first
+        counts = ("n_correct", "n_test"), ("val_n_correct", "n_val")
+        accuracy, val_acc = (result[correct] / result[n] if result else 0.0 for correct, n in counts)
+        hparams = {"accuracy": accuracy} | self.hparams  # shown by name: accuracy comes first
+        metrics = {"hparam/test_acc": accuracy, "hparam/val_acc": val_acc}
         self.writer.add_hparams(hparams, metrics, run_name=".")
         self.flush()
 
@@ -152,7 +151,5 @@ class Display:
             self.printed = now
             left = (self.steps - self.now) * (now - self.begun) / max(1, self.now - self.first)
             facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
-            print(
-                f"{self.title}: step {self.now} of {self.steps}, {facts}, {left / 60:.1f} min left",
-                flush=True,
-            )
+            step = f"step {self.now} of {self.steps}"
+            print(f"{self.title}: {step}, {facts}, {left / 60:.1f} min left", flush=True)

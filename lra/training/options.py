@@ -11,21 +11,9 @@ SOURCE = (
     option("--data-dir", "folder with raw data, or a tar archive of it (.tar, .gz, .bz2, .xz)", Path),
 )
 TRAINING = (
-    option(
-        "--set",
-        "override: attention.*, encoder.* or train.*",
-        list,
-        [],
-        metavar="GROUP.OPTION=VALUE",
-        dest="sets",
-    ),
+    option("--set", "attention.*, encoder.* or train.*", list, [], metavar="GROUP.OPTION=VALUE", dest="sets"),
     option("--steps", "optimizer steps; the same as --set train.steps=N (default: the preset's)", int),
-    option(
-        "--val-rule",
-        "legacy: select on the test split, as some earlier suites did",
-        ("held-out", "legacy"),
-        "held-out",
-    ),
+    option("--val-rule", "legacy: select on the test split", ("held-out", "legacy"), "held-out"),
     option("--precision", "bf16: autocast; auto: bf16 on cuda, else fp32", ("auto", "fp32", "bf16"), "auto"),
     option("--compile", "torch.compile the model (needs a C++ compiler on a CPU)", bool),
     option("--debug", "stop where an attention first gets or gives a value that is not finite", bool),
@@ -43,9 +31,7 @@ COMMANDS = {
             option("--workers", "threads of generators and readers; 0 = all cores", at_least(0), 0),
             option("--verify", "hash every byte of data that are there, not only of changed files", bool),
             option("--again", "prepare anew in any case; the folder that is there is kept beside", bool),
-            option(
-                "--export", "write the data there as published, too (listops: TSV)", Path, metavar="FOLDER"
-            ),
+            option("--export", "write the data there as published, too (listops: TSV)", Path),
         ),
     ),
     "train": Command(
@@ -55,9 +41,7 @@ COMMANDS = {
             option("--attention", "a name of `list attentions`, or package.module:Class", required=True),
             option("--seed", "of initialisation, batches, dropout and projections", at_least(0), 0),
             PRESET,
-            option(
-                "--again", "train anew what has a record, and keep the old record beside the new one", bool
-            ),
+            option("--again", "train anew what has a record; the old record is kept beside it", bool),
             *TRAINING,
             *PLACES,
         ),

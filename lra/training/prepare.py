@@ -19,16 +19,9 @@ def prepare(args: Namespace) -> None:
     if args.export and not hasattr(task, "export"):
         raise UsageError(f"--export {args.export}: {args.task} has no published format to write")
     workers = args.workers or os.cpu_count() or 1
-    prepared, reused = prepare_task(
-        task,
-        args.preset,
-        out=args.data,
-        source=args.source,
-        data_dir=args.data_dir,
-        workers=workers,
-        verify=args.verify,
-        again=args.again,
-    )
+    origin = {"source": args.source, "data_dir": args.data_dir, "out": args.data}
+    how = {"workers": workers, "verify": args.verify, "again": args.again}
+    prepared, reused = prepare_task(task, args.preset, **origin, **how)
     done = ("reused, every hash verified" if args.verify else "reused") if reused else "prepared"
     print(f"{args.data / args.task / args.preset}: {done}")
     print(describe(prepared))
@@ -47,14 +40,9 @@ def describe(prepared: Prepared) -> str:
         lines.append(f"  duplicates across splits removed: {dropped}")
     if repeated := m.get("duplicates_within"):  # manifests of before it was counted have none
         lines.append("  repeated within: " + ", ".join(f"{n} in {name}" for name, n in repeated.items()))
-    lines.append(
-        "  floors, % of test: " + ", ".join(f"{name} {100 * v:.1f}" for name, v in m["floors"].items())
-    )
+    floors = ", ".join(f"{name} {100 * v:.1f}" for name, v in m["floors"].items())
+    lines.append(f"  floors, % of test: {floors}")
     if m["report"]:
-        lines.append(
-            "  "
-            + ", ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in m["report"].items()
-            )
-        )
+        facts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in m["report"].items()}
+        lines.append("  " + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
     return "\n".join(lines)

@@ -20,13 +20,7 @@ Clocks = tuple[datetime, float]  # the date and the seconds of time.perf_counter
 
 
 def build_record(
-    sections: dict[str, Any],
-    *,
-    device: torch.device,
-    status: str,
-    result: dict[str, Any] | None,
-    command: str,
-    clocks: Clocks,
+    sections: dict, result: dict | None, *, status: str, device: torch.device, command: str, clocks: Clocks
 ) -> dict[str, Any]:
     """The whole record, of the arena and of the Gemma track.
 

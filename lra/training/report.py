@@ -16,11 +16,8 @@ REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"  # the
 
 def header(run: Run) -> str:
     """The resolved configuration."""
-    groups = {
-        "attention": run.attention_config,
-        "encoder": asdict(run.recipe.encoder),
-        "train": asdict(run.recipe.train),
-    }
+    groups = {"attention": run.attention_config}
+    groups |= {"encoder": asdict(run.recipe.encoder), "train": asdict(run.recipe.train)}
     name = f"{run.meta.name} / {run.attention} / {run.preset} / seed {run.seed}  (digest {run.digest[:16]})"
     lines = [name, f"  data       {run.manifest['dataset']}, validation {run.val_rule}"]
     lines += [f"  {g:<10} " + " ".join(f"{k}={v}" for k, v in o.items()) for g, o in groups.items() if o]
@@ -31,9 +28,8 @@ def header(run: Run) -> str:
 def missing_seeds(path: Path, seed: int) -> str | None:
     """A note that `leaderboard submit` takes seeds 0 to n-1, where a smaller seed has no record beside `path`."""
     missing = [k for k in range(seed) if not path.with_name(f"seed{k}.json").exists()]
-    return (
-        f"note: seed {missing[0]} has no record, and submit takes seeds 0, 1, ... only" if missing else None
-    )
+    note = "note: seed {} has no record, and submit takes seeds 0, 1, ... only"
+    return note.format(missing[0]) if missing else None
 
 
 def report(record: dict[str, Any], path: Path, folder: Path) -> str:

@@ -52,11 +52,7 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
 
 
 def carry_out(
-    make: Callable[[], Training],
-    path: Path,
-    folder: Path,
-    publish: Callable[[dict[str, Any], Any], None],
-    world: World = ALONE,
+    make: Callable[[], Training], path: Path, folder: Path, publish: Callable, world: World = ALONE
 ) -> bool:
     """Train, read the test split once, and `publish(record, what the test returned)` at `path`. False: it is there.
 
@@ -65,13 +61,18 @@ def carry_out(
     if any(world.all_gather(path.exists())):
         return False
     if world.is_main:
-        open_folders(path, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):  # now, not after an hour of training
+            raise UsageError(f"results folder is not writable: {path.parent}")
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0) if world.is_main else nullcontext():
             if any(world.all_gather(path.exists())):  # another process finished it meanwhile
                 return False
-            if world.is_main:
-                tidy(path, folder)
+            if world.is_main:  # what a killed process was writing
+                own = [folder / name for name in (*CHECKPOINTS, WEIGHTS, LOG)]
+                for file in (path, predictions_path(path), *own):
+                    remove_temporaries(file)
             clocks = datetime.now(timezone.utc), time.perf_counter()
             training = make()
             resume(training, folder)
@@ -87,14 +88,10 @@ def carry_out(
                 if failure is None:
                     tested = training.test()
                 if log:
-                    record = build_record(
-                        training.sections(peak),
-                        device=training.where.device,
-                        status="ok" if failure is None else f"failed: {failure}",
-                        result=training.outcome(tested, folder) if failure is None else None,
-                        command=training.command,
-                        clocks=clocks,
-                    )
+                    result = training.outcome(tested, folder) if failure is None else None
+                    status = "ok" if failure is None else f"failed: {failure}"
+                    facts = {"device": training.where.device, "command": training.command, "clocks": clocks}
+                    record = build_record(training.sections(peak), result, status=status, **facts)
                     log.finish(record)
             if log:
                 publish(record, tested)  # last: once the record is there, so is all the rest
@@ -103,20 +100,6 @@ def carry_out(
     except Timeout:
         raise Held(f"another process is training this cell: {folder / 'lock'} is held") from None
     return True
-
-
-def open_folders(path: Path, folder: Path) -> None:
-    """Make the folders of the record and of the run. Raises UsageError where records cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):  # now, not after an hour of training
-        raise UsageError(f"results folder is not writable: {path.parent}")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def tidy(path: Path, folder: Path) -> None:
-    """Remove what a killed process was writing."""
-    for file in (path, predictions_path(path), *(folder / n for n in (*CHECKPOINTS, WEIGHTS, LOG))):
-        remove_temporaries(file)
 
 
 def run_folder(runs: Path, run: Run) -> Path:
@@ -165,9 +148,8 @@ def fit(training: Training, folder: Path, log: RunLog | None) -> None:
                         log.flush()
                     save(t, folder)
                 if stopping:
-                    raise Interrupted(
-                        f"stopped at step {p.step} of {t.steps}; the same command resumes there"
-                    )
+                    there = f"stopped at step {p.step} of {t.steps}"
+                    raise Interrupted(f"{there}; the same command resumes there")
                 start = time.perf_counter()
 
 
@@ -202,27 +184,19 @@ def validate(training: Training, log: RunLog | None, display: Display) -> None:
 
 def save(training: Training, folder: Path) -> None:
     """Everything a bitwise continuation needs; the sampler's position is the step itself."""
-    world = training.where.world
-    groups = {
-        "model": training.tensors(),
-        "best": training.best,
-        "optim": checkpoint.optimizer_tensors(training.optimizer),
-    }
-    for rank, states in enumerate(world.all_gather(_random_states(training.where.device))):
-        groups[f"rng.{rank}"] = states
+    world, device = training.where.world, training.where.device
+    groups = {"model": training.tensors(), "best": training.best}
+    groups["optim"] = checkpoint.optimizer_tensors(training.optimizer)
+    generators = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    groups |= {f"rng.{rank}": states for rank, states in enumerate(world.all_gather(generators))}
     tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
     state = {"digest": training.digest, "seed": training.seed, "world_size": world.size}
     state["progress"], state["sources"] = asdict(training.progress), training.sources
     newest, previous = (folder / name for name in CHECKPOINTS)
     if world.is_main:
         checkpoint.save(newest, tensors, state, previous)
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def resume(training: Training, folder: Path) -> None:
@@ -249,16 +223,13 @@ def restore(training: Training, path: Path) -> None:
     """Put the state of a checkpoint back. Raises Damaged, or UsageError when it is another run's."""
     tensors, state = checkpoint.load(path)
     if state["digest"] != training.digest:
-        raise UsageError(
-            f"{path} was made with another recipe or other data: remove it, or give another --runs"
-        )
+        way_out = "remove it, or give another --runs"
+        raise UsageError(f"{path} was made with another recipe or other data: {way_out}")
     if state.get("sources", training.sources) != training.sources:
         raise UsageError(f"{path} was made with another source of the attention or the task: remove it")
-    world = training.where.world
-    if state["world_size"] != world.size:
-        raise UsageError(
-            f"{path} was made by {state['world_size']} processes, not {world.size}: go on with as many"
-        )
+    world, processes = training.where.world, state["world_size"]
+    if processes != world.size:
+        raise UsageError(f"{path} was made by {processes} processes, not {world.size}: go on with as many")
     training.load(checkpoint.under("model", tensors))
     checkpoint.restore_optimizer(training.optimizer, checkpoint.under("optim", tensors))
     training.best = checkpoint.under("best", tensors)

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import Optimizer
 
 from lra.machine import PeakMemory, StopSignals
 from lra.records.record import finite
 from lra.training import checkpoint
 from lra.training.batches import Batches, collate, example_lengths
 from lra.training.config import Run
-from lra.training.distributed import ALONE, World, gradient_sync
-from lra.training.evaluate import Counts, attention_report, autocast, evaluate, to_device
+from lra.training.distributed import gradient_sync
+from lra.training.evaluate import Counts, Where, attention_report, autocast, evaluate, to_device
 from lra.training.log import RunLog
 from lra.training.optim import build_optimizer, learning_rate, micro_batches
 from lra.training.provenance import PROBE_BATCH, PROBE_STEPS, cell_sections
@@ -28,21 +29,12 @@ from tasks.store.prepared import Prepared
 
 REPORT = 4  # validation examples the attention report looks at
 WEIGHTS = "model.safetensors"
+# Of an optimizer step: mean loss, number correct, gradient norm before clipping
+Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Diverged(Exception):
     """The loss stopped being finite."""
-
-
-@dataclass(frozen=True)
-class Where:
-    """How a run is executed: nothing here changes what is measured, except by rounding."""
-
-    device: torch.device
-    precision: str = "fp32"  # or bf16 autocast
-    compiled: bool = False
-    debug: bool = False  # look for values that are not finite wherever an attention is called
-    world: World = ALONE  # the processes of the run
 
 
 @dataclass
@@ -65,7 +57,7 @@ class Training:
 
     Two kinds exist: `Trainer` below, and `Finetuner` of lra/gemma. A subclass sets the fields and has the methods
 
-        step(step)               one optimizer step: (mean loss, number correct, gradient norm before clipping)
+        step(step)               one optimizer step: see Step
         count(loss, correct)     add a step to the progress, whether its loss is finite or not
         validate()               add a validation to the curve; what to log, val/loss and val/acc among it
         test()                   the one reading of the test split, after the last step
@@ -87,7 +79,7 @@ class Training:
     predictions: int  # of one step
     memory: PeakMemory
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     progress: Progress
     best: dict[str, torch.Tensor] = {}  # the weights of the selected step, where one is selected
 
@@ -153,17 +145,16 @@ class Trainer(Training):
         self.batches = Batches(train_split, run.meta.towers, size=self.optim.batch, seed=run.seed)
         self.progress = Progress()
 
-    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One optimizer step: (mean loss, number correct, gradient norm before clipping), left on the device."""
+    def step(self, step: int) -> Step:
+        """One optimizer step; its numbers are left on the device."""
         o, device, world = self.optim, self.where.device, self.where.world
         for attention in self.model.encoder.attentions:
             if attention.adapts:
                 world.broadcast_buffers(attention)
             attention.before_step(step)
         if step % o.eval_every == 0:
-            world.check_equal(
-                "weights or projections", lambda: checkpoint.tensors_sha256(self.model.state_dict())
-            )
+            weights = self.model.state_dict
+            world.check_equal("weights or projections", lambda: checkpoint.tensors_sha256(weights()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
         batch = self.batches.batch(step)
@@ -201,9 +192,8 @@ class Trainer(Training):
 
     def evaluate(self, split: str) -> Counts:
         """Counts over a split, in batches twice the training size."""
-        where = {"device": self.where.device, "precision": self.where.precision, "world": self.where.world}
         data, towers = self.prepared.splits[split], self.run.meta.towers
-        return evaluate(self.model, data, towers, batch=2 * self.optim.batch, name=split, **where)
+        return evaluate(self.model, data, towers, batch=2 * self.optim.batch, name=split, where=self.where)
 
     def outcome(self, tested: Counts, folder: Path) -> dict[str, Any]:
         """Raw counts and the probe; whoever reads the record computes accuracies."""
@@ -218,13 +208,10 @@ class Trainer(Training):
 
     def sections(self, peak: int | None) -> dict[str, Any]:
         """Of the cell, and of this run of it."""
-        own = {
-            "recipe": asdict(self.optim),
-            "budget": self.run.recipe.budget,
-            "overrides": self.run.overrides,
-        }
-        training = self.training_section(self.optim.batch) | own | {"selected_step": self.progress.best_step}
-        return cell_sections(self.run) | {"training": training, "cost": self.cost_section(peak)}
+        run, training = self.run, self.training_section(self.optim.batch)
+        training |= {"recipe": asdict(self.optim), "budget": run.recipe.budget, "overrides": run.overrides}
+        training |= {"selected_step": self.progress.best_step}
+        return cell_sections(run) | {"training": training, "cost": self.cost_section(peak)}
 
     def hparams(self) -> dict[str, Any]:
         """The same keys in every run."""
@@ -253,16 +240,10 @@ def check_finite(layer: int, trainer: Trainer):
     return check
 
 
-def update(
-    forward: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    optim: Optim,
-    precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim, precision: str) -> Step:
     """Gradients of the mean loss over `batch`, in micro-batches, clipped, and one optimizer step.
 
-    Returns (loss, number correct, gradient norm before clipping). lra/scaling/count.py counts what this does.
+    lra/scaling/count.py counts what this does.
     """
     device, examples = batch.labels_B.device, len(batch.labels_B)
     optimizer.zero_grad(set_to_none=True)
@@ -287,9 +268,8 @@ def probe(run: Run, prepared: Prepared) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trainer = Trainer(
-            replace(run, recipe=replace(run.recipe, train=small)), prepared, Where(torch.device("cpu"))
-        )
+        run = replace(run, recipe=replace(run.recipe, train=small))
+        trainer = Trainer(run, prepared, Where(torch.device("cpu")))
         losses = [trainer.step(step)[0].item() for step in range(PROBE_STEPS)]
     finally:
         torch.set_num_threads(threads)

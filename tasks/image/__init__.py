@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
+from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.image.cifar import HUB_REVISION, MEMBERS, SIDE, read_half
 from tasks.store.files import sha256_file
 from tasks.store.sources import check_source, choose, seeded_order
@@ -28,7 +28,6 @@ META = Meta(
     version=1,
     classes=10,
     vocab=257,
-    towers=1,
     description="CIFAR-10 as grey pixels in raster order: ten classes",
     reads="pixels",
 )
@@ -41,7 +40,7 @@ RECIPES = {
     ),
     "small": Recipe(
         data=Data(seq_len=256, train=0, val=200, test=500, options={"downsample": 2}),
-        encoder=Encoder(dropout=0.0),
+        encoder=Stack(dropout=0.0),
         train=Optim(steps=700, batch=32, lr=2e-3, warmup=30, eval_every=70),
         budget=32,
     ),
@@ -52,7 +51,7 @@ RECIPES = {
     ),
 }
 # The encoder of the original paper (arXiv 2011.04006).
-RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=3, width=64, heads=4, ffn=128))
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Stack(layers=3, width=64, heads=4, ffn=128))
 
 OFFICIAL = (50_000, 10_000)  # images in the train and test halves
 HELD_OUT = 500  # digits that stand in for a test half
@@ -66,9 +65,7 @@ def members(data: Data) -> tuple[str, ...]:
     return MEMBERS
 
 
-def build(
-    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
-) -> Built:
+def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch=None) -> Built:
     """Grey images of exactly `recipe.data.seq_len` = (32 / downsample)^2 tokens.
 
     `source` is embedded (digits), hub or local. `workers` threads decode pictures. SourceError if a file is
@@ -92,15 +89,13 @@ def build(
     if factor > 1:
         name += f" {SIDE // factor}x{SIDE // factor}"
     pixels = pool(grey, factor).reshape(len(grey), -1)
-    if sizes is None:
-        order = _order(pixels, labels, data.seed)
-        test, train = order[:HELD_OUT], order[HELD_OUT:]
-    else:
-        n = sizes[0]
-        train = _order(pixels[:n], labels[:n], data.seed)
-        test = n + _order(pixels[n:], labels[n:], data.seed)
+    contents, n = [row.tobytes() for row in pixels], sizes[0] if sizes else len(pixels)
+    train, test = (
+        seeded_order(contents[half], labels[half], data.seed) for half in (slice(n), slice(n, None))
+    )
+    test, train = (n + test, train) if sizes else (train[:HELD_OUT], train[HELD_OUT:])
     splits = {
-        split: Split.of(list(pixels[indices].astype(np.uint16) + 1), labels[indices])
+        split: Split.of_bytes([contents[i] for i in indices], labels[indices])
         for split, indices in choose(train, test, data).items()
     }
     return Built(
@@ -146,11 +141,6 @@ def _downsample(data: Data) -> int:
     if data.seq_len != (tokens := (SIDE // factor) ** 2):
         raise SourceError(f"data.seq_len={data.seq_len}: downsample={factor} makes {tokens} tokens per image")
     return factor
-
-
-def _order(pixels: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """The seeded order of images, uint8 (n, pixels)."""
-    return seeded_order([row.tobytes() for row in pixels], labels, seed)
 
 
 def _digits(files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""CIFAR-10 as it is published: python batches, binary batches, parquet or folders of pictures, read as grey.
+"""CIFAR-10 as it is published: python batches, binary batches or parquet, read as grey.
 
 The python batches are pickles. They are read by an unpickler that knows the one structure they hold, a
 dictionary of strings, integers, lists and one uint8 array, and refuses every other name without importing it.
@@ -15,10 +15,10 @@ import numpy as np
 
 from tasks.base import SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import find_one, hub_file, in_chunks, read_folder, read_parquet
+from tasks.store.sources import find_one, hub_file, in_chunks, read_table
 
 SIDE = 32
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLASSES = 10
 HUB_REPO, HUB_REVISION = "uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2"
 HUB_SHA256 = {
     "train": "8428b53a88a11ac374111006708df51469e315a22ac6d66470afd9c78d2ae883",
@@ -33,15 +33,9 @@ LAYOUTS = (  # looked for in this order
     "plain_text/{half}-00000-of-00001.parquet",
     "{half}-00000-of-00001.parquet",
     "cifar10.parquet",
-    "{half}/*/*.png",
 )
-MEMBERS = (  # of an archive, whatever folder they are in
-    *(name + end for end in ("", ".bin") for name in ("data_batch_?", "test_batch")),
-    "train/*/*.png",
-    "test/*/*.png",
-)
-
-Pictures = tuple[Sequence[bytes], Sequence[str], Sequence]  # PNG or JPEG files, names for messages, labels
+# In an archive, whatever folder they are in
+MEMBERS = ("data_batch_?", "test_batch", "data_batch_?.bin", "test_batch.bin")
 
 
 def read_half(
@@ -58,17 +52,14 @@ def read_half(
     else:
         names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
         path = find_one(data_dir, names, f"the CIFAR-10 {half} half")
-    if path.suffix in (".png", ".parquet"):
-        if path.suffix == ".png":
-            pictures, names, labels = _folders(path.parents[1], files, workers)
-        else:
-            files[path.name] = sha256_file(path)
-            pictures, names, labels = _parquet(path, half)
+    if path.suffix == ".parquet":
+        files[path.name] = sha256_file(path)
+        pictures, rows, labels = _parquet(path, half)
         grey, jpeg = np.empty((len(pictures), SIDE, SIDE), np.uint8), np.zeros(len(pictures), bool)
 
         def decode(start: int, end: int) -> None:
             for i in range(start, end):
-                grey[i], jpeg[i] = _decode(pictures[i], names[i])
+                grey[i], jpeg[i] = _decode(pictures[i], f"{path}: row {rows[i]}")
 
         in_chunks(decode, len(pictures), workers, "images")
         return grey, _labels(path, labels), bool(jpeg.any())
@@ -104,42 +95,25 @@ def _decode(data: bytes, where: str) -> tuple[np.ndarray, bool]:
 def _labels(path: Path, labels: Sequence) -> np.ndarray:
     """Labels as uint8 (n,), each of them checked."""
     for row, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < len(CLASSES):
-            raise SourceError(f"{path}: row {row}: label is {label!r}, expected 0..{len(CLASSES) - 1}")
+        if not isinstance(label, int) or not 0 <= label < CLASSES:
+            raise SourceError(f"{path}: row {row}: label is {label!r}, expected 0..{CLASSES - 1}")
     return np.array(labels, np.uint8)
 
 
-def _parquet(path: Path, half: str) -> Pictures:
-    """The hub's layout (img {bytes, path}, label), or one file of both halves (split, label, image_jpeg)."""
+def _parquet(path: Path, half: str) -> tuple[list[bytes], list[int], list]:
+    """PNG or JPEG files, their rows and labels: from the hub's layout (img {bytes, path}, label), or from one file of
+    both halves (split, label, image_jpeg)."""
     if path.name == "cifar10.parquet":
-        columns = read_parquet(path, ["split", "label", "image_jpeg"])
+        columns = read_table(path, ["split", "label", "image_jpeg"])
         rows = [k for k, split in enumerate(columns["split"]) if split == half]
         pictures = columns["image_jpeg"]
     else:
-        columns = read_parquet(path, ["img", "label"])
+        columns = read_table(path, ["img", "label"])
         rows = list(range(len(columns["label"])))
         pictures = [img.get("bytes") if isinstance(img, dict) else img for img in columns["img"]]
     if not rows:
         raise SourceError(f"{path}: no images of the {half} half; fetch it again")
-    names = [f"{path}: row {k}" for k in rows]
-    return [pictures[k] for k in rows], names, [columns["label"][k] for k in rows]
-
-
-def _folders(folder: Path, files: dict[str, str], workers: int) -> Pictures:
-    """Pictures in one folder per class, named as CLASSES or 0..9."""
-    classes = {name: label for label, name in enumerate(CLASSES)} | {str(k): k for k in range(len(CLASSES))}
-    pictures: list[bytes] = []
-    names: list[str] = []
-    labels: list[int] = []
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if child.name not in classes:
-            raise SourceError(f"{child}: not a class; expected folders {', '.join(CLASSES)} or 0..9")
-        paths = sorted(child.glob("*.png"))
-        contents, files[f"{folder.name}/{child.name}/*.png"] = read_folder(paths, workers)
-        pictures += contents
-        names += map(str, paths)
-        labels += [classes[child.name]] * len(paths)
-    return pictures, names, labels
+    return [pictures[k] for k in rows], rows, [columns["label"][k] for k in rows]
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
+from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.listops.expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits, write_tsv
 from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import sha256_file
@@ -23,35 +23,28 @@ _OPERATOR = 0.25  # probability that a node above max_depth is an operator
 _CHUNK = 4096  # attempts per unit of work
 _GIVE_UP = 256  # chunks in a row that yield nothing new: a million attempts
 _PUBLISHED = dict(max_depth=10, max_args=10, min_length=500, max_length=2000)
+_SMOKE = _PUBLISHED | dict(min_length=8, max_length=65)
+_SMALL = _PUBLISHED | dict(min_length=10, max_length=101)
 
 META = Meta(
     name="listops",
     version=1,
     classes=10,
     vocab=len(SYMBOLS),
-    towers=1,
     generated=True,
     description="value of a nested expression of MIN, MAX, MED and SM over digits",
 )
 
 RECIPES = {
     "smoke": Recipe(
-        data=Data(
-            seq_len=64, train=2000, val=200, test=400, options=_PUBLISHED | dict(min_length=8, max_length=65)
-        ),
+        data=Data(seq_len=64, train=2000, val=200, test=400, options=_SMOKE),
         train=Optim(steps=60, warmup=10, weight_decay=0.0, eval_every=30),
         budget=32,
     ),
     "small": Recipe(
-        data=Data(
-            seq_len=100,
-            train=40_000,
-            val=2000,
-            test=4000,
-            options=_PUBLISHED | dict(min_length=10, max_length=101),
-        ),
+        data=Data(seq_len=100, train=40_000, val=2000, test=4000, options=_SMALL),
         train=Optim(steps=4000, lr=2e-3, weight_decay=0.0, eval_every=1000),
-        encoder=Encoder(dropout=0.0),
+        encoder=Stack(dropout=0.0),
     ),
     "paper": Recipe(
         data=Data(seq_len=2000, train=96_000, val=2000, test=2000, options=_PUBLISHED),
@@ -60,7 +53,7 @@ RECIPES = {
     ),
 }
 # The encoder of the original paper (arXiv 2011.04006).
-RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Encoder(layers=6, width=512, heads=8, ffn=2048))
+RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Stack(layers=6, width=512, heads=8, ffn=2048))
 
 
 @njit(cache=True, nogil=True)
@@ -107,9 +100,7 @@ def _draw_chunk(seed, chunk, max_depth, max_args, min_length, max_length):
     return tokens[:used].copy(), lengths[:count], labels[:count]
 
 
-def generate(
-    count: int, *, seed: int, workers: int = 1, **limits: int
-) -> tuple[list[np.ndarray], np.ndarray]:
+def generate(count: int, *, seed: int, workers: int = 1, **limits: int) -> tuple[list, np.ndarray]:
     """`count` distinct expressions: a list of uint16 id arrays and the uint8 labels.
 
     `limits` are max_depth, max_args, min_length and max_length; those not given are the published ones. Attempt i
@@ -185,9 +176,7 @@ def export(splits: dict[str, Split], folder: Path) -> list[Path]:
     return list(paths.values())
 
 
-def build(
-    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
-) -> Built:
+def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch=None) -> Built:
     """All three splits, drawn by `generate` or read from basic_{train,val,test}.tsv in `data_dir` (default: here).
 
     `source` "embedded" is local if `data_dir` holds any of the files, else generated.

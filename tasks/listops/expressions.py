@@ -117,9 +117,7 @@ def read_splits(data: Data, paths: dict[str, Path]) -> dict[str, Split]:
         tokens, labels = read_tsv(path)
         size = getattr(data, name) or max(len(labels), 1)
         if size > len(labels):
-            raise SourceError(
-                f"{path}: {len(labels)} examples, but the preset takes {size}; "
-                "give all of them, or use a smaller preset"
-            )
+            problem = f"{len(labels)} examples, but the preset takes {size}"
+            raise SourceError(f"{path}: {problem}; give all of them, or use a smaller preset")
         splits[name] = Split.of([ids[: data.seq_len] for ids in tokens[:size]], labels[:size])
     return splits

@@ -5,7 +5,6 @@ Linsley et al. 2018 (arXiv 1805.08315), as in Long Range Arena (arXiv 2011.04006
 program; `build` reads a folder of the LRA release where there is one. Grey level g is token g + 1.
 """
 
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -14,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
+from tasks.base import SPLITS, Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.pathfinder import files
 from tasks.pathfinder.discs import disc_places
 from tasks.pathfinder.paddles import GEOMETRIES, tables_of
 from tasks.pathfinder.snakes import draw
 from tasks.store.archives import LRA_RELEASE
+from tasks.store.files import atomic_path
 from tasks.store.sources import in_chunks
 
 META = Meta(
@@ -27,13 +27,14 @@ META = Meta(
     version=1,
     classes=2,
     vocab=257,
-    towers=1,
     reads="pixels",
     generated=True,
     description="two discs, one dashed curve or two, from grey pixels in raster order",
 )
 
 _OPTIONS = dict(size=32, contour_length=14, downsample=1)
+_SMOKE = dict(size=32, contour_length=6, downsample=2)
+_SMALL = dict(size=32, contour_length=3, downsample=4, levels=4, matched=1)
 _PUBLISHED = Recipe(
     data=Data(seq_len=1024, train=160_000, val=20_000, test=20_000, options=_OPTIONS),
     train=Optim(steps=62_400, batch=256, lr=1e-4, warmup=312, weight_decay=0.0, eval_every=1000),
@@ -41,26 +42,14 @@ _PUBLISHED = Recipe(
 )
 RECIPES = {
     "smoke": Recipe(
-        data=Data(
-            seq_len=256,
-            train=1000,
-            val=200,
-            test=300,
-            options=_OPTIONS | dict(contour_length=6, downsample=2),
-        ),
+        data=Data(seq_len=256, train=1000, val=200, test=300, options=_SMOKE),
         train=Optim(steps=40, batch=16, warmup=10, eval_every=20),
         budget=32,
     ),
     "small": Recipe(  # the published images need far more training than a CPU gives: see LOG.md
-        data=Data(
-            seq_len=64,
-            train=60_000,
-            val=2000,
-            test=4000,
-            options=dict(size=32, contour_length=3, downsample=4, levels=4, matched=1),
-        ),
+        data=Data(seq_len=64, train=60_000, val=2000, test=4000, options=_SMALL),
         train=Optim(steps=1200, batch=128, lr=2e-3, warmup=100, weight_decay=0.0, eval_every=200),
-        encoder=Encoder(dropout=0.0),
+        encoder=Stack(dropout=0.0),
         budget=32,
     ),
     "paper": _PUBLISHED,
@@ -70,7 +59,7 @@ RECIPES = {
         train=replace(_PUBLISHED.train, accumulate=16),
     ),
     # The encoder of the original paper (arXiv 2011.04006).
-    "paper-large": replace(_PUBLISHED, encoder=Encoder(layers=4, width=128, heads=8, ffn=128)),
+    "paper-large": replace(_PUBLISHED, encoder=Stack(layers=4, width=128, heads=8, ffn=128)),
 }
 
 LENGTHS = (3, *files.FOLDERS)  # dashes per curve; 3 is this suite's own: easier, and without distractors
@@ -84,9 +73,7 @@ def members(data: Data) -> tuple[str, ...]:
     return files.members(size, contour_length)
 
 
-def build(
-    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
-) -> Built:
+def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch=None) -> Built:
     """All three splits, drawn by `generate` or read from a release folder pathfinder<size> in `data_dir`.
 
     `source` "embedded" is local if `data_dir` holds images of this size, else generated. Options of the recipe:
@@ -127,10 +114,10 @@ def generate(
     count: int,
     *,
     seed: int,
-    size: int = 32,
-    contour_length: int = 14,
-    matched: bool = False,
-    workers: int = 1,
+    size=32,
+    contour_length=14,
+    matched=False,
+    workers=1,
     scratch: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` images: grey levels, uint8 (count, size, size), and labels, uint8 (count,), 1 = joined.
@@ -168,10 +155,8 @@ def _kept(path: Path, draw_piece: Callable[[], tuple[np.ndarray, ...]]) -> tuple
             return tuple(file[name] for name in file.files)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
         arrays = draw_piece()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    np.savez(temporary, *arrays)
-    os.replace(temporary, path)  # not synced: what a power cut damages is drawn again
+    with atomic_path(path) as temporary:
+        np.savez(temporary, *arrays)
     return arrays
 
 

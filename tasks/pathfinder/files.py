@@ -72,9 +72,8 @@ def _pixels(path: Path, size: int) -> tuple[np.ndarray, bytes]:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             return np.asarray(image.convert("L")), hashlib.sha256(raw).digest()
     except Exception as error:  # Pillow's errors for malformed files are of many kinds
-        raise SourceError(
-            f"{path}: not a readable PNG image of {size} x {size} pixels ({one_line(error)}); fetch it again"
-        ) from error
+        problem = f"not a readable PNG image of {size} x {size} pixels ({one_line(error)})"
+        raise SourceError(f"{path}: {problem}; fetch it again") from error
 
 
 def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
@@ -83,9 +82,8 @@ def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray,
     rows = sorted({row for path in metadata for row in _rows(path) if (folder.name, *row[:2]) not in EMPTY})
     asked = data.test + data.val + max(data.train, 1)
     if asked > len(rows):
-        raise SourceError(
-            f"{folder}: {len(rows)} images, but the preset takes {asked}; give all of them, or use a smaller preset"
-        )
+        problem = f"{len(rows)} images, but the preset takes {asked}"
+        raise SourceError(f"{folder}: {problem}; give all of them, or use a smaller preset")
     names = [f"{imgs}/{file}".encode() for imgs, file, _ in rows]
     order = seeded_order(names, np.array([label for _, _, label in rows]), data.seed)
     rows = [rows[i] for i in order[: asked if data.train else None]]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import SPLITS, Built, Data, Encoder, Meta, Optim, Recipe, SourceError, Split
+from tasks.base import SPLITS, Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.retrieval import imports
 from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import sha256_file
@@ -42,7 +42,7 @@ RECIPES = {
     ),
     "small": Recipe(
         data=Data(seq_len=128, train=0, val=0, test=0, options={"packages": ALL}),
-        encoder=Encoder(dropout=0.0),
+        encoder=Stack(dropout=0.0),
         train=Optim(steps=500, batch=32, lr=2e-3, warmup=100, eval_every=125),
         budget=64,
     ),
@@ -55,7 +55,7 @@ RECIPES = {
 # Encoder and steps of the original paper (arXiv 2011.04006).
 RECIPES["paper-large"] = replace(
     RECIPES["paper"],
-    encoder=Encoder(layers=4, width=128, heads=4, ffn=512),
+    encoder=Stack(layers=4, width=128, heads=4, ffn=512),
     train=replace(RECIPES["paper"].train, steps=5000),
 )
 
@@ -77,9 +77,7 @@ def members(data: Data) -> tuple[str, ...]:
     return tuple(f"new_aan_pairs.{name}.tsv{end}" for name in FILES.values() for end in ENDINGS)
 
 
-def build(
-    recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch: Path | None = None
-) -> Built:
+def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch=None) -> Built:
     """Pairs of byte sequences of at most `recipe.data.seq_len` tokens, from `source`: embedded, hub or local.
 
     SourceError if a file or package is missing or malformed.
@@ -90,7 +88,7 @@ def build(
         pairs, dataset, revision = _embedded(recipe.data, files, report)
     else:
         pairs, dataset, revision = _aan(recipe.data, data_dir, files, report)
-    splits = {name: _pack(*pairs.pop(name)) for name in SPLITS}
+    splits = {name: Split.of_bytes(*pairs.pop(name)) for name in SPLITS}
     train, test = splits["train"], splits["test"]
     share_cut = float(np.mean(np.diff(train.offsets) == recipe.data.seq_len))
     return Built(
@@ -161,14 +159,6 @@ def _baselines(train: Split, test: Split) -> dict[str, float]:
     return result
 
 
-def _pack(texts: list[bytes], labels: np.ndarray) -> Split:
-    """Byte strings as token ids. (Split.of would hold the paper's 1.4 GB several times.)"""
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum([len(text) for text in texts], out=offsets[1:])
-    tokens = np.add(np.frombuffer(b"".join(texts), np.uint8), 1, dtype=np.uint16)
-    return Split(tokens, offsets, labels)
-
-
 def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], str, str]:
     """Pairs of Python files, with dataset name and revision; other package versions get another name."""
     corpus = imports.read(str(data.options.get("packages", ALL)).split(","))
@@ -180,7 +170,7 @@ def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], 
         if max(wanted, 1) > present:
             raise SourceError(f"data.{name}={wanted}: there are {present} pairs; lower it (0: all)")
         whole = squares[name][: -(-(wanted or present) // 4)]  # whole squares, so that files stay balanced
-        pairs = [pair for square in whole for pair in square.pairs()][: wanted or None]
+        pairs = [pair for square in whole for pair in square][: wanted or None]
         names, labels = [f"{a} {b}".encode() for a, b, _ in pairs], np.array([p[2] for p in pairs])
         pairs = [pairs[i] for i in seeded_order(names, labels, data.seed)]
         texts = [corpus.texts[module][: data.seq_len] for a, b, _ in pairs for module in (a, b)]

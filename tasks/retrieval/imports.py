@@ -24,7 +24,7 @@ import hashlib
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +54,7 @@ _IMPORT_LINE = re.compile(r"^[^\w\n]*(?:from[ \t]+[.\w]+[ \t]+import\b|import[ \
 
 Statement = ast.Import | ast.ImportFrom
 Edge = tuple[str, str]  # dotted module names: importing, imported
-
-
-@dataclass(frozen=True)
-class Square:
-    """Two positive pairs (a, b), (c, d); the negatives are (a, d) and (c, b)."""
-
-    first: Edge
-    second: Edge
-
-    def pairs(self) -> list[tuple[str, str, int]]:
-        """(first module, second module, label), two of each label."""
-        (a, b), (c, d) = self.first, self.second
-        return [(a, b, 1), (a, d, 0), (c, d, 1), (c, b, 0)]
+Square = list[tuple[str, str, int]]  # four pairs with their labels
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,10 @@ def read(distributions: Sequence[str]) -> Corpus:
     versions, files, sources = {}, {}, {}
     for name in distributions:
         root, versions[name] = _installed(name)
-        paths = {_module(path, root.parent): path for path in _python_files(root)}
+        paths = {}  # by dotted name
+        for path in root.rglob("*.py"):
+            if not _SKIPPED.fullmatch(path.stem) and not SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+                paths[".".join(path.relative_to(root.parent).with_suffix("").parts)] = path
         package = {module: _source(path) for module, path in sorted(paths.items())}
         digests = {module: hashlib.sha256(text.encode()).hexdigest() for module, text in package.items()}
         listing = "".join(f"{module} {digest}\n" for module, digest in digests.items())
@@ -137,7 +128,7 @@ def _squares(corpus: Corpus, edges: list[Edge], seed: int) -> list[Square]:
             if unrelated(a, d) and unrelated(c, b) and (a, d) != (b, c):
                 del waiting[i]
                 used |= {(a, d), (c, b)}
-                joined.append(Square((a, b), (c, d)))
+                joined.append([(a, b, 1), (a, d, 0), (c, d, 1), (c, b, 0)])
                 break
     return joined
 
@@ -163,18 +154,6 @@ def _installed(name: str) -> tuple[Path, str]:
     if not root.is_dir():
         raise SourceError(f"{root}: missing from package {name}; run: pip install --force-reinstall {name}")
     return root, package.version.partition("+")[0]
-
-
-def _python_files(root: Path) -> Iterator[Path]:
-    """The .py files of a package but those that are skipped."""
-    for path in root.rglob("*.py"):
-        if not _SKIPPED.fullmatch(path.stem) and not SKIPPED_FOLDERS & set(path.relative_to(root).parts):
-            yield path
-
-
-def _module(path: Path, site: Path) -> str:
-    """The dotted name of a file."""
-    return ".".join(path.relative_to(site).with_suffix("").parts)
 
 
 def _source(path: Path) -> str:

@@ -37,9 +37,7 @@ _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open} 
 
 
 @contextmanager
-def opened(
-    task: ModuleType, data: Data, data_dir: Path | None, scratch: Path
-) -> Iterator[tuple[Path | None, dict[str, str]]]:
+def opened(task: ModuleType, data: Data, data_dir: Path | None, scratch: Path) -> Iterator[tuple]:
     """The folder a task reads, and {name: sha256} of the archive it was extracted from, if it was.
 
     `data_dir` is that folder unless it is an archive, or a folder that holds the task's archive under its

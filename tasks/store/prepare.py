@@ -94,25 +94,18 @@ def _reusable(folder: Path, request: dict[str, Any], code: str, verify: bool) ->
         return None
     before = existing.manifest["request"]
     if any(before[key] != request[key] for key in ("source", "data_dir")):
-        raise SourceError(
-            f"{folder} holds data from {_origin(before)}, and {_origin(request)} was asked for: "
-            f"give another --data, or --again, which keeps the old folder beside the new one"
-        )
+        held, asked = (req["data_dir"] or f"source {req['source']!r}" for req in (before, request))
+        way_out = "give another --data, or --again, which keeps the old folder beside the new one"
+        raise SourceError(f"{folder} holds data from {held}, and {asked} was asked for: {way_out}")
     if before != request:
         return None
     if existing.manifest.get("source_sha256", code) != code:
         data_dir, source = request["data_dir"], request["source"]
         origin = ("--data-dir", data_dir) if data_dir else ("--source", source)
-        raise SourceError(
-            f"the source code of task {request['task']} has changed since {folder} was prepared: "
-            f"`{command(folder, *origin, '--again')}` prepares anew and keeps the old folder beside the new one"
-        )
+        problem = f"the source code of task {request['task']} has changed since {folder} was prepared"
+        again = command(folder, *origin, "--again")
+        raise SourceError(f"{problem}: `{again}` prepares anew and keeps the old folder beside the new one")
     return existing
-
-
-def _origin(request: dict[str, Any]) -> str:
-    """Where the data of a request come from, for messages."""
-    return request["data_dir"] or f"source {request['source']!r}"
 
 
 @contextmanager

@@ -133,38 +133,26 @@ def open_text(path: Path, *, binary: bool = False) -> Iterator[IO]:
         raise SourceError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from error
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> dict[str, list]:
-    """Some columns of a parquet file as Python lists."""
-    import pyarrow
+def read_table(path: Path, columns: Sequence[str]) -> dict[str, list]:
+    """Some columns of a parquet file, or of a csv file (plain or .gz) with a header line, which are strings."""
+    import pyarrow.csv
     import pyarrow.parquet
 
+    kind = "parquet" if path.suffix == ".parquet" else "csv"
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, columns, file.schema_arrow.names)
-            return file.read(columns=list(columns)).to_pydict()
+        if kind == "parquet":
+            file = pyarrow.parquet.ParquetFile(path)
+            names = file.schema_arrow.names
+        else:
+            lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            strings = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pyarrow.string()))
+            table = pyarrow.csv.read_csv(path, parse_options=lines, convert_options=strings)
+            names = table.column_names
+        if missing := [name for name in columns if name not in names]:
+            raise SourceError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names) or 'none'}")
+        return (table if kind == "csv" else file.read(columns)).select(columns).to_pydict()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: not readable parquet ({one_line(error)}); fetch it again") from error
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Some columns of a csv file (plain or .gz) with a header line, as strings."""
-    import pyarrow
-    import pyarrow.csv
-
-    lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    strings = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pyarrow.string()))
-    try:
-        table = pyarrow.csv.read_csv(path, parse_options=lines, convert_options=strings)
-        _check_columns(path, columns, table.column_names)
-        return table.select(columns).to_pydict()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: not readable csv ({one_line(error)}); fetch it again") from error
-
-
-def _check_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
-    """SourceError for a column that is not there."""
-    if missing := [name for name in wanted if name not in present]:
-        raise SourceError(f"{path}: no column {', '.join(missing)}; it has {', '.join(present) or 'none'}")
+        raise SourceError(f"{path}: not readable {kind} ({one_line(error)}); fetch it again") from error
 
 
 def seeded_order(contents: Sequence[bytes], labels: np.ndarray, seed: int) -> np.ndarray:
@@ -174,13 +162,9 @@ def seeded_order(contents: Sequence[bytes], labels: np.ndarray, seed: int) -> np
     the same on every platform, and identical examples stand next to each other. Classes are then
     interleaved: any prefix holds each in its overall proportion, to within an example or so.
     """
-    labels = np.asarray(labels)
-    salt = hashlib.sha256(f"split {seed}".encode())
-    keys = []
-    for content, label in zip(contents, labels, strict=True):
-        digest = salt.copy()
-        digest.update(b"%d " % label + content)
-        keys.append(digest.digest())
+    labels, salt = np.asarray(labels), f"split {seed}".encode()
+    pairs = zip(labels, contents, strict=True)
+    keys = [hashlib.sha256(salt + b"%d " % label + content).digest() for label, content in pairs]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
     quantile = np.empty(len(order))
     for label in np.unique(labels):
@@ -197,15 +181,11 @@ def choose(train: np.ndarray, test: np.ndarray, data: Data) -> dict[str, np.ndar
     if data.val < 1:
         raise SourceError(f"data.val={data.val}: validation is held out of train, at least 1 example")
     if (asked := data.val + max(data.train, 1)) > len(train):
-        raise SourceError(
-            f"data.train={data.train} and data.val={data.val} need {asked} examples, there are {len(train)}; "
-            "lower them (data.train=0: all that validation leaves) or use another source"
-        )
+        sizes = f"data.train={data.train} and data.val={data.val}"
+        problem = f"{sizes} need {asked} examples, there are {len(train)}"
+        way_out = "lower them (data.train=0: all that validation leaves) or use another source"
+        raise SourceError(f"{problem}; {way_out}")
     if data.test > len(test):
         raise SourceError(f"data.test={data.test}: there are {len(test)} test examples; lower it (0: all)")
-    rest = train[data.val :]
-    return {
-        "train": rest[: data.train or None],
-        "val": train[: data.val],
-        "test": test[: data.test or None],
-    }
+    val, rest = np.split(train, [data.val])
+    return {"train": rest[: data.train or None], "val": val, "test": test[: data.test or None]}

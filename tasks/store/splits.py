@@ -9,6 +9,8 @@ import numpy as np
 
 from tasks.base import SPLITS, Meta, SourceError, Split
 
+Splits = dict[str, Split]
+
 
 def check(meta: Meta, name: str, split: Split, seq_len: int) -> None:
     """SourceError, which names task, split and value, unless the split keeps these rules.
@@ -36,9 +38,7 @@ def check(meta: Meta, name: str, split: Split, seq_len: int) -> None:
             raise SourceError(f"{where}: the {what}s are {values.dtype}, expected {np.dtype(dtype)}")
 
 
-def disjoint(
-    splits: dict[str, Split], towers: int
-) -> tuple[dict[str, Split], dict[str, int], dict[str, int]]:
+def disjoint(splits: Splits, towers: int) -> tuple[Splits, dict[str, int], dict[str, int]]:
     """Drop from train what occurs in val or test, and from val what occurs in test. Test is never touched.
 
     Examples are compared by content, as the model sees them. Returns the splits, the numbers dropped, and

@@ -72,13 +72,6 @@ def write_hub(folder, half, pictures, labels):
     pyarrow.parquet.write_table(pyarrow.table({"img": img, "label": labels}), path)
 
 
-def write_folders(folder, half, rgb, labels, names=cifar.CLASSES):
-    for k, (picture, label) in enumerate(zip(rgb, labels, strict=True)):
-        path = folder / half / names[label] / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(picture))
-
-
 def write_one_parquet(folder, kind):
     columns = {"split": [], "label": [], "image_jpeg": []}
     for half, (rgb, labels) in HALVES.items():
@@ -94,8 +87,6 @@ WRITERS = {
     "binary": lambda d, *half: write_binary(d / "cifar-10-batches-bin", *half),
     "inside binary": lambda d, *half: write_binary(d, *half),
     "hub": lambda d, half, rgb, labels: write_hub(d, half, [encoded(x) for x in rgb], labels),
-    "folders": lambda d, *half: write_folders(d, *half),
-    "numbered folders": lambda d, *half: write_folders(d, *half, names="0123456789"),
 }
 
 
@@ -349,23 +340,6 @@ def test_a_corrupt_or_wrong_image_is_named_by_its_row(tmp_path, picture, message
     assert "\n" not in str(caught.value)
 
 
-def test_a_corrupt_picture_in_a_folder_is_named_by_its_path(tmp_path):
-    for half, (rgb, labels) in HALVES.items():
-        write_folders(tmp_path, half, rgb, labels)
-    path = tmp_path / "test" / "cat" / "3.png"
-    path.write_bytes(path.read_bytes()[:99])
-    with pytest.raises(SourceError, match=r"cat.3\.png: not readable"):
-        build(tmp_path)
-
-
-def test_a_folder_that_is_no_class_is_named(tmp_path):
-    for half, (rgb, labels) in HALVES.items():
-        write_folders(tmp_path, half, rgb, labels)
-    (tmp_path / "train" / "zebra").mkdir()
-    with pytest.raises(SourceError, match="zebra: not a class; expected folders airplane"):
-        build(tmp_path)
-
-
 def test_truncated_parquet_names_the_file(tmp_path):
     write_one_parquet(tmp_path, "PNG")
     path = tmp_path / "cifar10.parquet"
@@ -375,7 +349,7 @@ def test_truncated_parquet_names_the_file(tmp_path):
 
 
 def test_missing_data_lists_every_name_looked_for(tmp_path):
-    looked_for = r"train half.*cifar-10-batches-py.*cifar10\.parquet.*train/\*/\*\.png"
+    looked_for = r"train half.*cifar-10-batches-py.*cifar10\.parquet"
     with pytest.raises(SourceError, match=looked_for):
         build(tmp_path)
 

@@ -240,15 +240,6 @@ def test_a_pickle_that_is_not_cifar_s_is_one_line_and_nothing_runs(tmp_path, err
     assert "test_batch: not a CIFAR-10 batch (it names" in line and not (tmp_path / "trace").exists()
 
 
-def test_a_picture_of_another_size_is_one_line(tmp_path, error_line):
-    for half in ("train", "test"):
-        (tmp_path / half / "cat").mkdir(parents=True)
-        Image.new("RGB", (32, 31 if half == "test" else 32)).save(tmp_path / half / "cat" / "7.png")
-    words = ("prepare", "image", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path)
-    line = error_line(*words)
-    assert "test/cat/7.png: the image is 32 x 31 RGB, expected 32 x 32" in line
-
-
 # The official files
 
 

@@ -165,7 +165,7 @@ def corpus():
 @pytest.fixture(scope="module")
 def pairs(corpus):
     found = imports.squares(corpus, seed=0)
-    return {split: [pair for square in found[split] for pair in square.pairs()] for split in SPLITS}
+    return {split: [pair for square in found[split] for pair in square] for split in SPLITS}
 
 
 def test_no_import_and_no_name_of_a_partner_survives(corpus, pairs):

@@ -130,7 +130,6 @@ def test_finetuning_learns_leaves_the_base_model_alone_and_is_repeatable(places,
     run("finetune", *places, *TRAIN, "--attention=softmax", f"--results={tmp_path / 'again' / 'results'}")
     again = records(tmp_path / "again", "finetune")["softmax", 0]
     assert again["training"]["losses"] == first["softmax", 0]["training"]["losses"]
-    assert first["softmax", 0]["cost"]["floor_tokens_per_s"] > first["softmax", 0]["cost"]["tokens_per_s"]
 
 
 @pytest.mark.parametrize("train", ["kernel+qk", "all"])

@@ -44,7 +44,7 @@ def test_rule_5_every_example_is_evaluated_once_none_dropped_none_twice(n, size,
 
 
 def test_evaluation_puts_predictions_back_in_the_order_of_the_split():
-    from lra.training.evaluate import evaluate
+    from lra.training.evaluate import Where, evaluate
 
     split = ragged(*PRIMES[:1])
     split = Split(split.tokens, split.offsets, split.labels % 17)
@@ -56,7 +56,7 @@ def test_evaluation_puts_predictions_back_in_the_order_of_the_split():
             return torch.nn.functional.one_hot(tokens_BTN[:, 0, 0], 17).float()
 
     model = Echo().train()
-    counts = evaluate(model, split, 1, batch=PRIMES[1], device=torch.device("cpu"))
+    counts = evaluate(model, split, 1, batch=PRIMES[1], where=Where(torch.device("cpu")))
     first = [int(split.sequence(i)[0]) for i in range(PRIMES[0])]
     assert counts.predictions.tolist() == first and counts.n == PRIMES[0]
     assert counts.n_correct == sum(p == label for p, label in zip(first, split.labels.tolist(), strict=True))

@@ -113,7 +113,6 @@ def test_shares_make_up_the_batch_and_one_process_gets_all_of_it():
     assert sorted(torch.cat([s.labels_B for s in shares]).tolist()) == list(range(7))
     assert torch.equal(shares[1].tokens_BTN, batch.tokens_BTN[[1, 4]])
     assert torch.equal(ALONE.shard(batch).tokens_BTN, batch.tokens_BTN)
-    assert list(World(1, 2).shard_items("abcde")) == ["b", "d"]
 
 
 def test_only_rank_zero_is_the_main_process_and_keeps_its_random_generator():

@@ -21,7 +21,6 @@ from lra.registry import attention_names, load_task
 from lra.training import checkpoint
 from lra.training.config import overrides, resolve
 from lra.training.evaluate import Counts
-from lra.training.optim import AdamW
 from lra.training.trainer import Trainer, Where
 from tasks.store.prepared import load
 from tests.conftest import ROOT, timeless
@@ -501,32 +500,6 @@ def test_accumulation_equals_the_whole_batch(lab, parts):
         (loss, correct, norm), (loss2, correct2, norm2) = (t.step(step) for t in trainers)
         assert loss2.item() == pytest.approx(loss.item(), abs=1e-6) and correct2 == correct
         assert norm2.item() == pytest.approx(norm.item(), abs=1e-5)
-
-
-def test_optimizer_is_that_of_pytorch_to_the_byte():
-    made = []
-    for optimizer in (torch.optim.AdamW, AdamW):
-        torch.manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(7, 5)), torch.nn.Parameter(torch.randn(3))]
-        groups = [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:], "weight_decay": 0.0}]
-        adam = optimizer(groups, lr=1e-2, fused=True)
-        for step in range(5):
-            adam.zero_grad()
-            sum((w.square() * (step + 1)).sum() for w in weights).backward()
-            adam.step()
-            adam.load_state_dict(adam.state_dict())
-        assert weights[0].is_leaf and all(w.grad is not None for w in weights)
-        moments = [tensor for state in adam.state_dict()["state"].values() for tensor in state.values()]
-        made.append([*weights, *moments])
-    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
-
-
-def test_training_starts_without_the_compiler_of_pytorch(lab):
-    extra = "import atexit; atexit.register(lambda: print('torch._dynamo' in sys.modules))"
-    run = subprocess.run(
-        [*lab.driver(extra), *lab.words()], cwd=ROOT, text=True, capture_output=True, check=True
-    )
-    assert run.stdout.splitlines()[-1] == "False"
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(lab):

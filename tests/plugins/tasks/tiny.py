@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Encoder, Meta, Optim, Recipe, Split
+from tasks.base import Built, Data, Meta, Optim, Recipe, Split, Stack
 from tasks.store.files import sha256_file
 from tasks.store.sources import check_source, find_one
 
@@ -18,7 +18,7 @@ LONGEST = {"train": 13, "val": 37, "test": 37}
 RECIPES = {
     preset: Recipe(
         data=Data(seq_len=41, **SIZES),
-        encoder=Encoder(width=12, ffn=14),
+        encoder=Stack(width=12, ffn=14),
         train=Optim(steps=steps, batch=8, lr=1e-2, warmup=3, eval_every=4),
         budget=5,
     )

@@ -141,15 +141,15 @@ def test_truncated_text_is_an_error_that_names_the_file(tmp_path, suffix, compre
     one_line(caught)
 
 
-def test_read_parquet_returns_the_columns_asked_for(tmp_path):
+def test_read_table_of_parquet_returns_the_columns_asked_for(tmp_path):
     path = parquet(tmp_path / "a.parquet", text=["x", "y"], label=[0, 1], other=[2, 3])
-    assert sources.read_parquet(path, ["label", "text"]) == {"label": [0, 1], "text": ["x", "y"]}
+    assert sources.read_table(path, ["label", "text"]) == {"label": [0, 1], "text": ["x", "y"]}
 
 
 def test_missing_parquet_column_is_named_with_those_present(tmp_path):
     path = parquet(tmp_path / "a.parquet", review=["x"], label=[0])
     with pytest.raises(SourceError, match="no column text; it has review, label") as caught:
-        sources.read_parquet(path, ["text", "label"])
+        sources.read_table(path, ["text", "label"])
     one_line(caught)
 
 
@@ -159,14 +159,14 @@ def test_truncated_parquet_is_a_one_line_error(tmp_path, keep):
     content = path.read_bytes()
     path.write_bytes(content[: keep if keep >= 1 or keep == 0 else int(len(content) * keep)])
     with pytest.raises(SourceError, match=r"a\.parquet: not readable") as caught:
-        sources.read_parquet(path, ["text"])
+        sources.read_table(path, ["text"])
     one_line(caught)
 
 
-def test_read_csv_keeps_quoted_newlines_and_commas(tmp_path):
+def test_read_table_of_csv_keeps_quoted_newlines_and_commas(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('label,text\n1,"a, ""b""\nc"\n0,d\n', newline="")
-    assert sources.read_csv(path, ["text", "label"]) == {"text": ['a, "b"\nc', "d"], "label": ["1", "0"]}
+    assert sources.read_table(path, ["text", "label"]) == {"text": ['a, "b"\nc', "d"], "label": ["1", "0"]}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_read_csv_keeps_quoted_newlines_and_commas(tmp_path):
 def test_malformed_csv_is_a_one_line_error(tmp_path, content, message):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(SourceError, match=message) as caught:
-        sources.read_csv(tmp_path / "a.csv", ["text"])
+        sources.read_table(tmp_path / "a.csv", ["text"])
     one_line(caught)
 
 
