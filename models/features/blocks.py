@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from models.features.flash import NEVER, flash
 
@@ -120,8 +119,21 @@ def inside(q_BHLD, k_BHLD, v_BHLD, aq_HMD, ak_HMD, key_bias_BHL, feature_bias_HM
     if q_BHLD.device.type == "cpu":
         rows = max(1, CACHE // (q_BHLD[0, ..., 0].numel() * aq_HMD.shape[1]))
     chunks = zip(*(x.split(rows) for x in tensors), strict=True)
-    parts = [checkpoint(_inside, *c, *shared, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    return tuple(torch.cat(x) for x in zip(*(_Inside.apply(*c, *shared) for c in chunks), strict=True))
+
+
+class _Inside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return _inside(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        with torch.enable_grad():
+            tensors = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            return torch.autograd.grad(_inside(*tensors), tensors, grads, allow_unused=True)
 
 
 def _inside(q_BHLD, k_BHLD, v_BHLD, key_bias_BHL, past_L_BHM, aq_HMD, ak_HMD, feature_bias_HM):

@@ -72,10 +72,8 @@ def flash(
     work = torch.float32 if v_BHKD.dtype == torch.float16 else v_BHKD.dtype
     inputs = q_BHQD.to(work), k_BHKD.to(work), v_BHKD.to(work), key_bias_BHK.to(wide(work))
     with torch.autocast(v_BHKD.device.type, enabled=False):
-        if torch.compiler.is_compiling():
-            return _forward_op(*inputs, causal)
-        fused = backend(v_BHKD.device.type, work) == "fused"
-        return _Flash.apply(*inputs, causal) if fused else plain(*inputs, causal)
+        run = _forward_op if torch.compiler.is_compiling() else _Flash.apply
+        return run(*inputs, causal)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -83,13 +81,26 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def logits(q, k, key_bias, causal):
+    """q.k + bias, (.., Q, K); -inf where a causal query may not look."""
+    logits_QK = q.to(key_bias) @ k.to(key_bias).mT + key_bias[..., None, :]
+    if not causal:
+        return logits_QK
+    return logits_QK.masked_fill(torch.ones_like(logits_QK, dtype=torch.bool).triu(1), float("-inf"))
+
+
 def plain(q, k, v, key_bias, causal):
     """The definition, with the Q x K matrix in memory."""
-    logits = q.to(key_bias) @ k.to(key_bias).mT + key_bias[..., None, :]
-    if causal:
-        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        logits = logits.masked_fill(later, float("-inf"))
-    return (logits.softmax(-1) @ v.to(key_bias)).to(v.dtype), logits.logsumexp(-1)
+    logits_QK = logits(q, k, key_bias, causal)
+    return (logits_QK.softmax(-1) @ v.to(key_bias)).to(v.dtype), logits_QK.logsumexp(-1)
+
+
+def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal):
+    """Its gradients, with p_QK computed again."""
+    p, g, q_, k_ = (logits(q, k, key_bias, causal) - lse[..., None]).exp(), *(x.to(lse) for x in (g, q, k))
+    delta = (g * out).sum(-1) - dlse
+    S = p * (g @ v.to(lse).mT - delta[..., None])
+    return (S @ k_).to(q.dtype), (S.mT @ q_).to(k.dtype), (p.mT @ g).to(v.dtype), S.sum(-2)
 
 
 def backend(device: str, dtype: torch.dtype) -> str:
@@ -109,13 +120,12 @@ def _kernels_work(device, dtype):
     shapes = (2, 2, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8), (2, 2, 5)
     inputs = [torch.randn(shape, generator=source).to(device, dtype) for shape in shapes]
     inputs[3] = inputs[3].to(wide(dtype))
-    results = []
     try:
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
-            for run in (_Flash.apply, plain):
-                leaves = [x.clone().requires_grad_() for x in inputs]
-                out, lse = run(*leaves, False)
-                results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)])
+        results = []
+        with torch.no_grad():
+            for run, back in ((fused, fused_backward), (plain, plain_backward)):
+                out, lse = run(*inputs, False)
+                results.append([out, lse, *back(out, lse, *inputs, out, lse, False)])
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
@@ -145,7 +155,14 @@ def columns(dtype: torch.dtype) -> int:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """`flash` by the fused kernel of the device."""
+    """`flash`, without gradients."""
+    if backend(v.device.type, v.dtype) == "plain":
+        return plain(q, k, v, key_bias, causal)
+    return fused(q, k, v, key_bias, causal)
+
+
+def fused(q, k, v, key_bias, causal):
+    """`flash` by the kernel of the device."""
     kernels, (D, dtype) = KERNELS[v.device.type], (v.shape[-1], v.dtype)
     extra = columns(dtype) + -(D + columns(dtype)) % kernels.divisor
     operands = ((q, 1.0), (k, key_bias), (v, 0.0))
@@ -165,6 +182,12 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias."""
+    run = plain_backward if backend(v.device.type, v.dtype) == "plain" else fused_backward
+    return run(g, dlse, q, k, v, key_bias, out, lse, causal)
+
+
+def fused_backward(g, dlse, q, k, v, key_bias, out, lse, causal):
+    """The same by the kernel of the device."""
     kernels, (D, dtype) = KERNELS[v.device.type], (v.shape[-1], v.dtype)
     extra = columns(dtype) + -(D + columns(dtype)) % kernels.divisor
     operands = ((g, 1.0), (q, 1.0), (k, key_bias), (v, 0.0), (out, -dlse))
@@ -193,8 +216,7 @@ class _Flash(torch.autograd.Function):
 # The same for torch.compile, each one node of its graph, which is fused or plain when it runs.
 @functools.partial(torch.library.custom_op, "lra::flash", mutates_args=())
 def _forward_op(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    run = forward if backend(v.device.type, v.dtype) == "fused" else plain
-    out, lse = run(q, k, v, key_bias, causal)
+    out, lse = forward(q, k, v, key_bias, causal)
     return out.contiguous(), lse.contiguous()
 
 
@@ -210,12 +232,7 @@ def _backward_op(
     lse: Tensor,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend(v.device.type, v.dtype) == "fused":
-        grads = backward(g, dlse, q, k, v, key_bias, out, lse, causal)
-    else:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v, key_bias)]
-            grads = torch.autograd.grad(plain(*leaves, causal), leaves, (g, dlse))
+    grads = backward(g, dlse, q, k, v, key_bias, out, lse, causal)
     return tuple(x.contiguous() for x in grads)
 
 
