@@ -148,7 +148,7 @@ def blocks(x_BNHD: torch.Tensor, L: int, shifts: list[int], first: int) -> torch
 
 
 def naive_local(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
-    """Section 3.1, one row at a time on its real tokens alone: a full matrix of logits, cut to the band and the sinks."""
+    """Section 3.1, one row at a time on its real tokens alone: a full matrix of logits, cut to band and sinks."""
     scale, W = q.shape[-1] ** -0.5 if scale is None else scale, attention.config.window
     out = torch.zeros_like(v)
     for b in range(q.shape[0]):
