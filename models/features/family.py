@@ -28,7 +28,7 @@ from models.features.blocks import fold, inside, joined, merge, near, read, stat
 from models.features.flash import NEVER, flash, wide
 from models.features.projections import gaussian
 
-BLOCK = 64  # tokens of a block of the causal form without a window
+BLOCK = 128  # tokens of a block of the causal form without a window
 
 
 class Maps(NamedTuple):

@@ -30,7 +30,7 @@ TOGETHER = [  # options that change each other's meaning, or need each other
     Case("optimal", {"align": "balance", "pool": 3, "redraw_every": 1}),
     Case("performer", {"window": 2, "sinks": 1}),
     Case("lfk", {"window": 2}),
-    Case("darkformer", {"window": 2, "sinks": 2, "align": "balance", "init": "aligned", "target_norm": 1.0}),
+    Case("darkformer", {"window": 2, "sinks": 1, "align": "balance", "init": "aligned", "target_norm": 1.0}),
     Case("optimal", {"window": 2, "align": "centre"}),
     Case("local", {"window": 2, "sinks": 1}),
 ]

@@ -154,6 +154,16 @@ def test_a_second_derivative_is_refused_and_not_wrong():
         sum(g.sum() for g in grads).backward()
 
 
+@CAUSAL
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_small_sizes_are_written_out_with_the_same_results(dtype, causal, monkeypatch):
+    xs = leaves(dtype, causal=causal)
+    fused = results(called, xs, causal)
+    monkeypatch.setattr(module, "SMALL", B * H * Q * K)
+    monkeypatch.setattr(module, "_Flash", None)
+    assert_close(results(called, xs, causal), fused, TOLERANCE[dtype])
+
+
 # Which backend
 
 
