@@ -24,7 +24,7 @@ from lra.records.markup import Grid, markdown
 from lra.records.measured import Point, crossover
 from lra.scaling.reports import machine_line
 from models.base import AttentionBase
-from models.features.gemm import CACHE
+from models.features.blocks import CACHE
 from models.layers import product
 
 UNFUSED = "softmax unfused"
