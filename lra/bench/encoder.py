@@ -45,7 +45,7 @@ def bench_encoder(args: Namespace) -> None:
     for p in points:
         flops = None if p["name"].startswith(PYPI) else Step(p["name"], p["B"], p["N"], p["M"]).flops()
         p |= {"flops": flops, "matmul_share": flops and round(flops / p["seconds"] / peak, 4)}
-    size = base.Encoder()
+    size = base.Stack()
 
     def column(p: dict[str, Any]) -> str:
         return f"{p['B']} x {p['N']:,}"

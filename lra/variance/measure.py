@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from lra.variance.cases import Case
-from models.features.projections import generator
+from models.features.projections import generator, inverse
 
 PAIRINGS = 16  # keys that each query meets where the variance is exact; sampled estimates use the first
 
@@ -75,8 +75,7 @@ def log_ratio(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -> torch.
     maps = module.maps(k_BHND, scale)
     logs_BHMN = maps.aq_HMD @ q_BHND.mT
     logs_BHMN += maps.ak_HMD @ k_BHND.mT
-    if maps.feature_bias_HM is not None:
-        logs_BHMN += maps.feature_bias_HM[..., None]
+    logs_BHMN += maps.feature_bias_HM[..., None]
     u_q, u_k = seen(module, q_BHND, k_BHND)
     # Up to what depends on q alone and cancels in attention, the kernel is exp(u_q.u_k + scale mq.k).
     log_kernel_BHN = (u_q * u_k).sum(-1)
@@ -94,9 +93,10 @@ def log_second_moment(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -
     if not hasattr(module, "root_HRR"):
         return norm_BHN
     S = module.root_HRR.double() @ module.root_HRR.double()
-    A = 2 * torch.eye(S.shape[-1]) - torch.linalg.inv(S)
-    quadratic_BHN = (u * torch.linalg.solve(A, u.mT).mT).sum(-1)
-    return (torch.logdet(S) - torch.logdet(A))[:, None] / 2 + 2 * quadratic_BHN - norm_BHN
+    A = 2 * torch.eye(S.shape[-1]) - inverse(S)
+    quadratic_BHN = (u * (u @ inverse(A))).sum(-1)
+    log_det_S, log_det_A = (torch.linalg.eigvalsh(x).log().sum(-1) for x in (S, A))
+    return (log_det_S - log_det_A)[:, None] / 2 + 2 * quadratic_BHN - norm_BHN
 
 
 @torch.no_grad()

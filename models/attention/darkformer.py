@@ -85,9 +85,6 @@ class Attention(AlignedAttention):
         log_det_H1 = torch.linalg.eigvalsh(root_HRR).log().sum(-1, keepdim=True)
         return w_HMR, (z_HMR.square().sum(-1) - w_HMR.square().sum(-1)) / 2 + log_det_H1
 
-    def flops(self, B, H, N, D):
-        return super().flops(B, H, N, D) + 2 * B * H * N * D * self.feature_dim
-
 
 def whitening(Lambda_HDD: torch.Tensor, rank: int) -> torch.Tensor:
     """c Lambda^-1/2, (H, rank, D), on the `rank` largest eigenvectors; c keeps the mean of |x|^2, x of covariance

@@ -1,11 +1,11 @@
 """Learned feature kernel: the projections themselves are parameters."""
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
-from models.base import naive_average
-from models.features.family import FeatureAttention, FeatureConfig, Maps, naive_phi
+from models.features.family import FeatureAttention, FeatureConfig, Maps, naive_family, naive_phi
 from models.layers import half_square
 
 
@@ -29,7 +29,10 @@ class Attention(FeatureAttention):
 
     def maps(self, k_BHND, scale):
         a_HMD = scale**0.5 * self.w_HMD.to(k_BHND.dtype)
-        return Maps(a_HMD, a_HMD, -scale * half_square(k_BHND))
+        return Maps(a_HMD, a_HMD, -scale * half_square(k_BHND), a_HMD.new_zeros(a_HMD.shape[:2]))
+
+    def log_norm(self, q_BHND, scale):
+        return -scale * half_square(q_BHND) - math.log(self.config.num_features)
 
 
 def naive_lfk(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
@@ -37,4 +40,4 @@ def naive_lfk(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     w_HMD = attention.w_HMD.to(q.dtype)
     phi_q, phi_k = (naive_phi(w_HMD, scale**0.5 * x) for x in (q, k))
-    return naive_average(phi_q @ phi_k.transpose(-1, -2), v, mask_BN, causal)
+    return naive_family(attention, phi_q @ phi_k.mT, q, k, v, mask_BN, scale, causal)

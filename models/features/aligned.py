@@ -17,14 +17,15 @@ kernel is the same for any values of them. The paper of no method has this: it i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from models.base import naive_average, option
-from models.features.family import FeatureAttention, FeatureConfig, Maps, naive_phi
+from models.base import option
+from models.features.family import FeatureAttention, FeatureConfig, Maps, naive_family, naive_phi
 from models.features.projections import balance, inverse, moments, redraw_due
 from models.layers import half_square
 
@@ -70,7 +71,7 @@ class AlignedAttention(FeatureAttention):
             raise ValueError(f"target_norm must be 0 (keep the kernel) or more; got {config.target_norm}")
         self.resamples, self.cools = resamples, cools and config.target_norm > 0
         self.centres, self.transforms = config.align != "none", config.align == "balance" or self.cools
-        self.adapts = adapts or self.centres or self.transforms
+        self.adapts = adapts or self.centres or self.transforms or config.window > 0
         self.watching = False  # whether the queries and keys of this training step are wanted
         self.G_HDD: nn.Parameter | None = None  # (H or 1, feature_dim, D), a learned map of q' and k'
         self.register_buffer("b_HM", None)
@@ -105,16 +106,23 @@ class AlignedAttention(FeatureAttention):
         aq_HMD = scale**0.5 * self.w_HMD.to(dtype)
         if self.G_HDD is not None:
             aq_HMD = aq_HMD @ self.G_HDD.to(dtype)
-        ak_HMD, bias_HM = aq_HMD, self.b_HM
+        ak_HMD = aq_HMD
+        bias_HM = aq_HMD.new_zeros(aq_HMD.shape[:2]) if self.b_HM is None else self.b_HM.to(dtype)
         if self.transforms:
             aq_HMD, ak_HMD = aq_HMD @ self.Tq_HDD.to(dtype), aq_HMD @ self.Tk_HDD.to(dtype)
         key_bias_BHN = -scale * half_square(self.aligned(k_BHND, "k"))
         if self.centres:
             mean_q_HD1, mean_k_HD1 = (x.to(dtype)[..., None] for x in (self.mean_q_HD, self.mean_k_HD))
             key_bias_BHN = key_bias_BHN + scale * (k_BHND @ mean_q_HD1)[..., 0]
-            shift_HM = (aq_HMD @ mean_q_HD1 + ak_HMD @ mean_k_HD1)[..., 0]
-            bias_HM = -shift_HM if bias_HM is None else bias_HM.to(dtype) - shift_HM
+            bias_HM = bias_HM - (aq_HMD @ mean_q_HD1 + ak_HMD @ mean_k_HD1)[..., 0]
         return Maps(aq_HMD, ak_HMD, key_bias_BHN, bias_HM)
+
+    def log_norm(self, q_BHND, scale):
+        log_BHN = -scale * half_square(self.aligned(q_BHND, "q")) - math.log(self.config.num_features)
+        if self.centres:
+            mean_q_HD, mean_k_HD = (x.to(q_BHND.dtype) for x in (self.mean_q_HD, self.mean_k_HD))
+            log_BHN = log_BHN + scale * ((q_BHND - mean_q_HD[:, None]) @ mean_k_HD[..., None])[..., 0]
+        return log_BHN
 
     # Draws and data
 
@@ -179,6 +187,7 @@ class AlignedAttention(FeatureAttention):
         self.fit((cov_q + cov_k) / 2)
         self.calibrated.fill_(True)
         self.redraw()
+        super().calibrate(q_BHND, k_BHND, mask_BN, scale=scale)
 
     def fit(self, Lambda_HDD: torch.Tensor) -> None:
         """What else a method takes from the mean second moment of q' and k', scale included."""
@@ -189,11 +198,13 @@ class AlignedAttention(FeatureAttention):
         return (self.config.target_norm / norm_H11).sqrt().clamp(max=1)
 
     def flops(self, B, H, N, D):
-        return super().flops(B, H, N, D) + 2 * B * H * N * D * (self.transforms * D + self.centres)
+        widths = self.transforms * D + self.centres + (0 if self.G_HDD is None else self.feature_dim)
+        sides = 2 if self.config.window else 1  # a hybrid needs |G T (q - mq)|^2 too
+        return super().flops(B, H, N, D) + sides * 2 * B * H * N * D * widths
 
 
 def naive_aligned(attention, q, k, v, mask_BN, scale, causal):
-    """Feature vectors of G T^-T (q - mq) and G T (k - mk), the keys' times exp(s mq.k), written out."""
+    """Feature vectors of q' = G T^-T (q - mq) and k' = G T (k - mk) written out, times exp(s mq.k + s (q - mq).mk)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     w_HMD = attention.w_HMD.to(q.dtype)
     phi_q, phi_k = (
@@ -202,6 +213,7 @@ def naive_aligned(attention, q, k, v, mask_BN, scale, causal):
     if attention.b_HM is not None:
         phi_q = phi_q * attention.b_HM.to(q.dtype).exp()[:, None]
     if attention.centres:
-        mean_HD1 = attention.mean_q_HD.to(q.dtype)[..., None]
-        phi_k = phi_k * torch.exp(scale * k @ mean_HD1)
-    return naive_average(phi_q @ phi_k.transpose(-1, -2), v, mask_BN, causal)
+        mean_q_H1D, mean_k_H1D = (x.to(q.dtype)[:, None] for x in (attention.mean_q_HD, attention.mean_k_HD))
+        phi_q = phi_q * torch.exp(scale * (q - mean_q_H1D) @ mean_k_H1D.mT)
+        phi_k = phi_k * torch.exp(scale * k @ mean_q_H1D.mT)
+    return naive_family(attention, phi_q @ phi_k.mT, q, k, v, mask_BN, scale, causal)

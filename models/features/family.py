@@ -1,11 +1,18 @@
-"""The random-feature family: what its methods share around the engine.
+"""The random-feature family: normalised attention with positive random features is two softmax attentions.
 
-With x~ = sqrt(scale) x, Sigma = G^T G and w_j ~ N(0, I), positive random features
+With x~ = scale^1/2 x, Sigma = G^T G and w_j ~ N(0, I), positive random features
 
-    phi_j(x) = M^-1/2 exp( w_j . G x~  -  1/2 |G x~|^2 ),    E[phi(q).phi(k)] = exp(q~^T Sigma k~)
+    phi_j(x) = M^-1/2 exp( w_j.G x~  -  1/2 |G x~|^2 ),    E[phi(q).phi(k)] = exp(q~^T Sigma k~)
 
-(Choromanski et al., arXiv 2009.14794, Lemma 1; G = I there) give normalised attention that is exactly the two
-softmaxes of engine.py with aq_j = ak_j = sqrt(scale) G^T w_j and key bias -1/2 |G k~|^2; the |q|^2 term cancels.
+(Choromanski et al., arXiv 2009.14794, Lemma 1; G = I there) give, with aq_j = ak_j = scale^1/2 G^T w_j, exactly
+
+    l_jn  = ak_j.k_n + key_bias_n               key_bias_n = -1/2 |G k~_n|^2
+    L_j   = logsumexp_n l_jn
+    Y_j   = sum_n softmax_n(l_jn) v_n                                      features attend to keys
+    out_i = sum_j softmax_j(aq_j.q_i + L_j + feature_bias_j) Y_j           queries attend to features
+
+Every output is a convex combination of values, so it is finite in half precision. `window` makes a hybrid of it: exact
+softmax attention for near keys, features for the others (models/features/blocks.py).
 """
 
 from __future__ import annotations
@@ -15,10 +22,13 @@ from typing import NamedTuple
 
 import torch
 
-from models.base import AttentionBase, option, require
-from models.features.engine import attend
-from models.features.gemm import NEVER
+from models.base import AttentionBase, naive_average, option, real_first, real_rows, require, take
+from models.features import memory
+from models.features.blocks import fold, inside, joined, merge, near, read, state_of, sums, unfold
+from models.features.flash import NEVER, flash, wide
 from models.features.projections import gaussian
+
+BLOCK = 128  # tokens of a block of the causal form without a window
 
 
 class Maps(NamedTuple):
@@ -27,7 +37,7 @@ class Maps(NamedTuple):
     aq_HMD: torch.Tensor
     ak_HMD: torch.Tensor
     key_bias_BHN: torch.Tensor
-    feature_bias_HM: torch.Tensor | None = None
+    feature_bias_HM: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +46,21 @@ class FeatureConfig:
 
     num_features: int = option(64, "random features M per head", budget=True)
     orthogonal: bool = option(True, "draw the projections in orthogonal blocks")
+    window: int = option(
+        0,
+        "exact attention in blocks of this many tokens and to the neighbouring blocks; 0 = features alone",
+        later=True,
+    )
+    sinks: int = option(0, "first tokens that every token sees exactly, at most `window`", later=True)
 
 
 class FeatureAttention(AttentionBase):
-    """Base of the family: `maps` into the engine, the recurrent step, costs. `config` is a FeatureConfig."""
+    """Base of the family. A method is its `maps`; `config` is a FeatureConfig.
+
+    With `window` = W > 0, token i attends exactly, with logits scale q.k, to its own block of W tokens, to the blocks
+    before and (not causal) behind it, and to the first `sinks` tokens. All other keys weigh what the features
+    estimate, times exp(far_H), a number per head that calibration sets. Blocks count real tokens.
+    """
 
     random = True
     linear_memory = True
@@ -48,50 +69,126 @@ class FeatureAttention(AttentionBase):
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
-        require(config, num_features=1)
+        require(config, num_features=1, window=0, sinks=0)
+        if config.sinks > config.window:
+            raise ValueError(f"sinks must be at most the window, {config.window} tokens; got {config.sinks}")
+        if config.window:
+            self.register_buffer("far_H", torch.zeros(self.heads))
 
     def maps(self, k_BHND: torch.Tensor, scale: float) -> Maps:
         """The method: called outside of autocast with keys in fp32 at least."""
         raise NotImplementedError
 
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        return attend(q_BHND, k_BHND, v_BHND, *self._maps(k_BHND, scale), mask_BN, causal=causal)
+    def log_norm(self, q_BHND: torch.Tensor, scale: float) -> torch.Tensor:
+        """What the log of the estimated mass of query i has beside the lse of the two softmaxes, (B, H, N)."""
+        raise NotImplementedError
 
-    def _maps(self, k_BHND, scale):
-        with torch.autocast(k_BHND.device.type, enabled=False):
-            return self.maps(k_BHND.to(torch.promote_types(k_BHND.dtype, torch.float32)), scale)
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        with torch.autocast(v_BHND.device.type, enabled=False):
+            if causal or self.config.window:
+                out_BHND = self.by_blocks(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
+            else:
+                maps = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale)
+                key_bias_BHN = maps.key_bias_BHN
+                if mask_BN is not None:
+                    key_bias_BHN = key_bias_BHN.masked_fill(~mask_BN[:, None], NEVER)
+                state = state_of(maps.ak_HMD, k_BHND, v_BHND, key_bias_BHN)
+                out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM)
+            if mask_BN is not None:
+                out_BHND = out_BHND.masked_fill(~real_rows(mask_BN), 0)
+            return out_BHND.to(v_BHND.dtype)
+
+    def by_blocks(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        """The causal form and the hybrids, by blocks of real tokens."""
+        (B, _, N, _), window, sinks = q_BHND.shape, self.config.window, self.config.sinks
+        if mask_BN is not None:
+            order_BN = real_first(mask_BN)
+            q_BHND, k_BHND, v_BHND = (take(x, order_BN) for x in (q_BHND, k_BHND, v_BHND))
+        maps, L = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale), min(window or BLOCK, N)
+        dead_BHN = torch.zeros_like(maps.key_bias_BHN)
+        if mask_BN is not None:
+            dead_BHN = dead_BHN.masked_fill(~mask_BN.gather(1, order_BN)[:, None], NEVER)
+        q, k, v = (fold(x, L) for x in (q_BHND, k_BHND, v_BHND))
+        dead, key_bias = fold(dead_BHN, L, NEVER), fold(maps.key_bias_BHN, L) + fold(dead_BHN, L, NEVER)
+        reach, parts, far = min(window, 1), [], None
+        if N > (1 + reach) * L:
+            far_bias = key_bias
+            if sinks:
+                first = torch.arange(len(q), device=q.device) % (len(q) // B) == 0
+                first = first[:, None, None] & (torch.arange(L, device=q.device) < sinks)
+                far_bias = key_bias.masked_fill(first, NEVER)
+            far = sums(state_of(maps.ak_HMD, k, v, far_bias), B, reach, both=not causal)
+            out, lse = read(q, maps.aq_HMD, far, maps.feature_bias_HM)
+            if window:
+                lse = lse + self.far_H[:, None] + self.log_norm(q.to(lse.dtype), scale)
+            parts.append((out, lse))
+        if window:
+            parts += near(scale * q, k, v, dead, B, sinks, causal=causal)
+        else:
+            past = (
+                torch.full_like(maps.feature_bias_HM, NEVER).expand(len(q), -1, -1)
+                if far is None
+                else far.L_BHM
+            )
+            shared = maps.aq_HMD, maps.ak_HMD, key_bias, maps.feature_bias_HM
+            parts.append(inside(q, k, v, *shared, past))
+        out_BHND = unfold(merge(*parts), B, N)
+        return out_BHND if mask_BN is None else take(out_BHND, order_BN.argsort(1))
 
     def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
-        """State: L (B, H, M) and Y (B, H, M, D) of engine.py over the tokens so far."""
+        """State: the State of all keys so far, or with a window the Memory."""
         scale = self.head_dim**-0.5 if scale is None else scale
-        aq_HMD, ak_HMD, key_bias_BH1, feature_bias_HM = self._maps(k_BHD[:, :, None], scale)
-        q_BHD1, k_BHD1, v_BH1D = (
-            q_BHD.to(aq_HMD)[..., None],
-            k_BHD.to(aq_HMD)[..., None],
-            v_BHD.to(aq_HMD)[:, :, None],
-        )
-        l_BHM = (ak_HMD @ k_BHD1)[..., 0] + key_bias_BH1
-        if mask_B is not None:
-            l_BHM = l_BHM.masked_fill(~mask_B[:, None, None], NEVER)
-        if state is None:
-            state = torch.full_like(l_BHM, NEVER), torch.zeros_like(l_BHM)[..., None] * v_BH1D
-        L_BHM = torch.logaddexp(state[0], l_BHM)
-        Y_BHMD = (state[0] - L_BHM).exp()[..., None] * state[1] + (l_BHM - L_BHM).exp()[..., None] * v_BH1D
-        r_BHM = (aq_HMD @ q_BHD1)[..., 0] + L_BHM
-        if feature_bias_HM is not None:
-            r_BHM = r_BHM + feature_bias_HM
-        out_BHD = (r_BHM.softmax(-1)[..., None, :] @ Y_BHMD)[..., 0, :]
-        seen_BH1 = L_BHM.amax(-1, keepdim=True) > NEVER / 2
-        return out_BHD.where(seen_BH1, 0).to(v_BHD.dtype), (L_BHM, Y_BHMD)
+        window, sinks = self.config.window, self.config.sinks
+        q, k, v = (x.to(wide(v_BHD.dtype))[:, :, None] for x in (q_BHD, k_BHD, v_BHD))
+        real_B = torch.ones_like(q[:, 0, 0, 0], dtype=torch.bool) if mask_B is None else mask_B
+        with torch.autocast(q.device.type, enabled=False):
+            maps = self.maps(k, scale)
+            if not window:
+                key_bias_BH1 = maps.key_bias_BHN.masked_fill(~real_B[:, None, None], NEVER)
+                new = state_of(maps.ak_HMD, k, v, key_bias_BH1)
+                state = new if state is None else joined(state, new)
+                out, _ = read(q, maps.aq_HMD, state, maps.feature_bias_HM)
+                real_B = (
+                    state.L_BHM.amax((1, 2)) > NEVER / 2
+                )  # before the first real token there is nothing to see
+            else:
+                before = memory.empty(maps, v, window, sinks) if state is None else state
+                before = memory.absorbed(before, real_B, window, sinks, lambda k: self.maps(k, scale))
+                far, lse = read(q, maps.aq_HMD, before.far, maps.feature_bias_HM)
+                exact = flash(scale * q, *memory.near_keys(before, k, v, window))
+                out = merge(exact, (far, lse + self.far_H[:, None] + self.log_norm(q, scale)))
+                state = memory.extended(before, k, v, real_B)
+        return out[:, :, 0].where(real_B[:, None, None], 0).to(v_BHD.dtype), state
+
+    @torch.no_grad()
+    def calibrate(self, q_BHND, k_BHND, mask_BN=None, *, scale=None):
+        """Set far_H: the mean over queries of the log of the exact mass of all keys less that of the estimated one."""
+        if not self.config.window:
+            return
+        scale = self.head_dim**-0.5 if scale is None else scale
+        q, k = (x.to(wide(x.dtype)) for x in (q_BHND, k_BHND))
+        maps, dead_BHN = self.maps(k, scale), torch.zeros_like(k[..., 0])
+        if mask_BN is not None:
+            dead_BHN = dead_BHN.masked_fill(~mask_BN[:, None], NEVER)
+        state = state_of(maps.ak_HMD, k, k, maps.key_bias_BHN + dead_BHN)
+        estimated = read(q, maps.aq_HMD, state, maps.feature_bias_HM)[1] + self.log_norm(q, scale)
+        gap_BHN, real_BHN = flash(scale * q, k, k, dead_BHN)[1] - estimated, dead_BHN == 0
+        self.far_H.copy_(gap_BHN.where(real_BHN, 0).sum((0, 2)) / real_BHN.sum((0, 2)))
 
     def flops(self, B, H, N, D):
-        return 8 * B * H * N * self.config.num_features * D
+        exact = 0
+        if self.config.window:
+            L = min(self.config.window, N)
+            J = -(-N // L)
+            exact = 4 * B * H * J * L * (3 * L + self.config.sinks) * D
+            if J <= 2:
+                return exact
+        return 8 * B * H * N * self.config.num_features * D + exact
 
     def state_bytes(self, N):
-        M = self.config.num_features
-        return (
-            4 * self.heads * M * (self.head_dim + 1)
-        )  # Y and L: the weights are recomputed, a chunk at a time
+        M, W = self.config.num_features, min(self.config.window, N)
+        blocks = -(-N // W) if W else 1
+        return 4 * self.heads * (blocks * M + (4 * N if W else 0)) * (self.head_dim + 1)  # Y and L; near keys
 
     @property
     def feature_dim(self) -> int:
@@ -109,3 +206,17 @@ def naive_phi(w_HMD, x_BHND):
     """exp(w.x - |x|^2 / 2) / M^1/2, (B, H, N, M): positive random features of scaled vectors x."""
     dot_BHNM = torch.einsum("hmd,bhnd->bhnm", w_HMD, x_BHND)
     return torch.exp(dot_BHNM - x_BHND.square().sum(-1, keepdim=True) / 2) / w_HMD.shape[1] ** 0.5
+
+
+def naive_family(attention, kernel_BHNN, q, k, v, mask_BN, scale, causal):
+    """Attention with the matrix of kernel estimates written out, near pairs and sinks replaced by exp(scale q.k)."""
+    W, sinks = attention.config.window, attention.config.sinks
+    if W:
+        mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool) if mask_BN is None else mask_BN
+        place_BN = mask.cumsum(1) - 1
+        block_BN = place_BN // W
+        near_BNN = (block_BN[:, :, None] - block_BN[:, None]).abs() <= 1
+        near_BNN = near_BNN | (place_BN < sinks)[:, None]
+        far = attention.far_H.to(q.dtype)[:, None, None].exp() * kernel_BHNN
+        kernel_BHNN = torch.where(near_BNN[:, None], torch.exp(scale * q @ k.mT), far)
+    return naive_average(kernel_BHNN, v, mask_BN, causal)

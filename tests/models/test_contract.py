@@ -28,6 +28,11 @@ TOGETHER = [  # options that change each other's meaning, or need each other
     Case("darkformer", {"align": "centre", "init": "aligned", "target_norm": 1.0, "learn_mean": True}),
     Case("darkformer", {"init": "whitening", "share_heads": True, "rank": 4}),
     Case("optimal", {"align": "balance", "pool": 3, "redraw_every": 1}),
+    Case("performer", {"window": 2, "sinks": 1}),
+    Case("lfk", {"window": 2}),
+    Case("darkformer", {"window": 2, "sinks": 1, "align": "balance", "init": "aligned", "target_norm": 1.0}),
+    Case("optimal", {"window": 2, "align": "centre"}),
+    Case("local", {"window": 2, "sinks": 1}),
 ]
 TOGETHER += [case._replace(causal=True) for case in TOGETHER]
 TESTS = [

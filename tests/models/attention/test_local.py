@@ -13,9 +13,22 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True])
 
 
 @CAUSAL
-@pytest.mark.parametrize("window", [1, 2, 5])
-def test_the_contract_holds_for_windows_shorter_than_the_sequence(window, causal):
-    assert failures(Case("local", {"window": window}, causal), set(CHECKS) - {"compiled_equals_eager"}) == {}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 2},
+        {"window": 5},
+        {"window": 1, "sinks": 1},
+        {"window": 2, "sinks": 3},
+        {"window": 2, "shape": "blocks"},
+        {"window": 3, "sinks": 2, "shape": "blocks"},
+    ],
+    ids=str,
+)
+def test_the_contract_holds_for_windows_shorter_than_the_sequence(options, causal):
+    case = Case("local", options, causal)
+    assert failures(case, [name for name in CHECKS if name != "compiled_equals_eager"]) == {}
 
 
 @CAUSAL
@@ -50,6 +63,23 @@ def test_every_token_sees_its_window_wherever_blocks_end(window, causal):
     torch.testing.assert_close(seen.sum(1), torch.ones(N).double())
 
 
+@CAUSAL
+@pytest.mark.parametrize("shape", ["sliding", "blocks"])
+@pytest.mark.parametrize("sinks", [1, 2, 4])
+def test_sinks_are_seen_by_all_and_once(sinks, shape, causal):
+    options = {"window": 2, "sinks": sinks, "shape": shape}
+    attention = Case("local", options).build(Setting((1, 3, N, N), False))
+    place = torch.arange(N)
+    ahead = (place - place[:, None]) if shape == "sliding" else 2 * (place // 2 - place[:, None] // 2)
+    inside = (ahead.abs() <= 2) | (place < sinks)
+    inside &= (place <= place[:, None]) | (not causal)
+    seen = weights(attention, causal=causal)
+    assert torch.equal(seen > 0, inside)
+    q, k, _ = (x.detach() for x in inputs(Setting((1, 3, N, N), False)))
+    logits = (N**-0.5 * q @ k.mT)[0, 0].masked_fill(~inside, float("-inf"))
+    torch.testing.assert_close(seen, logits.softmax(-1))
+
+
 @pytest.mark.parametrize("window", [2, 5])
 def test_steps_with_alibi_equal_the_causal_form(window):
     attention, (q, k, v), state = Case("local", {"window": window}).build(SETTING), inputs(SETTING), None
@@ -58,7 +88,7 @@ def test_steps_with_alibi_equal_the_causal_form(window):
     for i in range(N):
         out, state = attention.step(q[:, :, i], k[:, :, i], v[:, :, i], state)
         torch.testing.assert_close(out, wanted[:, :, i])
-    assert state[0].shape == state[1].shape == (2, 3, window, 5)
+    assert state.k_BHKD.shape == state.v_BHKD.shape == (2, 3, window, 5)
 
 
 @CAUSAL

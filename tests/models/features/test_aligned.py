@@ -42,8 +42,8 @@ def expected_log_kernel(attention, q, k, scale):
     maps = attention.maps(k, scale)
     u = maps.aq_HMD @ q.mT  # (B, H, D, N): coefficients of w
     v = maps.ak_HMD @ k.mT
-    shift = 0 if maps.feature_bias_HM is None else maps.feature_bias_HM[..., None]  # linear in w as well
-    total = u[..., :, None] + v[..., None, :] + (shift[..., None] if torch.is_tensor(shift) else 0)
+    shift = maps.feature_bias_HM[..., None, None]  # linear in w as well
+    total = u[..., :, None] + v[..., None, :] + shift
     return total.square().sum(-3) / 2 + maps.key_bias_BHN[..., None, :]
 
 
@@ -102,8 +102,7 @@ def relative_variance(align, q, k):
     attention = build("performer", (q, k), num_features=D, align=align)
     attention.w_HMD.copy_(torch.eye(D))
     m = attention.maps(k, D**-0.5)
-    shift = 0 if m.feature_bias_HM is None else m.feature_bias_HM[..., None]
-    u = m.aq_HMD @ q.mT + m.ak_HMD @ k.mT + shift
+    u = m.aq_HMD @ q.mT + m.ak_HMD @ k.mT + m.feature_bias_HM[..., None]
     return (u.square().sum(-2).exp() - 1).median().item()
 
 
@@ -126,8 +125,7 @@ def test_features_of_the_aligned_kernel_are_unbiased(align, proposal):
     )
     scale = D**-0.5
     m = attention.maps(k, scale)
-    bias = 0 if m.feature_bias_HM is None else m.feature_bias_HM[..., None]
-    r = m.aq_HMD @ q.mT + bias
+    r = m.aq_HMD @ q.mT + m.feature_bias_HM[..., None]
     l = m.ak_HMD @ k.mT + m.key_bias_BHN[..., None, :]  # noqa: E741
     one, other = r[..., 0].exp(), l[..., 1].exp()
     q0, k1 = q[..., 0, :], k[..., 1, :]
@@ -157,9 +155,7 @@ def test_the_variance_optimal_proposal_has_the_closed_form_variance():
             (1 / (1 - 2 * t)).prod(),
         ),
     ):
-        logs = (
-            w @ Lambda.new_ones(0) if False else (w * (q + k)).sum(-1) - (q.square() + k.square()).sum(-1) / 2
-        )
+        logs = (w * (q + k)).sum(-1) - (q.square() + k.square()).sum(-1) / 2
         second = torch.exp(2 * (logs + log_ratio))
         assert abs(second.mean() - wanted) < 4 * second.std() / draws**0.5, wanted
 

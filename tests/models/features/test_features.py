@@ -1,16 +1,24 @@
 """The random projections, their redraws, and the methods of the family."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-from lra.registry import build_attention
-from models.features.engine import attend
+from lra.options import construct
+from lra.registry import attention_class, build_attention
+from lra.training.config import stored_options
+from models.features.blocks import read, state_of
 from models.features.projections import gaussian
 
 B, H, N, D, M = 2, 3, 7, 5, 11
+ROOT = Path(__file__).resolve().parents[3]
+RECORDS = ROOT / "results" / "reference" / "records"
 SHAPE = {"heads": H, "head_dim": D, "max_len": N}
 
 
@@ -109,8 +117,9 @@ def test_importance_weights_undo_the_proposal():
     log_ratio = D * math.log(2) - w.square().sum(-1) * (1 / 2 - 1 / 8)
     a, key_bias = D**-0.25 * w, -0.5 * D**-0.5 * k.square().sum(-1)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attend(q, k, v, a, a, key_bias, log_ratio), exact, rtol=0, atol=0.005)
-    assert (attend(q, k, v, a, a, key_bias) - exact).abs().max() > 0.05
+    state = state_of(a, k, v, key_bias)
+    torch.testing.assert_close(read(q, a, state, log_ratio)[0], exact, rtol=0, atol=0.005)
+    assert (read(q, a, state, 0 * log_ratio)[0] - exact).abs().max() > 0.05
 
 
 def test_darkformer_at_the_identity_is_performer_with_the_same_draws():
@@ -191,6 +200,87 @@ class TestRedraw:
 def test_num_features_below_one_is_refused():
     with pytest.raises(ValueError, match="num_features must be at least 1; got 0"):
         build_attention("performer", **SHAPE, num_features=0)
+
+
+# Hybrids
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["performer", "darkformer", "lfk", "optimal"])
+def test_a_hybrid_whose_window_holds_everything_is_exact_attention(name, causal):
+    for n, window in ((7, 7), (7, 4), (1, 1)):
+        attention, (q, k, v) = build_attention(name, **SHAPE, window=window).double(), qkv(n)
+        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        torch.testing.assert_close(attention(q, k, v, causal=causal), exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_its_far_keys_a_hybrid_is_the_window_in_blocks(causal):
+    """The floor of a hybrid is a method: `local` with the same window and sinks, in blocks."""
+    q, k, v = qkv(23)
+    hybrid = build_attention("performer", **SHAPE, window=3, sinks=2).double()
+    floor = build_attention("local", **SHAPE, window=3, sinks=2, shape="blocks").double()
+    assert not torch.allclose(hybrid(q, k, v, causal=causal), floor(q, k, v, causal=causal))
+    hybrid.far_H.fill_(-100)
+    torch.testing.assert_close(
+        hybrid(q, k, v, causal=causal), floor(q, k, v, causal=causal), rtol=0, atol=1e-12
+    )
+
+
+def test_calibration_sets_the_mass_of_the_far_keys():
+    """With few features the estimate is too low on average (Jensen); with many it is right."""
+    q, k, _ = qkv(64)
+    few, many = (
+        build_attention("performer", **SHAPE, window=2, num_features=m).double() for m in (8, 100_000)
+    )
+    for attention in (few, many):
+        attention.calibrate(q, k)
+    assert (few.far_H > 0).all() and many.far_H.abs().max() < 0.05
+    assert "far_H" in few.state_dict() and "far_H" not in build_attention("performer", **SHAPE).state_dict()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_longer_window_brings_a_calibrated_hybrid_closer_to_exact_attention(causal):
+    q, k, v = qkv(64)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def error(**options):
+        total = 0
+        for seed in range(8):
+            attention = build_attention("performer", **SHAPE, num_features=M, seed=seed, **options).double()
+            attention.calibrate(q, k)
+            total += (attention(q, k, v, causal=causal) - exact).square().mean().item()
+        return total
+
+    assert error(window=16) < error(window=4) < error()
+
+
+# Options in records
+
+
+@pytest.mark.parametrize("name", ["performer", "darkformer"])
+def test_new_options_leave_the_identity_of_committed_records_alone(name):
+    record = json.loads(next(iter(sorted(RECORDS.glob(f"image/{name}/*/seed0.json")))).read_text())
+    stored = record["model"]["attention_config"]
+    assert stored_options(construct(attention_class(name).Config, stored, where="attention")) == stored
+    changed = construct(attention_class(name).Config, stored | {"window": 8}, where="attention")
+    assert stored_options(changed) == stored | {"window": 8}
+
+
+# Head width 256, two threads
+
+
+def test_calibration_at_width_256_with_two_threads_ends():
+    """torch.linalg.inv of 4 x 256 x 256 matrices loops for ever in MKL 2024.2 once two threads are set."""
+    code = """if True:
+        import torch
+        from lra.registry import build_attention
+        torch.set_num_threads(2)
+        q, k = torch.randn(2, 1, 4, 300, 256)
+        options = {"align": "balance", "proposal": "variance_optimal", "init": "whitening", "num_features": 8}
+        build_attention("darkformer", heads=4, head_dim=256, max_len=300, **options).calibrate(q, k)
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, timeout=120, check=True)
 
 
 # Defects of public packages
