@@ -14,7 +14,7 @@ class Attention(AlignedAttention):
     """Unbiased estimate of the kernel exp(scale q.k), normalised (Choromanski et al., arXiv 2009.14794).
 
     The engine with a_j = sqrt(scale) w_j and key bias -scale |k|^2 / 2. Our w_j are the paper's omega_j; our M
-    its m. The paper has no `align` (see _aligned.py). 8 B H N M D operations, O(N + M) memory.
+    its m. The paper has no `align` (see models/features/aligned.py). 8 B H N M D operations, O(N + M) memory.
     """
 
     Config = Config
