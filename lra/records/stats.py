@@ -86,7 +86,7 @@ class Uncertain:
         side = self.below if self.value > 0 else self.above
         if self.value == 0.0 or side == self.seeds == 0.0:
             return float(self.value == 0.0)
-        low, high = -745.0, 0.0  # logarithms of the level
+        low, high = -100.0, 0.0  # logarithms of the level; far below, scipy has no quantile
         for _ in range(60):
             middle = (low + high) / 2
             inside = self._half(side, math.exp(middle)) > abs(self.value)

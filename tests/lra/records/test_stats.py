@@ -90,6 +90,8 @@ def test_a_p_value_of_one_in_twenty_is_an_interval_that_ends_at_zero():
     estimate = Uncertain(0.0, 0.01, 0.01, 30, 0.02, 2)
     at_the_end = Uncertain(estimate.high, 0.01, 0.01, 30, 0.02, 2)
     assert at_the_end.low == pytest.approx(0.0) and at_the_end.p_value == pytest.approx(0.05)
+    halfway = [Uncertain(x, 0.005, 0.005, 11, 0.0007, 2.0000000000000004).p_value for x in (0.01, 0.02, 0.2, 20)]
+    assert halfway == sorted(halfway, reverse=True) and 0.05 < halfway[0] < 0.1 and halfway[-1] > 0
     assert (Uncertain(0.0).p_value, Uncertain(0.1).p_value) == (1.0, 0.0)
     assert Uncertain(0.1, 0.05, 0.05).p_value == pytest.approx(2 * scipy_stats.norm.sf(2))
     assert Uncertain(-0.1, seeds=0.05, seeds_freedom=2).p_value == pytest.approx(2 * scipy_stats.t.sf(2, 2))
