@@ -55,8 +55,8 @@ def write_mean(cell: Path) -> bool:
         with SummaryWriter(str(temporary)) as writer:
             writer.add_custom_scalars(LAYOUT)
             for step, tag in sorted(shared):
-                mean = math.fsum(values[step, tag] for values in seeds) / len(seeds)
-                writer.add_scalar(tag, mean, step)
+                value = math.fsum(values[step, tag] for values in seeds) / len(seeds)
+                writer.add_scalar(tag, value, step)
         shutil.rmtree(mean, ignore_errors=True)
         temporary.rename(mean)
     finally:
