@@ -172,7 +172,5 @@ def show(args: Namespace) -> None:
     except (Rejected, Unchecked) as error:
         raise UsageError(f"{args.record}: {error}") from error
     r = record["result"]
-    print(
-        f"test {counts.n_correct}/{counts.n}; record {r['n_correct']}/{r['n_test']}; "
-        f"predictions agree {100 * agree:.2f}%"
-    )
+    recorded, equal = f"record {r['n_correct']}/{r['n_test']}", f"predictions agree {100 * agree:.2f}%"
+    print(f"test {counts.n_correct}/{counts.n}; {recorded}; {equal}")
