@@ -7,6 +7,7 @@ imported only where the user said --trust.
 from __future__ import annotations
 
 import math
+import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -163,8 +164,11 @@ def _affordable(record: dict[str, Any]) -> None:
         raise Rejected(f"model: its sizes exceed the {LARGEST:,} parameters that are built to check a record")
 
 
-def show(args: Namespace) -> None:
-    """`evaluate`: the saved weights of a record, on its test split, against its stored predictions."""
+def show(args: Namespace) -> int:
+    """`evaluate`: the saved weights of a record, on its test split, against its stored predictions.
+
+    Exit code 1 where fewer than AGREE of the predictions are the same.
+    """
     record = read_record(args.record)
     try:
         check(record)
@@ -174,3 +178,6 @@ def show(args: Namespace) -> None:
     r = record["result"]
     recorded, equal = f"record {r['n_correct']}/{r['n_test']}", f"predictions agree {100 * agree:.2f}%"
     print(f"test {counts.n_correct}/{counts.n}; {recorded}; {equal}")
+    if agree < AGREE:
+        print(f"not repeated: below {AGREE:.1%}; weights, code or data are not those of the record", file=sys.stderr)
+    return int(agree < AGREE)

@@ -49,9 +49,12 @@ class Run:
 
     @property
     def sources(self) -> dict[str, str]:
-        """sha256 of the task's and the attention's own source, by section of the record; not part of the digest."""
-        modules = {"task": load_task(self.meta.name), "model": attention_module(self.attention)}
-        return {section: source_sha256(module) for section, module in modules.items()}
+        """sha256 of the task's and the attention's source, by section of the record; not part of the digest.
+
+        An attention's source includes the modules of models/features/ that it is made of.
+        """
+        attention = source_sha256(attention_module(self.attention), "models.features")
+        return {"task": source_sha256(load_task(self.meta.name)), "model": attention}
 
     def build_model(self, attention: str | None = None) -> torch.nn.Module:
         """The classifier, initialised from the run's seed; with `attention`, that method at its defaults instead."""

@@ -36,20 +36,24 @@ class Kernels(NamedTuple):
 
 
 def cpu_forward(q, k, v, causal):
+    """PyTorch's flash attention on a CPU: (out, lse)."""
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=1.0)
 
 
 def cpu_backward(g, q, k, v, out, lse, causal):
+    """Its gradients of q, k and v."""
     operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
     return operator(g, q, k, v, out, lse, 0.0, causal, scale=1.0)
 
 
 def cuda_forward(q, k, v, causal):
+    """PyTorch's memory-efficient attention on CUDA: (out, lse)."""
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=1.0)
     return out, lse[..., : q.shape[2]]
 
 
 def cuda_backward(g, q, k, v, out, lse, causal):
+    """Its gradients of q, k and v."""
     lse = torch.nn.functional.pad(
         lse, (0, -lse.shape[-1] % 32), value=float("inf")
     )  # as its forward returns it

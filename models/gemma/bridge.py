@@ -30,6 +30,7 @@ from transformers.masking_utils import flash_attention_mask
 from models.base import AttentionBase
 
 NAME = "lra"
+WINDOW = "_lra_sliding_window"  # attribute of a model: what its config said before `attach`
 Tap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], None]
 
 
@@ -112,6 +113,8 @@ def attach(
         sockets.append(socket)
     if any(s.ignore_window for s in sockets) and getattr(config, "sliding_window", None):
         # Only the cache still reads this (each layer has its own copy): without windows, keep every key.
+        if not hasattr(model, WINDOW):
+            setattr(model, WINDOW, config.sliding_window)
         config.sliding_window = config.max_position_embeddings
     return sockets
 
@@ -120,9 +123,10 @@ def detach(model: nn.Module) -> None:
     """Take all sockets away: the model is again the exact one that was loaded."""
     for layer in text_layers(model):
         if hasattr(layer.self_attn, "socket"):
-            if (window := getattr(layer.self_attn, "sliding_window", None)) is not None:
-                model.config.sliding_window = window
             del layer.self_attn.socket
+    if hasattr(model, WINDOW):
+        model.config.sliding_window = getattr(model, WINDOW)
+        delattr(model, WINDOW)
 
 
 def sockets(model: nn.Module) -> dict[int, Socket]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import os
 import uuid
 from collections.abc import Iterator
@@ -52,12 +54,19 @@ def remove_temporaries(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def source_sha256(module: ModuleType) -> str:
+def source_sha256(module: ModuleType, shared: str = "") -> str:
     """Hex sha256 of a plug-in's own source: its file, or every .py file of its folder in order of name.
 
-    Shared code that the plug-in imports is not part of it. Two checkouts of the same source give the same hash.
+    With `shared`, such as `models.features`, the modules of that package that the source imports, directly or through
+    one another, are part of it. Other shared code is not. Two checkouts of the same source give the same hash.
     """
     file = Path(module.__file__)
     files = sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
+    for path in files if shared else ():  # the list grows while it is read
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(shared):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                places = [importlib.util.find_spec(name) for name in names if name.count(".") == shared.count(".") + 1]
+                files += [Path(place.origin) for place in places if place and Path(place.origin) not in files]
     lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()

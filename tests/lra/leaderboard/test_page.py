@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 
 import lra.leaderboard.page
@@ -18,7 +19,7 @@ from lra.records.markup import Bullets, Grid, Heading, Text, html_fragment, mark
 from lra.records.record import SCHEMA
 from lra.records.stats import Estimate
 from tests.conftest import ROOT
-from tests.lra.builders import FIVE, LINEAR, QUADRATIC, bench, put
+from tests.lra.builders import FIVE, LINEAR, QUADRATIC, answer, bench, put
 from tests.lra.figures.builders import HOSTILE, give_curve
 
 
@@ -162,9 +163,11 @@ def test_strips_of_a_task_share_an_axis_with_the_floor_and_softmax(page):
 def test_warnings_and_ways_to_figures_and_tables_come_before_the_rows(tmp_path):
     for attention in ("softmax", "constant"):
         for seed in range(3):
-            give_curve(put(tmp_path, attention=attention, seed=seed, correct=1300 + seed))
+            path = put(tmp_path, attention=attention, seed=seed)
+            answer(path, np.arange(4000) < 1300 + seed)
+            give_curve(path)
     page = built(tmp_path)
-    assert 0 < page.index("this column does not measure attention") < page.index('id="board"')
+    assert 0 < page.index("constant ties softmax") < page.index('id="board"')
     for name in ("leaderboard", "figures", "tables"):
         assert page.index(f'href="#{name}"') < page.index('id="board"') and f'id="{name}"' in page
     assert 'href="#gemma"' not in page, "nothing of Gemma was measured"

@@ -59,7 +59,9 @@ def test_edited_task_is_not_done(lab, monkeypatch, error_line):
     original = lra.training.config.source_sha256
     edited = {"tasks.tiny": "0" * 64}
     monkeypatch.setattr(
-        lra.training.config, "source_sha256", lambda module: edited.get(module.__name__) or original(module)
+        lra.training.config,
+        "source_sha256",
+        lambda module, *shared: edited.get(module.__name__) or original(module, *shared),
     )
     assert "the source of task tiny has changed" in error_line(*lab.words())
 

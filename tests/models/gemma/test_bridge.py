@@ -172,6 +172,21 @@ def test_bad_input_is_one_line_with_the_way_out(kind, options, message):
         plug(gemma(kind), **options)
 
 
+@pytest.mark.parametrize("layers", ["all", "full"])
+def test_detach_leaves_the_model_and_its_config_as_they_were(layers, tmp_path):
+    model = gemma("gemma3")
+    ids, _ = prompt()
+    before = model(input_ids=ids).logits
+    plug(model, "constant", layers)
+    plug(model, "constant", layers)
+    assert model.config.sliding_window != WINDOW
+    bridge.detach(model)
+    assert model.config.sliding_window == WINDOW
+    model.save_pretrained(tmp_path)
+    again = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_is_no_gemma_is_refused():
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)
     with pytest.raises(ValueError, match="gpt2"):

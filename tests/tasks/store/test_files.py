@@ -51,3 +51,24 @@ def test_source_code_is_hashed_whole_and_wherever_it_stands(tmp_path):
     assert digest("here/large/__init__.py") != large and digest("here/one.py") == one
     shutil.move(tmp_path / "there" / "large" / "helper.py", tmp_path / "there" / "large" / "other.py")
     assert digest("there/large/__init__.py") != large
+
+
+def test_shared_modules_that_a_source_is_made_of_are_part_of_its_hash(tmp_path, monkeypatch):
+    package = tmp_path / "bricks"
+    (package / "kiln").mkdir(parents=True)
+    for name, text in (
+        ("__init__", ""),
+        ("kiln/__init__", ""),
+        ("kiln/clay", "from bricks.kiln import sand"),
+        ("kiln/sand", ""),
+        ("kiln/other", ""),
+    ):
+        (package / f"{name}.py").write_text(text)
+    (tmp_path / "wall.py").write_text("from bricks.kiln.clay import form")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wall = SimpleNamespace(__file__=str(tmp_path / "wall.py"))
+    own, whole = files.source_sha256(wall), files.source_sha256(wall, "bricks.kiln")
+    (package / "kiln" / "other.py").write_text("# edited")
+    assert files.source_sha256(wall, "bricks.kiln") == whole != own
+    (package / "kiln" / "sand.py").write_text("# edited")
+    assert files.source_sha256(wall, "bricks.kiln") != whole and files.source_sha256(wall) == own
