@@ -48,7 +48,8 @@ Shape suffixes, used on every tensor of models/:
 
     B batch    T towers    N tokens    E model width    H heads    D head width    F FFN width
     M random features    K keys instead of N (Linformer's projected length, a window)    C classes
-    Q queries instead of N    J blocks of a sequence    L tokens of a block    S states of a channel, in conjugate pairs; tokens of a sample
+    Q queries instead of N    J blocks of a sequence    L tokens of a block
+    S states of a channel, in conjugate pairs; tokens of a sample
     R rows of G (DARKFormer)    P candidates of a pool
 """
 
