@@ -89,13 +89,6 @@ SPEED = Publication(
     },
 )
 
-GENERATORS = {  # samples per second on one core of the published programs, as measured for this suite elsewhere
-    "ListOps": 230.0,  # google-research/long-range-arena at cd31e5c; counts finished samples
-    "Pathfinder 32 px, contour 6": 52.0,  # drewlinsley/pathfinder at ab9c130, LRA's parameters; and so below
-    "Pathfinder 32 px, contour 9": 25.0,
-    "Pathfinder 32 px, contour 14": 5.2,
-}
-
 
 def blocks() -> list[Block]:
     """The block "Published, not rerun": one table per source, averages computed here."""
