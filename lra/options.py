@@ -96,9 +96,7 @@ class Command(NamedTuple):
     help: str = ""  # only of an action such as `leaderboard submit`; lra/cli.py has the others
 
 
-def option(
-    name: str, help: str, kind: Any = str, default: Any = None, **more: Any
-) -> tuple[str, dict[str, Any]]:
+def option(name: str, help: str, kind: Any = str, default: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
     """One option of a command, as the arguments of argparse's add_argument.
 
     `kind`: an argparse type; a tuple of choices; bool, a switch; list, an option that may be repeated.

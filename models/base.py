@@ -90,13 +90,9 @@ class AttentionBase(nn.Module):
     linear_memory: ClassVar[bool] = False  # memory grows no faster than N
     fixed_length: ClassVar[bool] = False  # N may not exceed max_len
     reads_qk: ClassVar[bool] = True  # False: output depends on v alone, and the encoder passes v for q and k
-    adapts: ClassVar[bool] = (
-        False  # keeps a sample of its training data in buffers, which all ranks must share
-    )
+    adapts: ClassVar[bool] = False  # keeps a sample of its training data in buffers, which all ranks must share
 
-    def __init__(
-        self, config: Any, *, heads: int, head_dim: int, max_len: int, seed: int = 0, layer: int = 0
-    ):
+    def __init__(self, config: Any, *, heads: int, head_dim: int, max_len: int, seed: int = 0, layer: int = 0):
         """`max_len` in tokens; `seed` and `layer` seed whatever the method draws at random."""
         super().__init__()
         self.config, self.heads, self.head_dim = config, heads, head_dim

@@ -136,9 +136,7 @@ def masked_mean(x_BNE: torch.Tensor, mask_BN: torch.Tensor | None) -> torch.Tens
 
 def sinusoids(max_len: int, width: int) -> torch.Tensor:
     """Fixed positions (max_len, width): sin and cos of n / 10000^(2i/width)  (arXiv 1706.03762, section 3.5)."""
-    angles = torch.arange(max_len)[:, None] * torch.exp(
-        torch.arange(0, width, 2) * (-math.log(10000.0) / width)
-    )
+    angles = torch.arange(max_len)[:, None] * torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
 
 

@@ -57,9 +57,7 @@ class Lab:
         """The options that say where things are."""
         return [f"--data={self.data}", f"--results={self.results}", f"--runs={self.runs}"]
 
-    def words(
-        self, *options: str, attention: str = "softmax", seed: int = 0, preset: str = "smoke"
-    ) -> list[str]:
+    def words(self, *options: str, attention: str = "softmax", seed: int = 0, preset: str = "smoke") -> list[str]:
         """The arguments of one `train` command."""
         command = ["train", self.task, "--attention", attention, "--seed", str(seed), "--preset", preset]
         return [*command, "--device=cpu", *options, *self.places]

@@ -242,9 +242,7 @@ def disk_full(suite: Suite) -> int:
                 times += done.code != 0
                 name = f"disk full ({which}, {kilobytes} KB left)"
                 if done.code:
-                    suite.expect(
-                        one_error(done) and "No space left" in done.err, f"{name}: said {done.err!r}"
-                    )
+                    suite.expect(one_error(done) and "No space left" in done.err, f"{name}: said {done.err!r}")
                 ballast.unlink()
                 left = [p for p in place.rglob("checkpoint*.safetensors")]
                 for path in left:
@@ -390,9 +388,7 @@ def run_sweep(lab: Lab, *options: str, disturb: Callable[[int], None] = lambda p
 
     def before() -> None:
         original = subprocess.Popen
-        lra.scaling.sweep.subprocess.Popen = lambda command, **more: original(
-            lab.driver() + command[3:], **more
-        )
+        lra.scaling.sweep.subprocess.Popen = lambda command, **more: original(lab.driver() + command[3:], **more)
 
     words = ["sweep", "--tasks=tiny", "--preset=smoke", "--device=cpu", "--threads=1", "--jobs=1"]
     return run(lab, [*words, *options, *lab.places], before=before, disturb=disturb)

@@ -237,9 +237,7 @@ def shape_suffixes_are_in_the_legend(sources):
         if name.startswith(("tasks/", "models/gemma/")):
             continue
         nodes = ast.walk(tree(text))
-        names = {
-            n.id if isinstance(n, ast.Name) else n.arg for n in nodes if isinstance(n, ast.Name | ast.arg)
-        }
+        names = {n.id if isinstance(n, ast.Name) else n.arg for n in nodes if isinstance(n, ast.Name | ast.arg)}
         for suffixed in sorted(n for n in names if n != n.upper()):
             suffix = re.fullmatch(r"[a-zA-Z]\w*_([A-Z1]+)", suffixed)
             if suffix and not set(suffix[1]) <= legend() | {"1"}:
@@ -283,10 +281,7 @@ LAZY = "def f():\n    import "
 CHAIN = {f"lra/new{k}.py": f"import lra.new{k + 1}" for k in range(9)}
 IMPOSTORS = {  # rule: files that break it
     imports_go_one_way: {"lra/records/new.py": LAZY + "lra.training.train"},
-    files_have_no_circle: {
-        "lra/training/a.py": "import lra.training.b",
-        "lra/training/b.py": LAZY + "lra.training.a",
-    },
+    files_have_no_circle: {"lra/training/a.py": "import lra.training.b", "lra/training/b.py": LAZY + "lra.training.a"},
     rooms_have_no_circle: {"lra/a/a.py": "import lra.b.b", "lra/a/c.py": "", "lra/b/b.py": LAZY + "lra.a.c"},
     rooms_stand_on_eight_floors: CHAIN | {"lra/new9.py": ""},
     private_names_stay_at_home: {"lra/gemma/new.py": "from lra.records.record import _pack"},
@@ -295,10 +290,7 @@ IMPOSTORS = {  # rule: files that break it
     rooms_are_small: {f"lra/training/new{k}.py": "" for k in range(15)},
     files_are_short: {"lra/new.py": LONG},
     functions_are_short: {"lra/new.py": FUNCTION},
-    a_run_is_read_in_sixteen_files: {
-        "lra/training/train.py": "import lra.training.b",
-        "lra/training/b.py": 8 * LONG,
-    },
+    a_run_is_read_in_sixteen_files: {"lra/training/train.py": "import lra.training.b", "lra/training/b.py": 8 * LONG},
     public_things_have_docstrings: {"lra/new.py": '"""Doc."""\ndef f():\n    pass'},
     shape_suffixes_are_in_the_legend: {"lra/new.py": "q_BZ = 1"},
     nothing_is_unpickled_or_executed: {"lra/new.py": "import numpy as np\nnp.load(file)"},

@@ -148,9 +148,7 @@ def whole_numbers(option: str, text: str, like: str) -> list[tuple[int, ...]]:
     except ValueError:
         numbers = []
     if not numbers or any(len(n) != len(like.split("x")) or min(n) < 1 for n in numbers):
-        raise UsageError(
-            f"{option} takes whole numbers above 0, comma-separated, such as {like}; got {text!r}"
-        )
+        raise UsageError(f"{option} takes whole numbers above 0, comma-separated, such as {like}; got {text!r}")
     return list(dict.fromkeys(numbers))
 
 

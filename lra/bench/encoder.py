@@ -94,16 +94,10 @@ class Step:
         sizes = vars(self.size) | {"max_len": N}
 
         def build(layer: int, max_len: int) -> AttentionBase:
-            shape = {
-                "heads": self.size.heads,
-                "head_dim": self.size.width // self.size.heads,
-                "max_len": max_len,
-            }
+            shape = {"heads": self.size.heads, "head_dim": self.size.width // self.size.heads, "max_len": max_len}
             if attention.startswith(PYPI):
                 return build_peer(attention.removeprefix(PYPI), **shape, size=M)
-            return registry.build_attention(
-                attention, **shape, layer=layer, **registry.budget_options(attention, M)
-            )
+            return registry.build_attention(attention, **shape, layer=layer, **registry.budget_options(attention, M))
 
         torch.manual_seed(0)
         head = Classify(self.size.width, self.size.ffn, CLASSES)

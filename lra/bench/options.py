@@ -49,9 +49,7 @@ COMMANDS = {
         "time and memory against length, beside packages",
     ),
     "bench encoder": Command(
-        "lra.bench.encoder:bench_encoder",
-        (*ENCODER, *timing(3)),
-        "training step with each attention, beside packages",
+        "lra.bench.encoder:bench_encoder", (*ENCODER, *timing(3)), "training step with each attention, beside packages"
     ),
     "bench tasks": Command(
         "lra.bench.tasks:bench_tasks",

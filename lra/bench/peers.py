@@ -82,9 +82,7 @@ def _nystrom(heads, head_dim, max_len, size):
     from nystrom_attention import NystromAttention
 
     # Without its convolution, whose gradient in oneDNN is wrong on some CPUs (LOG.md).
-    module = NystromAttention(
-        heads * head_dim, dim_head=head_dim, heads=heads, num_landmarks=size, residual=False
-    )
+    module = NystromAttention(heads * head_dim, dim_head=head_dim, heads=heads, num_landmarks=size, residual=False)
     module.to_qkv, module.to_out = nn.Identity(), nn.Identity()
     return _merged(module, lambda m, *qkv: m(torch.cat(qkv, -1)))
 

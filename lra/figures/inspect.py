@@ -163,10 +163,7 @@ def _checks(facts: dict[str, Any]) -> dict[str, str]:
     """Duplicates, floors and what the task reports of its own data."""
     removed = ", ".join(f"{n:,} from {name}" for name, n in facts["duplicates_removed"].items())
     within = ", ".join(f"{n:,} in {name}" for name, n in facts["duplicates_within"].items())
-    rows = {
-        "duplicates across splits removed": removed or "none",
-        "duplicates within a split, kept": within or "none",
-    }
+    rows = {"duplicates across splits removed": removed or "none", "duplicates within a split, kept": within or "none"}
     rows |= {f"floor: {name}, % of test": f"{100 * value:.1f}" for name, value in facts["floors"].items()}
     return rows | {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in facts["report"].items()}
 

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def place_labels(
-    axes: Axes,
-    points: Sequence[tuple[float, float]],
-    texts: Sequence[str],
-    radii: Sequence[float],
-    size: float = 8,
+    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], radii: Sequence[float], size: float = 8
 ) -> None:
     """Write each text beside its point: no two texts overlap, none covers a point or a line, none leaves the axes.
 
@@ -40,9 +36,7 @@ def place_labels(
     taken += [Bbox([m - r * pixels, m + r * pixels]) for m, r in zip(middles, radii, strict=True)]
     arrow = {"arrowstyle": "-", "linewidth": 0.6, "color": GREY, "shrinkA": 0, "shrinkB": 0}
     for point, middle, text, radius in zip(points, middles, texts, radii, strict=True):
-        label = axes.annotate(
-            text, point, (0, 0), textcoords="offset points", arrowprops=arrow, fontsize=size
-        )
+        label = axes.annotate(text, point, (0, 0), textcoords="offset points", arrowprops=arrow, fontsize=size)
         label.set(horizontalalignment="center", verticalalignment="center")
         extent = Text.get_window_extent(label)
         box = Bbox.from_bounds(*middle - [extent.width / 2, extent.height / 2], extent.width, extent.height)
@@ -99,9 +93,7 @@ def label_ends(axes: Axes, lines: Sequence[Line2D] | None = None, size: float = 
     text = {"textcoords": "axes fraction", "va": "center", "fontsize": size, "annotation_clip": False}
     for line, end, height in zip(lines, ends, spread(wanted, step), strict=True):
         color = line.get_color()
-        axes.annotate(
-            line.get_label(), end, (1.05, height), color=color, arrowprops=arrow | {"color": color}, **text
-        )
+        axes.annotate(line.get_label(), end, (1.05, height), color=color, arrowprops=arrow | {"color": color}, **text)
 
 
 def spread(wanted: Sequence[float], step: float) -> list[float]:
@@ -117,7 +109,5 @@ def spread(wanted: Sequence[float], step: float) -> list[float]:
             pools[-2:] = [pools[-2] + pools[-1]]
     lowest = [fmean(pool) for pool in pools for _ in pool]
     ceiling = max(0.0, 1.0 - (len(order) - 1) * step)
-    heights = {
-        i: min(max(low, 0.0), ceiling) + rank * step for rank, (i, low) in enumerate(zip(order, lowest))
-    }
+    heights = {i: min(max(low, 0.0), ceiling) + rank * step for rank, (i, low) in enumerate(zip(order, lowest))}
     return [heights[i] for i in range(len(wanted))]

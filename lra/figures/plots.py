@@ -209,25 +209,15 @@ def _tradeoff(table: Table, columns: Sequence[Column], points: dict[str, tuple])
     """Which methods are below softmax in the mean of the columns (paired, Holm over the methods), as a sentence."""
     gaps = defaultdict(list)
     for (row, column, name), comparison in compare_all(table).items():
-        if (
-            name == "softmax"
-            and not row[2]
-            and row[1] in points
-            and row[1] != "constant"
-            and column in columns
-        ):
+        if name == "softmax" and not row[2] and row[1] in points and row[1] != "constant" and column in columns:
             gaps[row[1]].append(comparison.gap)
     means = {name: average(parts) for name, parts in gaps.items() if len(parts) == len(columns)}
     adjusted = holm([mean.p_value for mean in means.values()])
-    below = {
-        name for (name, mean), p in zip(means.items(), adjusted, strict=True) if p < ALPHA and mean.value < 0
-    }
+    below = {name for (name, mean), p in zip(means.items(), adjusted, strict=True) if p < ALPHA and mean.value < 0}
     speeds = {name: points[name][0] for name in means if name not in below}
     text = f"{table.preset}: averaged over tasks, {len(below)} of {len(means)} methods significantly below softmax"
     best = max(speeds, key=speeds.__getitem__, default=None)
-    return text + (
-        f"; the fastest of the others, {short(best)}, is {speeds[best]:.2f} times as fast" if best else ""
-    )
+    return text + (f"; the fastest of the others, {short(best)}, is {speeds[best]:.2f} times as fast" if best else "")
 
 
 def _geometric(values: Sequence[float | None]) -> float | None:

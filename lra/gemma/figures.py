@@ -54,10 +54,7 @@ def _panels(
         rows = grouped(runs, lambda r, runs=runs: name(r, runs))
         sizes = {features(r) for r in runs} - {None}
         if len(sizes) == 1:  # then it is said once
-            setting, rows = (
-                f"{setting}, M = {min(sizes)}",
-                {without(label, "M="): rows[label] for label in rows},
-            )
+            setting, rows = (f"{setting}, M = {min(sizes)}", {without(label, "M="): rows[label] for label in rows})
         panels.append((axes, setting, rows))
     return figure, panels
 
@@ -175,9 +172,7 @@ def swap(records: Sequence[Record]) -> Figure:
                 axes.fill_between(ends, low, high, color=look["color"], alpha=0.2, linewidth=0)
                 continue
             at, gaps = zip(*sorted(series[label], key=lambda x: x[0]), strict=True)
-            shifted = [
-                M * 2 ** (0.07 * (i - len(series) / 2)) for M in at
-            ]  # so that intervals stand side by side
+            shifted = [M * 2 ** (0.07 * (i - len(series) / 2)) for M in at]  # so that intervals stand side by side
             lines.append(_bars(axes, shifted, gaps, look))
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, map(str, sizes))
@@ -238,10 +233,7 @@ def anisotropy(records: Sequence[Record]) -> Figure:
                 (line,) = axes.plot(range(1, len(values) + 1), values, color=style.color(method), alpha=shade)
             line.set_label(f"{name} (pale: layer {layers[0]['layer']}, full: layer {layers[-1]['layer']})")
             beyond[name] = sum(layer[key][0][0] > 0.5 for layer in layers)
-        limits = (
-            (1 / 2, "--", "above 1/2: no optimal proposal"),
-            (1 / 6, ":", "above 1/6: infinite variance"),
-        )
+        limits = ((1 / 2, "--", "above 1/2: no optimal proposal"), (1 / 6, ":", "above 1/6: infinite variance"))
         for limit, dash, name in limits:
             axes.axhline(limit, linestyle=dash, color=style.GREY, label=name)
         axes.set_yscale("log")
@@ -250,7 +242,5 @@ def anisotropy(records: Sequence[Record]) -> Figure:
                  "times the square root of the scale, first head")  # fmt: skip
         axes.legend(fontsize=8, loc="upper right")
         counts = " and ".join(f"{count} {name}" for name, count in beyond.items())
-        _finish(
-            axes, f"layers whose largest eigenvalue is above 1/2: {counts}, of {len(layers)}", setting, ()
-        )
+        _finish(axes, f"layers whose largest eigenvalue is above 1/2: {counts}, of {len(layers)}", setting, ())
     return figure

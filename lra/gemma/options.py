@@ -43,18 +43,14 @@ METHOD = (
     option("--attention", "a name of `list attentions`, or NAME,OPTION=VALUE,...", list, required=True),
     option("--layers", "all, full (those without a window), or indices such as 0,5,11", default="all"),
     option("--features", "random features M a head, or its like: 64,256", above_zero(int, True), "256"),
-    option(
-        "--window", "of replaced layers; auto: only exact ones keep it", ("auto", "keep", "ignore"), "auto"
-    ),
+    option("--window", "of replaced layers; auto: only exact ones keep it", ("auto", "keep", "ignore"), "auto"),
     option("--ignore-softcap", "replace capped logits (Gemma 2) by uncapped ones", bool),
     option("--seeds", "seeds 0..N-1", at_least(1), 1),
 )
 SCORE = option("--eval", "test sequences (default: tiny 64, others 16)", at_least(2), dest="eval_blocks")
 TRAINED = ("kernel", "kernel+qk", "kernel+qkvo", "all")
 TRAIN = (
-    option(
-        "--train", "qk, qkvo: projections of replaced layers; all: but the embedding", TRAINED, TRAINED[2]
-    ),
+    option("--train", "qk, qkvo: projections of replaced layers; all: but the embedding", TRAINED, TRAINED[2]),
     option("--tokens", "training tokens (default: tiny 16384, others 40960)", at_least(1)),
     option("--batch", "sequences per step (default: tiny 8, others 2)", at_least(1)),
     option("--lr", "peak learning rate of pretrained weights", above_zero(float), 1e-4),
@@ -88,9 +84,7 @@ COMMANDS = {
         (*BASE, option("--adapter", "adapter.safetensors of a finetuned run", Path, required=True), SCORE),
         "score a saved adapter on its base model",
     ),
-    "gemma weights": Command(
-        "lra.gemma.commands:weights", (MODEL, DATA), "fetch or make a model, and say what it is"
-    ),
+    "gemma weights": Command("lra.gemma.commands:weights", (MODEL, DATA), "fetch or make a model, and say what it is"),
     "gemma table": Command(
         "lra.gemma.table:show",
         (TABLES, option("--write", "a Markdown file; only the text between its gemma markers changes", Path)),

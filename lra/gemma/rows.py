@@ -21,13 +21,7 @@ def setting_of(r: Record) -> str:
     whole = e["layers"] == list(range(first, last + 1))
     layers = f"{first} to {last}" if whole and last > first + 1 else ",".join(map(str, e["layers"]))
     text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]})"
-    parts = [
-        e["base"],
-        text,
-        f"{r['task']['seq_len']} tokens",
-        f"layers {layers}",
-        r["training"]["precision"],
-    ]
+    parts = [e["base"], text, f"{r['task']['seq_len']} tokens", f"layers {layers}", r["training"]["precision"]]
     if recipe:
         parts += [f"{recipe['tokens']:,} training tokens", f"train {recipe['train']}"]
     return ", ".join(parts)

@@ -64,9 +64,7 @@ def score(runs: Sequence[Record]) -> Uncertain:
 def gap(exact: Sequence[Record], runs: Sequence[Record]) -> Uncertain:
     """exact minus method, paired by document."""
     e, m = clusters(exact), clusters(runs)
-    return with_training(
-        ratio([(e[d][0] - m[d][0], e[d][1]) for d in sorted(e)]), [(1.0, exact), (-1.0, runs)]
-    )
+    return with_training(ratio([(e[d][0] - m[d][0], e[d][1]) for d in sorted(e)]), [(1.0, exact), (-1.0, runs)])
 
 
 def recovered(exact, constant, runs) -> Uncertain | None:

@@ -50,9 +50,7 @@ def render(results: Path) -> dict[str, str]:
     try:
         return {kind: markdown(MAKERS[kind](records)) for kind, records in by_kind(results).items()}
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UsageError(
-            f"a record of the Gemma track is not usable: {type(error).__name__} {error}"
-        ) from error
+        raise UsageError(f"a record of the Gemma track is not usable: {type(error).__name__} {error}") from error
 
 
 def by_kind(results: Path) -> dict[str, list[Record]]:
@@ -155,9 +153,7 @@ def stability(records: Sequence[Record]) -> list[Block]:
         table = []
         for label in sorted(rows, key=order):
             by_rate = grouped(rows[label], lambda r: r["training"]["recipe"]["lr"])
-            ended = [
-                statistics.fmean(map(accuracy, x)) for x in by_rate.values() if all(r["result"] for r in x)
-            ]
+            ended = [statistics.fmean(map(accuracy, x)) for x in by_rate.values() if all(r["result"] for r in x)]
             best_worst = f"{100 * max(ended):.1f} / {100 * min(ended):.1f}" if ended else MISSING
             table.append((titled(label), *(stable(by_rate.get(rate, [])) for rate in rates), best_worst))
         header = ("attention", *(f"{x:g}" for x in rates), "best / worst")

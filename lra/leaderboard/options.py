@@ -57,12 +57,8 @@ COMMANDS = {
         ),
         "check records, and keep how far each was verified",
     ),
-    "leaderboard build": Command(
-        "lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html"
-    ),
+    "leaderboard build": Command("lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html"),
     "leaderboard serve": Command(
-        "lra.leaderboard.page:serve",
-        (RESULTS, PORT),
-        "show results to a browser of this machine",
+        "lra.leaderboard.page:serve", (RESULTS, PORT), "show results to a browser of this machine"
     ),
 }

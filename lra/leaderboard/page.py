@@ -168,9 +168,7 @@ def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, V
         "speed": speed,
         "memory": memory,
         "badge": _badge(results, cell, verdicts),
-        "runs": [
-            {"command": flat(e.command), "path": e.path.relative_to(results).as_posix()} for e in cell.runs
-        ],
+        "runs": [{"command": flat(e.command), "path": e.path.relative_to(results).as_posix()} for e in cell.runs],
         **_score(cell),
     }
 

@@ -25,9 +25,7 @@ def _preset(table: Table) -> list[Block]:
     rows = [(kind, *(_floor(table, c, kind) for c in table.columns)) for kind in ("majority", "shortcut")]
     for row in table.rows:
         if not row[2]:
-            cells = (
-                _cell(table.cells.get((row, c)), compared.get((row, c, "softmax"))) for c in table.columns
-            )
+            cells = (_cell(table.cells.get((row, c)), compared.get((row, c, "softmax"))) for c in table.columns)
             rows.append((row_name(row), *cells))
     grid = Grid(("method", *(names[c] for c in table.columns)), tuple(rows))
     return [grid, Text(" ".join(_sentences(table, compared)))]

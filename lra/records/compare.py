@@ -49,9 +49,7 @@ def compare(args: Namespace) -> int:
             return MISSING
         mark, theirs = against(cell, args.results, args.reference)
         marks.append(mark)
-        return f"{_percent(cell.accuracies)} {mark}" + (
-            f" {_percent(theirs)}" if mark not in (EQUAL, NONE) else ""
-        )
+        return f"{_percent(cell.accuracies)} {mark}" + (f" {_percent(theirs)}" if mark not in (EQUAL, NONE) else "")
 
     for table in build(args.results, args.preset, skipped.append):
         names = compact.column_names(table)
@@ -93,9 +91,7 @@ def equivalent(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -
     within = margin(sum(ours.values()) / len(ours), n)
     paired = ours.keys() == theirs.keys()
     seeds = sorted(ours) if paired else sorted(theirs)
-    verdict, gap = equivalence(
-        [theirs[seed] for seed in seeds], [ours[seed] for seed in sorted(ours)], within, paired
-    )
+    verdict, gap = equivalence([theirs[seed] for seed in seeds], [ours[seed] for seed in sorted(ours)], within, paired)
     return verdict, gap, within
 
 

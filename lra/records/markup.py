@@ -106,9 +106,7 @@ def _markdown_block(block: Block) -> str:
         case Bullets(items):
             return "\n".join(f"* {_markdown(flat(item))}" for item in items)
         case Grid(header, rows):
-            lines = [
-                [_lines(cell, _markdown, "<br>", "**{}**", "*{}*") for cell in row] for row in (header, *rows)
-            ]
+            lines = [[_lines(cell, _markdown, "<br>", "**{}**", "*{}*") for cell in row] for row in (header, *rows)]
             rule = "|:--|" + "--:|" * (len(header) - 1)
             first, *rest = (f"| {' | '.join(line)} |" for line in lines)
             return "\n".join([first, rule, *rest])
@@ -175,13 +173,7 @@ def _latex_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return rf"\shortstack[r]{{{stacked}}}" if "\n" in text else stacked
 
     columns = "l" + "r" * (len(header) - 1)
-    top = [
-        r"\begin{lrbox}{\grid}",
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        line(header),
-        r"\midrule",
-    ]
+    top = [r"\begin{lrbox}{\grid}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(header), r"\midrule"]
     bottom = [r"\bottomrule", r"\end{tabular}", r"\end{lrbox}", r"\fit"]
     return "\n".join([*top, *map(line, rows), *bottom])
 

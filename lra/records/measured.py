@@ -63,9 +63,7 @@ def tasks_report(preset: str) -> str:
     return f"tasks-{preset}"
 
 
-def _points(
-    path: Path, names: tuple, numbers: tuple, optional: tuple = ()
-) -> Iterator[tuple[list, list, list]]:
+def _points(path: Path, names: tuple, numbers: tuple, optional: tuple = ()) -> Iterator[tuple[list, list, list]]:
     """(names, positive numbers, positive numbers or None) of each point of a file; none where there is no file."""
     if not path.exists():
         return

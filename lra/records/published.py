@@ -92,9 +92,7 @@ SPEED = Publication(
 
 def blocks() -> list[Block]:
     """The block "Published, not rerun": one table per source, averages computed here."""
-    intro = (
-        "Accuracy in percent, from the papers; other data, code and sizes: no row compares with one above."
-    )
+    intro = "Accuracy in percent, from the papers; other data, code and sizes: no row compares with one above."
     tables: list[Block] = [Heading("Published, not rerun"), Text(intro)]
     for source in ACCURACY:
         averaged = {name: (*row, mean_sd(row)[0]) for name, row in source.rows.items()}
@@ -108,7 +106,4 @@ def _table(source: Publication, header: tuple[str, ...], rows: dict[str, tuple[f
         return f"{value:.1f}" if column.endswith("steps/s") else f"{value:.2f}"
 
     lines = [(name, *map(cell, row, header)) for name, row in rows.items()]
-    return [
-        Text(f"{source.title} ({source.citation}). {source.caveat}"),
-        Grid(("published", *header), tuple(lines)),
-    ]
+    return [Text(f"{source.title} ({source.citation}). {source.caveat}"), Grid(("published", *header), tuple(lines))]

@@ -163,9 +163,7 @@ def suite_facts() -> dict[str, Any]:
 
     def git(*words):
         try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30
-            )
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

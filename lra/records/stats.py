@@ -97,9 +97,7 @@ class Uncertain:
         a, b = side * side, self.seeds * self.seeds
         if a + b == 0.0:
             return 0.0
-        test, training = (
-            quantile(k, level) if v else 0.0 for v, k in ((a, self.freedom), (b, self.seeds_freedom))
-        )
+        test, training = (quantile(k, level) if v else 0.0 for v, k in ((a, self.freedom), (b, self.seeds_freedom)))
         return (test * a + training * b) / math.sqrt(a + b)
 
 

@@ -99,14 +99,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                 scores = tuple(f"{x:.6f}" for x in (e.n_correct / e.n_test, *interval))
             c = e.column
             line = (c.task, c.dataset, str(c.substitute).lower(), e.preset, e.attention, e.overrides, e.seed)
-            line += (
-                e.n_correct,
-                e.n_test,
-                *scores,
-                e.params_ratio,
-                table.speeds.get(e.path.parent.name),
-                e.peak_bytes,
-            )
+            line += (e.n_correct, e.n_test, *scores, e.params_ratio, table.speeds.get(e.path.parent.name), e.peak_bytes)
             writer.writerow([_inert(x) for x in (*line, e.status, e.command)])
     return file.getvalue()
 
@@ -279,9 +272,7 @@ def _points(gap: Uncertain) -> str:
 
 def _above(column: Column, compared: dict[Key, Comparison]) -> str:
     """The rows that are significantly above constant."""
-    cells = {
-        row: c for (row, place, baseline), c in compared.items() if (place, baseline) == (column, "constant")
-    }
+    cells = {row: c for (row, place, baseline), c in compared.items() if (place, baseline) == (column, "constant")}
     return ", ".join(sorted(row_name(row) for row, c in cells.items() if c.verdict == "above"))
 
 

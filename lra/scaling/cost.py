@@ -126,9 +126,7 @@ def cost_table(runs: list, predictions: list[Prediction | None], args: Namespace
         rows.append([name, f"{run.recipe.train.steps:,}", *cells])
     text = markdown([Grid(["predicted", "steps", "ms per step", "run", "GB"], rows)])
     total = args.seeds * sum(p.seconds for p in predictions if p)
-    text += (
-        f"\n{args.seeds * len(runs)} runs, predicted: {duration(total)} of one {args.gpu or 'CPU thread'}."
-    )
+    text += f"\n{args.seeds * len(runs)} runs, predicted: {duration(total)} of one {args.gpu or 'CPU thread'}."
     if not args.gpu:
         jobs = args.jobs or cores()
         text += f" With {jobs} at a time: {duration(total / jobs)}."

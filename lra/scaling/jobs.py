@@ -96,9 +96,7 @@ class Pool:
     Order: first seeds first, of one seed the longest first, so that no long job is left to run alone at the end.
     """
 
-    def __init__(
-        self, jobs: list[Job], at_once: int, memory: int | None, needs: dict, limit: float | None = None
-    ):
+    def __init__(self, jobs: list[Job], at_once: int, memory: int | None, needs: dict, limit: float | None = None):
         self.total, self.at_once, self.memory, self.needs = len(jobs), at_once, memory or sys.maxsize, needs
         self.waiting = sorted(jobs, key=lambda job: (job.run.seed, -needs[job.kind].seconds))
         self.running: list[Running] = []

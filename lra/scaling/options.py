@@ -15,13 +15,9 @@ GRID = (
 WHERE = "here: processes of this command; slurm: an array of jobs; local, debug: the same without Slurm"
 EXECUTOR = (
     option("--executor", WHERE, ("here", "slurm", "local", "debug"), "here"),
-    option(
-        "--slurm", "of every job: partition=gpu, gpus_per_node=1, mem=8G ...", list, [], metavar="KEY=VALUE"
-    ),
+    option("--slurm", "of every job: partition=gpu, gpus_per_node=1, mem=8G ...", list, [], metavar="KEY=VALUE"),
     option("--job-minutes", "time limit of a job, which is then saved and queued again", at_least(1), 240),
-    option(
-        "--time-limit", "minutes until runs are saved and the sweep ends with 85 (default: none)", at_least(1)
-    ),
+    option("--time-limit", "minutes until runs are saved and the sweep ends with 85 (default: none)", at_least(1)),
 )
 AGAIN = option("--again", "train anew cells whose source was edited, and keep their old records", bool)
 COST = (
@@ -30,9 +26,7 @@ COST = (
 )
 
 COMMANDS = {
-    "sweep": Command(
-        "lra.scaling.sweep:sweep", (*GRID, *EXECUTOR, PRESET, *SOURCE, AGAIN, *TRAINING, *PLACES)
-    ),
+    "sweep": Command("lra.scaling.sweep:sweep", (*GRID, *EXECUTOR, PRESET, *SOURCE, AGAIN, *TRAINING, *PLACES)),
     "cost": Command("lra.scaling.cost:cost", (*GRID, PRESET, *COST, *TRAINING, *PLACES)),
     "doctor": Command("lra.scaling.doctor:doctor"),
 }

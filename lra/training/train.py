@@ -51,9 +51,7 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
     return path, carry_out(lambda: Trainer(run, prepared, where), path, folder, publish, where.world)
 
 
-def carry_out(
-    make: Callable[[], Training], path: Path, folder: Path, publish: Callable, world: World = ALONE
-) -> bool:
+def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: Callable, world: World = ALONE) -> bool:
     """Train, read the test split once, and `publish(record, what the test returned)` at `path`. False: it is there.
 
     Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and Held when another process is at this run.

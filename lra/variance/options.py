@@ -10,14 +10,9 @@ SYNTHETIC = (
     option("--synthetic", "Gaussian q and k; what is measured when no source is given", bool),
     option("--dim", "head width D (default: synthetic 64; --run and --tensors: theirs)", at_least(1)),
     option("--condition", "synthetic: condition numbers of Lambda, comma-separated (default: 1,10,100,1000)"),
-    option(
-        "--trace", "synthetic: traces of Lambda, mean |q|^2 after scaling, comma-separated (default: 1.5)"
-    ),
+    option("--trace", "synthetic: traces of Lambda, mean |q|^2 after scaling, comma-separated (default: 1.5)"),
     option("--largest", "synthetic: largest eigenvalues of Lambda instead of traces, comma-separated"),
-    option(
-        "--kinds",
-        "synthetic: matched (one covariance), skewed (opposite spectra, means apart); default: both",
-    ),
+    option("--kinds", "synthetic: matched (one covariance), skewed (opposite spectra, means apart); default: both"),
     option("--shift", "skewed: length of the means of q and k, before scaling (default: 3)", float),
     option("--tokens", "synthetic: tokens of a sequence (default: 256)", at_least(2)),
 )

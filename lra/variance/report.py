@@ -79,8 +79,7 @@ def _row(s: dict[str, Any]) -> list[str]:
         f"{low['error']:.3g}",
         f"{high['error']:.3g} ± {high['error_se']:.1g}",
         slopes[1],
-        f"{high['bias_squared']:.2g}"
-        + (f" ± {se:.1g}" if (se := high["bias_squared_se"]) is not None else ""),
+        f"{high['bias_squared']:.2g}" + (f" ± {se:.1g}" if (se := high["bias_squared_se"]) is not None else ""),
         f"{high['variance']:.2g}",
     ]
 

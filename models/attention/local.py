@@ -17,9 +17,7 @@ class Config:
     window: int = option(64, "tokens a query sees on each side of itself; causal: behind itself", budget=True)
     sinks: int = option(0, "first tokens that every token sees besides", later=True)
     shape: Literal["sliding", "blocks"] = option(
-        "sliding",
-        "blocks: a query sees its own block of `window` tokens and the neighbouring ones",
-        later=True,
+        "sliding", "blocks: a query sees its own block of `window` tokens and the neighbouring ones", later=True
     )
 
 
@@ -70,9 +68,7 @@ class Attention(AttentionBase):
         key_J1K = torch.cat([place_N[:S].expand(J, 1, S), around_J1K], -1)
         ahead_JLK = key_J1K - query_JL1
         sink_K = torch.arange(key_J1K.shape[-1], device=place_N.device) < S
-        allowed_JLK = (
-            self._near(key_J1K, query_JL1) ^ sink_K
-        )  # a sink that is near is among the near keys already
+        allowed_JLK = self._near(key_J1K, query_JL1) ^ sink_K  # a sink that is near is among the near keys already
         if causal:
             allowed_JLK = allowed_JLK & (ahead_JLK <= 0)
         q_BJHLD, k_BJHKD, v_BJHKD, real_BJ1K = (

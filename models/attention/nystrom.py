@@ -59,12 +59,8 @@ class Attention(AttentionBase):
             over_landmarks_B11K = (landmark_BK | ~real_B1)[:, None, None]
             over_tokens_B11N = (mask_BN | ~real_B1)[:, None, None]
             a_BHKK = (scale * q_BHKD @ k_BHKD.mT).masked_fill(~over_landmarks_B11K, float("-inf")).softmax(-1)
-            z_BHKK = pseudo_inverse(
-                a_BHKK.masked_fill(~landmark_BK[:, None, :, None], 0), self.config.iterations
-            )
-            y_BHKD = F.scaled_dot_product_attention(
-                q_BHKD, k_BHND, v_BHND, attn_mask=over_tokens_B11N, scale=scale
-            )
+            z_BHKK = pseudo_inverse(a_BHKK.masked_fill(~landmark_BK[:, None, :, None], 0), self.config.iterations)
+            y_BHKD = F.scaled_dot_product_attention(q_BHKD, k_BHND, v_BHND, attn_mask=over_tokens_B11N, scale=scale)
             out_BHND = F.scaled_dot_product_attention(
                 q_BHND, k_BHKD, z_BHKK @ y_BHKD, attn_mask=over_landmarks_B11K, scale=scale
             )

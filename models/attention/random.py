@@ -34,13 +34,7 @@ class Attention(softmax.Attention):
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
         draws = gaussian(
-            self.heads,
-            2 * self.max_len,
-            self.head_dim,
-            orthogonal=False,
-            seed=self.seed,
-            layer=self.layer,
-            redraw=0,
+            self.heads, 2 * self.max_len, self.head_dim, orthogonal=False, seed=self.seed, layer=self.layer, redraw=0
         )
         self.register_buffer("draws_2HND", torch.stack(draws.chunk(2, dim=1)))
 

@@ -48,9 +48,7 @@ class Attention(AttentionBase):
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
         if config.num_states < 4 or config.num_states % 4:
-            raise ValueError(
-                f"num_states must be a multiple of 4 (pairs, in two directions); got {config.num_states}"
-            )
+            raise ValueError(f"num_states must be a multiple of 4 (pairs, in two directions); got {config.num_states}")
         # E = H D channels; the first half of the S pairs of states runs forward in time.
         E, S = self.heads * self.head_dim, config.num_states // 2
         frequency_S = math.pi * torch.arange(S // 2).repeat(2)
@@ -114,9 +112,7 @@ class Attention(AttentionBase):
         old = state or (v_BE1.new_zeros(len(v_BE1), *exponent[0].shape),) * 2
         turned = times(tuple(x[..., 1] for x in powers(*exponent, 2)), old)
         state = turned[0] + v_BE1, turned[1]
-        out_BHD = (
-            times(gain, state)[0].sum(-1).view_as(v_BHD) + self.skip_E.to(wide).view(v_BHD.shape[1:]) * v_BHD
-        )
+        out_BHD = times(gain, state)[0].sum(-1).view_as(v_BHD) + self.skip_E.to(wide).view(v_BHD.shape[1:]) * v_BHD
         if mask_B is not None:
             state = tuple(torch.where(mask_B[:, None, None], *pair) for pair in zip(state, old, strict=True))
         return out_BHD.to(dtype), state

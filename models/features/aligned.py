@@ -207,9 +207,7 @@ def naive_aligned(attention, q, k, v, mask_BN, scale, causal):
     """Feature vectors of q' = G T^-T (q - mq) and k' = G T (k - mk) written out, times exp(s mq.k + s (q - mq).mk)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     w_HMD = attention.w_HMD.to(q.dtype)
-    phi_q, phi_k = (
-        naive_phi(w_HMD, scale**0.5 * attention.aligned(x, side)) for x, side in ((q, "q"), (k, "k"))
-    )
+    phi_q, phi_k = (naive_phi(w_HMD, scale**0.5 * attention.aligned(x, side)) for x, side in ((q, "q"), (k, "k")))
     if attention.b_HM is not None:
         phi_q = phi_q * attention.b_HM.to(q.dtype).exp()[:, None]
     if attention.centres:

@@ -79,9 +79,7 @@ def sums(states: State, B: int, reach: int, *, both: bool) -> State:
     """For each of the folded blocks the state of all blocks more than `reach` before it, and with `both` behind it."""
 
     def beyond(states: State, direction: int) -> State:
-        turned = State(
-            *(x.unflatten(0, (B, -1)).flip(1) if direction < 0 else x.unflatten(0, (B, -1)) for x in states)
-        )
+        turned = State(*(x.unflatten(0, (B, -1)).flip(1) if direction < 0 else x.unflatten(0, (B, -1)) for x in states))
         before = earlier(turned)
         L, Y = (x.flip(1) if direction < 0 else x for x in before)
         fills = zip((L, Y), (NEVER, 0.0), strict=True)
@@ -96,14 +94,10 @@ def earlier(states: State) -> State:
     if J == 1:
         return State(torch.full_like(states.L_BHM, NEVER), torch.zeros_like(states.Y_BHMD))
     fills = zip(states, (NEVER, 0.0), strict=True)
-    padded = (
-        F.pad(x, (0, 0) * (x.dim() - 2) + (0, J % 2), value=fill).unflatten(1, (-1, 2)) for x, fill in fills
-    )
+    padded = (F.pad(x, (0, 0) * (x.dim() - 2) + (0, J % 2), value=fill).unflatten(1, (-1, 2)) for x, fill in fills)
     first, second = (State(*pair) for pair in zip(*(x.unbind(2) for x in padded), strict=True))
     before = earlier(joined(first, second))
-    return State(
-        *(torch.stack(x, 2).flatten(1, 2)[:, :J] for x in zip(before, joined(before, first), strict=True))
-    )
+    return State(*(torch.stack(x, 2).flatten(1, 2)[:, :J] for x in zip(before, joined(before, first), strict=True)))
 
 
 def inside(q_BHLD, k_BHLD, v_BHLD, aq_HMD, ak_HMD, key_bias_BHL, feature_bias_HM, past_L_BHM):
@@ -162,9 +156,7 @@ def _inside(q_BHLD, k_BHLD, v_BHLD, key_bias_BHL, past_L_BHM, aq_HMD, ak_HMD, fe
         return out_BHLD, S_BHLL.logsumexp(-1) + top_BHL1[..., 0]
 
 
-def near(
-    q_BHLD, k_BHLD, v_BHLD, dead_BHL, B: int, sinks: int, *, causal: bool
-) -> list[tuple[Tensor, Tensor]]:
+def near(q_BHLD, k_BHLD, v_BHLD, dead_BHL, B: int, sinks: int, *, causal: bool) -> list[tuple[Tensor, Tensor]]:
     """Exact attention of folded blocks, q scaled, to their own and the neighbouring blocks and to the first `sinks`
     tokens of the row: parts for `merge`. `dead` is 0 at real keys, NEVER at padding."""
 

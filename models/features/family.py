@@ -125,11 +125,7 @@ class FeatureAttention(AttentionBase):
         if window:
             parts += near(scale * q, k, v, dead, B, sinks, causal=causal)
         else:
-            past = (
-                torch.full_like(maps.feature_bias_HM, NEVER).expand(len(q), -1, -1)
-                if far is None
-                else far.L_BHM
-            )
+            past = torch.full_like(maps.feature_bias_HM, NEVER).expand(len(q), -1, -1) if far is None else far.L_BHM
             shared = maps.aq_HMD, maps.ak_HMD, key_bias, maps.feature_bias_HM
             parts.append(inside(q, k, v, *shared, past))
         out_BHND = unfold(merge(*parts), B, N)
@@ -148,9 +144,7 @@ class FeatureAttention(AttentionBase):
                 new = state_of(maps.ak_HMD, k, v, key_bias_BH1)
                 state = new if state is None else joined(state, new)
                 out, _ = read(q, maps.aq_HMD, state, maps.feature_bias_HM)
-                real_B = (
-                    state.L_BHM.amax((1, 2)) > NEVER / 2
-                )  # before the first real token there is nothing to see
+                real_B = state.L_BHM.amax((1, 2)) > NEVER / 2  # before the first real token there is nothing to see
             else:
                 before = memory.empty(maps, v, window, sinks) if state is None else state
                 before = memory.absorbed(before, real_B, window, sinks, lambda k: self.maps(k, scale))

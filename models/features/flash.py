@@ -54,9 +54,7 @@ def cuda_forward(q, k, v, causal):
 
 def cuda_backward(g, q, k, v, out, lse, causal):
     """Its gradients of q, k and v."""
-    lse = torch.nn.functional.pad(
-        lse, (0, -lse.shape[-1] % 32), value=float("inf")
-    )  # as its forward returns it
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # as its forward returns it
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     wanted = [True, True, True, False]
     operator = aten._scaled_dot_product_efficient_attention_backward
@@ -178,15 +176,7 @@ def fused(q, k, v, key_bias, causal):
 
 
 def backward(
-    g: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
+    g: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias."""
     run = plain_backward if backend(v.device.type, v.dtype) == "plain" else fused_backward
@@ -229,15 +219,7 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, causal: bool)
 
 @functools.partial(torch.library.custom_op, "lra::flash_backward", mutates_args=())
 def _backward_op(
-    g: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
+    g: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = backward(g, dlse, q, k, v, key_bias, out, lse, causal)
     return tuple(x.contiguous() for x in grads)

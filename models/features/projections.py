@@ -12,9 +12,7 @@ import warnings
 import torch
 
 RIDGE = 0.03  # of the mean eigenvalue, added to a covariance before it is inverted
-LARGEST = (
-    0.45  # eigenvalues of Lambda are clipped to it: from 1/2 on the variance-optimal proposal does not exist
-)
+LARGEST = 0.45  # eigenvalues of Lambda are clipped to it: from 1/2 on the variance-optimal proposal does not exist
 
 
 def generator(*key: object) -> torch.Generator:

@@ -61,9 +61,7 @@ def select_layers(model: nn.Module, choice: str) -> list[int]:
     if choice == "all":
         return list(range(len(layers)))
     if choice == "full":
-        return [
-            i for i, layer in enumerate(layers) if getattr(layer.self_attn, "sliding_window", None) is None
-        ]
+        return [i for i, layer in enumerate(layers) if getattr(layer.self_attn, "sliding_window", None) is None]
     try:
         chosen = sorted({int(part) for part in choice.split(",")})
     except ValueError:
@@ -101,9 +99,7 @@ def attach(
     for index in layers:
         attention = found[index].self_attn
         heads = attention.q_proj.out_features // attention.head_dim
-        kernel = build(
-            layer=index, heads=heads, head_dim=attention.head_dim, max_len=config.max_position_embeddings
-        )
+        kernel = build(layer=index, heads=heads, head_dim=attention.head_dim, max_len=config.max_position_embeddings)
         _check(kernel, config, ignore_softcap)
         ignored = (not kernel.exact) if ignore_window is None else ignore_window
         socket = Socket(kernel, ignore_window=ignored, ignore_softcap=ignore_softcap)
@@ -132,9 +128,7 @@ def detach(model: nn.Module) -> None:
 def sockets(model: nn.Module) -> dict[int, Socket]:
     """Layer index to socket."""
     return {
-        i: layer.self_attn.socket
-        for i, layer in enumerate(text_layers(model))
-        if hasattr(layer.self_attn, "socket")
+        i: layer.self_attn.socket for i, layer in enumerate(text_layers(model)) if hasattr(layer.self_attn, "socket")
     }
 
 

@@ -125,11 +125,7 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    hidden_TE: torch.Tensor,
-    head: Head,
-    targets_T: torch.Tensor,
-    against: Reference | None = None,
-    chunk: int = CHUNK,
+    hidden_TE: torch.Tensor, head: Head, targets_T: torch.Tensor, against: Reference | None = None, chunk: int = CHUNK
 ) -> Scores:
     """Scores of every position.
 

@@ -90,9 +90,7 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
         name += f" {SIDE // factor}x{SIDE // factor}"
     pixels = pool(grey, factor).reshape(len(grey), -1)
     contents, n = [row.tobytes() for row in pixels], sizes[0] if sizes else len(pixels)
-    train, test = (
-        seeded_order(contents[half], labels[half], data.seed) for half in (slice(n), slice(n, None))
-    )
+    train, test = (seeded_order(contents[half], labels[half], data.seed) for half in (slice(n), slice(n, None)))
     test, train = (n + test, train) if sizes else (train[:HELD_OUT], train[HELD_OUT:])
     splits = {
         split: Split.of_bytes([contents[i] for i in indices], labels[indices])

@@ -111,14 +111,7 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
 
 
 def generate(
-    count: int,
-    *,
-    seed: int,
-    size=32,
-    contour_length=14,
-    matched=False,
-    workers=1,
-    scratch: Path | None = None,
+    count: int, *, seed: int, size=32, contour_length=14, matched=False, workers=1, scratch: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` images: grey levels, uint8 (count, size, size), and labels, uint8 (count,), 1 = joined.
 

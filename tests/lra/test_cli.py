@@ -75,9 +75,7 @@ def test_abbreviated_options_are_refused(words, capsys):
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["trian"], ["train"], ["train", "listops"], ["train", "listops", "--seed", "x"]]
-)
+@pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["train", "listops"], ["train", "listops", "--seed", "x"]])
 def test_incomplete_or_mistyped_commands_end_with_exit_code_2(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -115,19 +113,13 @@ def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypa
     "words, said",
     [
         (["prepare", "listops", "--out=x"], "--out=x (see python -m lra prepare --help)"),
-        (
-            ["leaderboard", "serve", "--prt=9"],
-            "did you mean --port? (see python -m lra leaderboard serve --help)",
-        ),
+        (["leaderboard", "serve", "--prt=9"], "did you mean --port? (see python -m lra leaderboard serve --help)"),
         (["sweep", "--attentions", "softmax,", "performer"], "a list takes no space: softmax,performer (see"),
         (["sweep", "--attentions=softmax", ",performer"], "a list takes no space: softmax,performer (see"),
         (["sweep", "--tasks=a,", "b,", "c"], "a list takes no space: a,b,c (see python -m lra sweep --help)"),
         (["leaderboard", "serve", "--port=65536"], "must be at most 65535; got 65536"),
         (["tensorboard", "--port=99999"], "must be at most 65535; got 99999"),
-        (
-            ["gemma", "swap", "--attention=softmax", "--features=64,0"],
-            "numbers above 0, comma-separated; got 64,0",
-        ),
+        (["gemma", "swap", "--attention=softmax", "--features=64,0"], "numbers above 0, comma-separated; got 64,0"),
     ],
 )
 def test_mistyped_arguments_are_one_line_with_the_way_out(words, said, capsys):
@@ -305,9 +297,7 @@ def test_corrupt_image_is_one_line(error_line, tmp_path):
             Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / half / name / "0001.png")
     path = tmp_path / "train" / "cat" / "0001.png"
     path.write_bytes(path.read_bytes()[:60])
-    line = error_line(
-        "prepare", "image", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path
-    )
+    line = error_line("prepare", "image", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path)
     assert "0001.png" in line
 
 

@@ -23,9 +23,7 @@ def test_lists_the_five_tasks_and_the_attentions_without_helpers():
         assert not any(n.startswith("_") or n in ("base", "prepared") for n in names)
 
 
-@pytest.mark.parametrize(
-    "wrong, right", [("performr", "performer"), ("soft_max", "softmax"), ("dark", "darkformer")]
-)
+@pytest.mark.parametrize("wrong, right", [("performr", "performer"), ("soft_max", "softmax"), ("dark", "darkformer")])
 def test_unknown_attention_names_the_nearest_and_the_list(wrong, right):
     with pytest.raises(UsageError, match=f"unknown attention '{wrong}': did you mean '{right}'.*linformer"):
         attention_class(wrong)

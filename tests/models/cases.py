@@ -29,9 +29,7 @@ class Setting(NamedTuple):
     def mask(self) -> torch.Tensor | None:
         """Row b has N - 1 - 3b real tokens, at least one; None without padding."""
         B, _, N, _ = self.size
-        return (
-            torch.stack([torch.arange(N) < max(1, N - 1 - 3 * b) for b in range(B)]) if self.ragged else None
-        )
+        return torch.stack([torch.arange(N) < max(1, N - 1 - 3 * b) for b in range(B)]) if self.ragged else None
 
 
 SETTINGS = [Setting(s, r) for s in ((2, 3, 7, 5), (1, 1, 1, 5), (2, 1, 13, 11)) for r in (False, True)]
@@ -114,9 +112,7 @@ def check(*, sized: bool = False, applies: Callable[[Case], bool] = lambda case:
 # Inputs and comparisons
 
 
-def inputs(
-    setting: Setting, dtype=torch.float64, *, seed: int = 0, strength: float = 1.0
-) -> list[torch.Tensor]:
+def inputs(setting: Setting, dtype=torch.float64, *, seed: int = 0, strength: float = 1.0) -> list[torch.Tensor]:
     """q, k (times `strength`) and v, standard normal, as leaves that want gradients."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(setting.size, generator=generator, dtype=torch.float64) for _ in range(3))

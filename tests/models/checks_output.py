@@ -117,9 +117,7 @@ def appending_padding_changes_nothing(case: Case, setting: Setting) -> None:
     out = real_tokens(attention(*long, longer), longer)
     assert_same({"out": out[:, :, :N]}, {"out": real_tokens(attention(*short, mask), mask)}, 1e-10)
     grads = torch.autograd.grad(out.sum(), long, allow_unused=True)
-    assert all(g is None or (real_tokens(g, ~longer) == 0).all() for g in grads), (
-        "padding receives a gradient"
-    )
+    assert all(g is None or (real_tokens(g, ~longer) == 0).all() for g in grads), "padding receives a gradient"
 
 
 @check(sized=True)

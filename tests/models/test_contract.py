@@ -188,9 +188,7 @@ def LooksAhead(self, q, k, v, mask, scale, causal):
 
 def growing_step(self, q, k, v, state=None, mask=None, *, scale=None):
     state = (
-        [torch.cat([s, x[:, :, None]], 2) for s, x in zip(state, (k, v))]
-        if state
-        else [k[:, :, None], v[:, :, None]]
+        [torch.cat([s, x[:, :, None]], 2) for s, x in zip(state, (k, v))] if state else [k[:, :, None], v[:, :, None]]
     )
     out = exact(self, q[:, :, None], *state, None, self.head_dim**-0.5)
     return out[:, :, 0], state

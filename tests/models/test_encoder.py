@@ -18,9 +18,7 @@ BOTH_ENDS = pytest.mark.parametrize("pooling", ["mean", "cls"])
 
 def encoder(name="softmax", *, attention=None, **changes):
     """Two layers in evaluation mode, float64; `attention` holds options of the attention."""
-    options = (
-        dict(vocab=VOCAB, max_len=MAX_LEN, layers=2, width=WIDTH, heads=HEADS, ffn=17, dropout=0.1) | changes
-    )
+    options = dict(vocab=VOCAB, max_len=MAX_LEN, layers=2, width=WIDTH, heads=HEADS, ffn=17, dropout=0.1) | changes
 
     def build(layer, max_len):
         shape = dict(heads=options["heads"], head_dim=options["width"] // options["heads"], max_len=max_len)
@@ -123,9 +121,7 @@ def test_rows_of_a_batch_are_independent(name):
     model, ids = classifier(name), tokens(B, 1, N)
     out = model(ids, RAGGED[:, None])
     for b in range(B):
-        torch.testing.assert_close(
-            model(ids[b : b + 1], RAGGED[b : b + 1, None]), out[b : b + 1], rtol=0, atol=1e-12
-        )
+        torch.testing.assert_close(model(ids[b : b + 1], RAGGED[b : b + 1, None]), out[b : b + 1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

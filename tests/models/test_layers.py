@@ -85,9 +85,7 @@ def test_the_linear_layer_equals_that_of_pytorch_with_its_gradients(shape):
     torch.testing.assert_close(out, wanted)
     weight = normal(*wanted.shape, seed=4).float()
     got = torch.autograd.grad((weight * out).sum(), [x, *ours.parameters()])
-    for a, b in zip(
-        got, torch.autograd.grad((weight * wanted).sum(), [y, *theirs.parameters()]), strict=True
-    ):
+    for a, b in zip(got, torch.autograd.grad((weight * wanted).sum(), [y, *theirs.parameters()]), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -75,9 +75,7 @@ def test_darkformer_equals_darkformer_pytorch(masked):
     wanted = outputs_and_gradients(
         theirs(q, k, v, key_mask=mask), mask, q=q, k=k, v=v, G=theirs.random_features.geometry
     )
-    assert_same(
-        outputs_and_gradients(attention(q, k, v, mask), mask, q=q, k=k, v=v, G=attention.G_HDD), wanted, 1e-11
-    )
+    assert_same(outputs_and_gradients(attention(q, k, v, mask), mask, q=q, k=k, v=v, G=attention.G_HDD), wanted, 1e-11)
 
 
 @pytest.mark.parametrize("length", [N, N - 2])
@@ -86,10 +84,7 @@ def test_linformer_equals_linformer(share, length):
     """Their module around ours: projections without bias, P and R shared by the heads, stored (N, K)."""
     Oracle = oracle("linformer.linformer", "LinformerSelfAttention")
     torch.manual_seed(0)
-    attention, theirs = (
-        ours("linformer", projected_length=4, share=share),
-        Oracle(H * D, N, k=4, heads=H).double(),
-    )
+    attention, theirs = (ours("linformer", projected_length=4, share=share), Oracle(H * D, N, k=4, heads=H).double())
     x = torch.randn(B, length, H * D, dtype=torch.float64).requires_grad_()
     with torch.no_grad():
         theirs.proj_k.copy_(attention.project_k_HKN[0].T)
@@ -105,8 +100,7 @@ def test_linformer_equals_linformer(share, length):
     weight = torch.randn_like(got)
     dx, dk, dv = torch.autograd.grad((weight * wanted).sum(), [x, theirs.proj_k, theirs.proj_v])
     mine = torch.autograd.grad(
-        (weight * got).sum(),
-        [x, attention.project_k_HKN, *([attention.project_v_HKN] if share == "heads" else [])],
+        (weight * got).sum(), [x, attention.project_k_HKN, *([attention.project_v_HKN] if share == "heads" else [])]
     )
     expected = [dx, dk.T[None], dv.T[None]] if share == "heads" else [dx, (dk + dv).T[None]]
     for one, other in zip(mine, expected, strict=True):
@@ -133,9 +127,7 @@ def test_nystrom_equals_nystrom_attention_where_it_has_one_row_and_head(landmark
     q, k, v = (torch.randn(1, 1, 16, D, dtype=torch.float64).requires_grad_() for _ in range(3))
     options = {"heads": 1, "head_dim": D, "max_len": 16}
     attention = build_attention("nystrom", num_landmarks=landmarks, **options).double()
-    wanted = outputs_and_gradients(
-        nystrom_attention(1, q, k, v, num_landmarks=landmarks), None, q=q, k=k, v=v
-    )
+    wanted = outputs_and_gradients(nystrom_attention(1, q, k, v, num_landmarks=landmarks), None, q=q, k=k, v=v)
     assert_same(outputs_and_gradients(attention(q, k, v), None, q=q, k=k, v=v), wanted, 1e-11)
 
 

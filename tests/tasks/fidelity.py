@@ -206,9 +206,7 @@ def shortcuts(images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, lis
         x = read(images)
         right = sum((make().fit(x[f], labels[f]).predict(x[t]) == labels[t]).sum() for f, t in folds(len(x)))
         pairs = {"ours": (mine, TEST), "published": (float(right / len(x)), len(x))}
-        rows[name] = {
-            who: [round(a, 4), round((a * (1 - a) / n) ** 0.5 * 2, 4)] for who, (a, n) in pairs.items()
-        }
+        rows[name] = {who: [round(a, 4), round((a * (1 - a) / n) ** 0.5 * 2, 4)] for who, (a, n) in pairs.items()}
     return rows
 
 

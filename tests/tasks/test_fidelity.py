@@ -57,9 +57,7 @@ def test_images_of_another_kind_are_noticed():
     assert fidelity.compare_pathfinder(14, images, labels)["passed"]
     brighter = np.minimum(images.astype(int) * 21 // 20, 255).astype(np.uint8)
     assert not fidelity.compare_pathfinder(14, brighter, labels)["passed"]
-    assert not fidelity.compare_pathfinder(
-        14, pathfinder.generate(1100, seed=5, contour_length=9)[0], labels
-    )["passed"]
+    assert not fidelity.compare_pathfinder(14, pathfinder.generate(1100, seed=5, contour_length=9)[0], labels)["passed"]
 
 
 def test_straightness_falls_with_curvature():
@@ -86,9 +84,7 @@ def test_probes_learn_what_can_be_learned_and_nothing_else(monkeypatch):
     images[labels == 1, 4:12, 20:28] += 120
     score = fidelity.fit(images[:480], labels[:480], epochs=4)
     assert score(images[480:], labels[480:]) > 0.95
-    assert (
-        0.3 < fidelity.fit(images[:480], rng.integers(0, 2, 480), epochs=2)(images[480:], labels[480:]) < 0.7
-    )
+    assert 0.3 < fidelity.fit(images[:480], rng.integers(0, 2, 480), epochs=2)(images[480:], labels[480:]) < 0.7
 
 
 @pytest.mark.skipif(not REPORT.is_file(), reason="results/reference/bench/fidelity.json is not there")

@@ -134,9 +134,7 @@ def test_an_archive_beside_its_unpacked_files_is_not_read(tmp_path, monkeypatch,
     (tmp_path / archive).write_bytes(b"half a download")
     assert (
         archive
-        not in prepare(small(task, monkeypatch), "smoke", out=tmp_path / "out", data_dir=tmp_path)[
-            0
-        ].manifest["files"]
+        not in prepare(small(task, monkeypatch), "smoke", out=tmp_path / "out", data_dir=tmp_path)[0].manifest["files"]
     )
 
 
@@ -156,15 +154,7 @@ def test_an_archive_without_the_files_says_what_was_looked_for(tmp_path, error_l
 
 def test_a_task_without_archives_says_so(tmp_path, plugins, error_line):
     (tmp_path / "a.tar").write_bytes(b"")
-    words = (
-        "prepare",
-        "tiny",
-        "--preset=smoke",
-        "--data",
-        tmp_path / "out",
-        "--data-dir",
-        tmp_path / "a.tar",
-    )
+    words = ("prepare", "tiny", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path / "a.tar")
     assert "tiny reads no archives; give a folder" in error_line(*words)
 
 
@@ -252,8 +242,7 @@ def test_the_official_imdb_halves_have_25_000_reviews_each_and_123_in_both(monke
     assert counts == {"train": [11_250, 11_250], "val": [1250, 1250], "test": [12_500, 12_500]}
     assert built.dataset == "IMDb"
     texts = {
-        name: {split.sequence(i).tobytes() for i in range(len(split.labels))}
-        for name, split in built.splits.items()
+        name: {split.sequence(i).tobytes() for i in range(len(split.labels))} for name, split in built.splits.items()
     }
     assert len((texts["train"] | texts["val"]) & texts["test"]) == 123
     kept, removed, _ = disjoint(built.splits, 1)

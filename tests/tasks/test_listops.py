@@ -186,9 +186,7 @@ def test_a_space_too_small_for_the_count_is_an_error_not_a_hang():
         generate(401, seed=0, **everything)
 
 
-@pytest.mark.parametrize(
-    "wrong", [dict(max_depth=1), dict(max_args=1), dict(min_length=1999), dict(min_length=-1)]
-)
+@pytest.mark.parametrize("wrong", [dict(max_depth=1), dict(max_args=1), dict(min_length=1999), dict(min_length=-1)])
 def test_impossible_limits_are_refused_by_value(wrong):
     with pytest.raises(SourceError, match=str(*wrong.values())):
         generate(1, seed=0, **wrong)

@@ -210,9 +210,7 @@ def test_three_dashes_are_drawn_without_distractors():
 def test_matched_discs_tell_nothing_by_where_they_are():
     images, labels = generate(6000, seed=3, contour_length=3, matched=True, workers=2)
     places = locate_discs(images) // 4
-    trees = HistGradientBoostingClassifier(early_stopping=False, random_state=0).fit(
-        places[:4000], labels[:4000]
-    )
+    trees = HistGradientBoostingClassifier(early_stopping=False, random_state=0).fit(places[:4000], labels[:4000])
     assert abs(trees.score(places[4000:], labels[4000:]) - 0.5) < 3 * 0.5 / np.sqrt(2000)
     assert abs(labels.mean() - 0.5) < 3 * 0.5 / np.sqrt(6000)
     assert np.array_equal(images[:40], generate(40, seed=3, contour_length=3, matched=True)[0])

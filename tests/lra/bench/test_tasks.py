@@ -49,15 +49,7 @@ def test_what_was_not_measured_as_it_ran_has_no_speed(lab):
 )
 def test_bad_input_is_one_line(lab, words, said, error_line):
     told = error_line(
-        *(
-            "bench",
-            "tasks",
-            "--preset=smoke",
-            "--tasks=tiny",
-            f"--data={lab.data}",
-            f"--results={lab.results}",
-            *words,
-        )
+        *("bench", "tasks", "--preset=smoke", "--tasks=tiny", f"--data={lab.data}", f"--results={lab.results}", *words)
     )
     assert said in told and not (lab.results / "bench").exists()
 

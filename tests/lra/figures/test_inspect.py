@@ -37,9 +37,7 @@ def test_inspect_prints_and_writes_what_the_arrays_hold(lab, tmp_path, capsys):
     for name in SPLITS:
         split, found = prepared.splits[name], facts["splits"][name]
         lengths = np.diff(split.offsets)
-        assert (
-            found["n"] == len(split.labels) == sum(found["labels"]) == sum(n for *_, n in found["histogram"])
-        )
+        assert found["n"] == len(split.labels) == sum(found["labels"]) == sum(n for *_, n in found["histogram"])
         assert found["tokens"]["longest"] == lengths.max() and found["tokens"]["shortest"] == lengths.min()
         for low, high, n in found["histogram"]:
             assert n == ((lengths >= low) & (lengths <= high)).sum()
@@ -87,9 +85,7 @@ def test_few_levels_are_spread_over_the_greys():
 
 
 def test_inspect_refuses_what_is_not_there(tmp_path, error_line, lab):
-    assert "python -m lra prepare image --preset small" in error_line(
-        "inspect", "image", f"--data={tmp_path}"
-    )
+    assert "python -m lra prepare image --preset small" in error_line("inspect", "image", f"--data={tmp_path}")
     assert "did you mean 'small'" in error_line("inspect", "image", "--preset=smal")
     assert "did you mean 'image'" in error_line("inspect", "imag")
 
@@ -142,6 +138,4 @@ def test_inspecting_again_finds_the_same(task, tmp_path):
     made = sorted(path for path in tmp_path.iterdir() if path.is_file())
     assert len(made) == (4 if task == "image" else 3)
     for path in made:
-        assert path.read_bytes() == (ROOT / "results" / "reference" / "data" / path.name).read_bytes(), (
-            path.name
-        )
+        assert path.read_bytes() == (ROOT / "results" / "reference" / "data" / path.name).read_bytes(), path.name

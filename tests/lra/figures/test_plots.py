@@ -19,10 +19,7 @@ def drawn(results, capsys, *words, code=0):
     assert main(["plot", f"--results={results}", *words]) == code
     lines = capsys.readouterr().out.splitlines()
     made = [line for line in lines if line.endswith(".svg")]
-    found = {
-        line.rsplit("/", 1)[1].removesuffix(".svg"): results / "figures" / line.rsplit("/", 1)[1]
-        for line in made
-    }
+    found = {line.rsplit("/", 1)[1].removesuffix(".svg"): results / "figures" / line.rsplit("/", 1)[1] for line in made}
     assert all(p.exists() and p.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" for p in found.values())
     return found, [line for line in lines if line not in made]
 
@@ -36,9 +33,7 @@ def test_every_figure_is_drawn_with_the_methods_and_tasks_it_compares(tmp_path, 
         assert set(FIVE) | {"softmax", "performer", "linformer"} <= set(texts(found[name])), name
     # peak memory relative to softmax beside each name
     assert {"softmax, 1.00×", "performer, 2.00×", "linformer, 3.00×"} <= set(texts(found["small-bubble"]))
-    assert "performer, from 1,536" in texts(
-        found["lengths"]
-    )  # the crossover: 3 n = n^2 in units of 512 tokens
+    assert "performer, from 1,536" in texts(found["lengths"])  # the crossover: 3 n = n^2 in units of 512 tokens
 
 
 def test_one_method_has_one_colour_in_every_figure(tmp_path, capsys):
@@ -48,11 +43,7 @@ def test_one_method_has_one_colour_in_every_figure(tmp_path, capsys):
     for path in found.values():
         used = set(re.findall(r"(?:stroke|fill): (#[0-9a-f]{6})", path.read_text()))
         assert style.color("performer") in used
-        known = {style.color(m) for m in ("softmax", "performer", "linformer")} | {
-            style.INK,
-            style.GREY,
-            "#ffffff",
-        }
+        known = {style.color(m) for m in ("softmax", "performer", "linformer")} | {style.INK, style.GREY, "#ffffff"}
         assert used <= known, path.name
 
 
@@ -70,9 +61,7 @@ def test_interval_seeds_and_floors_of_the_accuracy_figure_are_those_of_the_cells
     assert (low, high) == pytest.approx((100 * cell.estimate.low, 100 * cell.estimate.high))
     (floor,) = (line for line in axes.lines if line.get_linestyle() == "--")
     assert floor.get_xdata()[0] == pytest.approx(16.9)
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["floor: majority", "softmax"], (
-        "worst to best"
-    )
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["floor: majority", "softmax"], "worst to best"
 
 
 def test_curves_are_means_over_seeds_with_the_band_of_their_sd(tmp_path):
@@ -129,10 +118,7 @@ def test_the_title_says_which_tasks_tell_softmax_from_averaging(tmp_path):
     (table,) = build(tmp_path)
     with style.drawing():
         title = plots.accuracy(table, plots.shown_rows(table)).get_suptitle()
-    assert (
-        title
-        == "small: softmax is significantly above averaging (constant) on image; not on listops and text"
-    )
+    assert title == "small: softmax is significantly above averaging (constant) on image; not on listops and text"
 
 
 def test_the_other_titles_are_computed_from_what_is_shown(tmp_path):

@@ -44,9 +44,7 @@ def test_any_two_methods_are_told_apart_by_every_kind_of_eye(vision):
 
 def test_colours_stand_out_from_white_and_from_near_black():
     for c in (style.GREY, *style.PALETTE):
-        assert (
-            1.05 / (luminance(c) + 0.05) > 2.2 and (luminance(c) + 0.05) / (luminance("#111418") + 0.05) > 2.2
-        )
+        assert 1.05 / (luminance(c) + 0.05) > 2.2 and (luminance(c) + 0.05) / (luminance("#111418") + 0.05) > 2.2
 
 
 def test_every_method_has_one_colour_and_marker_unknown_ones_too():
@@ -69,9 +67,7 @@ def test_variants_and_peers_have_the_colour_of_their_method_and_lines_of_their_o
 def test_a_figure_takes_the_baselines_and_ones_own_method_before_others():
     names = sorted([*style.METHODS, "mine", "softmax bf16", "pypi:linformer"])
     shown = style.selection(names)
-    assert len(shown) == style.SERIES and {"softmax", "constant", "mine", "performer", "darkformer"} <= set(
-        shown
-    )
+    assert len(shown) == style.SERIES and {"softmax", "constant", "mine", "performer", "darkformer"} <= set(shown)
     assert shown == sorted(shown) and not {"softmax bf16", "pypi:linformer"} & set(shown)
     assert style.selection(names, everything=True) == names
 

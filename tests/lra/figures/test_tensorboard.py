@@ -43,12 +43,8 @@ def tags(seeds):
 def test_mean_of_a_cell_is_the_mean_of_its_seeds_at_every_step_and_tag(seeds, tags, capsys):
     assert main(["tensorboard", f"--runs={seeds.runs}"]) == 0
     count, tabs, command = capsys.readouterr().out.splitlines()[-3:]
-    assert (
-        count.startswith("mean over seeds: 1 of 2 cells") and "Custom Scalars" in tabs and "HPARAMS" in tabs
-    )
-    assert (
-        command == f"{sys.executable} -m tensorboard.main --logdir {seeds.runs} --host 127.0.0.1 --port 6006"
-    )
+    assert count.startswith("mean over seeds: 1 of 2 cells") and "Custom Scalars" in tabs and "HPARAMS" in tabs
+    assert command == f"{sys.executable} -m tensorboard.main --logdir {seeds.runs} --host 127.0.0.1 --port 6006"
     cell = seeds.runs / CELL
     assert set(events(cell / "mean").Tags()["scalars"]) == tags
     for tag in tags:
@@ -88,9 +84,7 @@ def test_hyperparameters_have_the_same_keys_in_every_run(seeds):
         found = events(folder).PluginTagToContent("hparams")
         start = plugin_data_pb2.HParamsPluginData.FromString(found["_hparams_/session_start_info"])
         keys[folder] = set(start.session_start_info.hparams)
-        assert min(keys[folder]) == "accuracy", (
-            "TensorBoard sorts by name, and accuracy is what one looks for"
-        )
+        assert min(keys[folder]) == "accuracy", "TensorBoard sorts by name, and accuracy is what one looks for"
         assert 0 < start.session_start_info.hparams["accuracy"].number_value < 1
     assert len(keys) == 3 and len(set(map(frozenset, keys.values()))) == 1
     assert {"task", "attention", "seed", "lr", "steps", "options"} <= set.union(*keys.values())

@@ -102,9 +102,7 @@ def test_blocks_start_with_bos_and_blocks_of_two_numbers_share_no_document():
 
 
 def test_too_little_text_names_what_there_is(places, error_line):
-    assert "blocks of 32 tokens for test" in error_line(
-        "gemma", "swap", *places, "--attention=softmax", "--eval=9999"
-    )
+    assert "blocks of 32 tokens for test" in error_line("gemma", "swap", *places, "--attention=softmax", "--eval=9999")
 
 
 # Commands
@@ -170,10 +168,7 @@ def test_anisotropy_describes_every_layer(places, tmp_path, capsys):
     (record,) = records(tmp_path, "anisotropy").values()
     layers = record["result"]["layers"]
     assert [row["layer"] for row in layers] == [0, 1, 2]
-    assert all(
-        len(row["top"]) == 2 and row["aligned_norm2"] <= (row["q_norm2"] + row["k_norm2"]) / 2
-        for row in layers
-    )
+    assert all(len(row["top"]) == 2 and row["aligned_norm2"] <= (row["q_norm2"] + row["k_norm2"]) / 2 for row in layers)
 
 
 # Tables
@@ -226,9 +221,7 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tm
     assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == table.render(results)
     (tmp_path / "page.md").write_text("before <!-- gemma:begin --><!-- gemma:end --> after")
     run("table", f"--results={results}", f"--write={tmp_path / 'page.md'}")
-    before, block, after = re.split(
-        "<!-- gemma:begin -->|<!-- gemma:end -->", (tmp_path / "page.md").read_text()
-    )
+    before, block, after = re.split("<!-- gemma:begin -->|<!-- gemma:end -->", (tmp_path / "page.md").read_text())
     assert (before, after, block.strip()) == ("before ", " after", table.summary(results).strip())
     assert block.count("| constant | ") == 2 and "validation accuracy after" not in block
     run("plot", f"--results={results}")
@@ -244,10 +237,7 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tm
 
 def block_records(*rows):
     """Records of runs whose blocks are (document, tokens, correct)."""
-    return [
-        {"result": {"blocks": r, "n_test": sum(b[1] for b in r), "n_correct": sum(b[2] for b in r)}}
-        for r in rows
-    ]
+    return [{"result": {"blocks": r, "n_test": sum(b[1] for b in r), "n_correct": sum(b[2] for b in r)}} for r in rows]
 
 
 def test_intervals_count_documents_not_tokens():
@@ -276,34 +266,22 @@ def runs_of(accuracies, documents):
 def test_gaps_and_shares_hold_the_noise_of_training_of_every_method():
     hard = np.random.default_rng(3).normal(0, 0.05, 12)
     still, wild = (0.0, 0.0), (-0.02, 0.02)  # the error of the mean of such seeds is 0.02
-    exact, constant, method = (
-        {s: runs_of([p + x for x in s], hard) for s in (still, wild)} for p in (0.5, 0.2, 0.35)
-    )
+    exact, constant, method = ({s: runs_of([p + x for x in s], hard) for s in (still, wild)} for p in (0.5, 0.2, 0.35))
     for one, two in ((wild, still), (still, wild)):
         gap = stats.gap(exact[one], method[two])
         assert (gap.seeds, gap.seeds_freedom) == pytest.approx((0.02, 1))
     both = stats.gap(exact[wild], method[wild])
     assert (both.seeds, both.seeds_freedom) == pytest.approx((0.02 * 2**0.5, 2))
     # the share is 1/2: derivatives 1, -1/2 and -1/2 by method, constant and exact, over a distance of 0.3
-    for kinds, weight in (
-        ((still, still, wild), 1),
-        ((still, wild, still), 0.5),
-        ((wild, still, still), 0.5),
-    ):
-        share = stats.recovered(
-            *(runs[kind] for runs, kind in zip((exact, constant, method), kinds, strict=True))
-        )
+    for kinds, weight in (((still, still, wild), 1), ((still, wild, still), 0.5), ((wild, still, still), 0.5)):
+        share = stats.recovered(*(runs[kind] for runs, kind in zip((exact, constant, method), kinds, strict=True)))
         assert share.value == pytest.approx(0.5) and share.seeds == pytest.approx(weight * 0.02 / 0.3)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_gaps_and_shares_hold_the_truth_about_as_often_as_they_say(seeds):
     rng, held, draws = np.random.default_rng(seeds), [], 400
-    for sd in (
-        0.001,
-        0.006,
-        0.03,
-    ):  # sd of the methods' seeds in the records: 0.0002 to 0.044; of the baselines 0.001
+    for sd in (0.001, 0.006, 0.03):  # sd of the methods' seeds in the records: 0.0002 to 0.044; of the baselines 0.001
         for _ in range(draws):
             hard = rng.normal(0, 0.03, 16)
             levels = ((0.35, 0.001), (0.26, 0.001), (0.27, sd))
@@ -320,8 +298,7 @@ def test_rows_above_averaging_are_tested_with_holm_and_only_where_both_sides_sho
     rng = np.random.default_rng(4)
     hard = rng.normal(0, 0.05, 12)
     constant, high, equal, wild = (
-        runs_of(p, hard + rng.normal(0, 0.01, 12))
-        for p in ((0.3, 0.301), (0.4, 0.401), (0.3, 0.302), (0.2, 0.6))
+        runs_of(p, hard + rng.normal(0, 0.01, 12)) for p in ((0.3, 0.301), (0.4, 0.401), (0.3, 0.302), (0.2, 0.6))
     )
     assert stats.above(constant, [high, equal, wild, high[:1]]) == [True, False, False, False]
     assert stats.above(constant[:1], [high[:1], high]) == [True, False]
@@ -377,9 +354,7 @@ def child(places, patch="", *words):
         f"{patch}\nfrom lra.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "gemma", "finetune", *places, *TRAIN, *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
 
 
 KILL = """
@@ -435,9 +410,7 @@ def test_the_command_of_a_record_repeats_it(places, tmp_path):
     words = shlex.split(record["command"])
     assert words[:5] == ["python", "-m", "lra", "gemma", "swap"] and not any("results" in w for w in words)
     elsewhere = tmp_path / "again"
-    assert (
-        main([*words[3:], *[p for p in places if "--data" in p], f"--results={elsewhere / 'results'}"]) == 0
-    )
+    assert main([*words[3:], *[p for p in places if "--data" in p], f"--results={elsewhere / 'results'}"]) == 0
     (again,) = records(elsewhere, "swap").values()
     assert again["result"] == record["result"] and again["command"] == record["command"]
 
@@ -477,9 +450,7 @@ def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, 
         (["stability", "--lrs=fast"], "--lrs: must be numbers"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused_before_a_model_is_loaded(
-    places, monkeypatch, capsys, words, message
-):
+def test_options_that_cannot_be_meant_are_refused_before_a_model_is_loaded(places, monkeypatch, capsys, words, message):
     monkeypatch.setattr("lra.gemma.commands.load_base", lambda *_: pytest.fail("loaded"))
     try:
         code = main(["gemma", words[0], *places, *TRAIN, "--attention=softmax", *words[1:]])

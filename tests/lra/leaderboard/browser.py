@@ -30,10 +30,7 @@ class Browser:
         arguments += ["--no-sandbox"] * (os.name == "posix" and os.geteuid() == 0)
         arguments += ["--blink-settings=preferredColorScheme=0"] * dark
         options = {"binary": CHROMIUM, "args": arguments}
-        wanted = {
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-        }
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
         command, quiet = [DRIVER, "--port=0"], subprocess.DEVNULL
         self.driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True)
         try:
@@ -54,9 +51,7 @@ class Browser:
 
     def _ask(self, method: str, path: str, body: dict | None = None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.root + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=60) as answer:
             return json.load(answer)["value"]
@@ -85,9 +80,7 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Addresses asked for since the last call."""
-        events = (
-            json.loads(e["message"])["message"] for e in self._ask("POST", "/se/log", {"type": "performance"})
-        )
+        events = (json.loads(e["message"])["message"] for e in self._ask("POST", "/se/log", {"type": "performance"}))
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
     def screenshot(self, path: Path) -> None:

@@ -75,9 +75,7 @@ def test_a_failed_run_is_consistent_and_has_no_probe(lab):
 
 def test_an_open_run_with_overrides_is_consistent(lab):
     shutil.rmtree(lab.results / "records")
-    lab.train(
-        "--set", "train.lr=3e-3", "--set", "encoder.width=20", "--val-rule=legacy", attention="linformer"
-    )
+    lab.train("--set", "train.lr=3e-3", "--set", "encoder.width=20", "--val-rule=legacy", attention="linformer")
     assert outcome(lab, 2).levels == (0, 1, 2)
 
 

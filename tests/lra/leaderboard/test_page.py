@@ -43,9 +43,7 @@ def results(tmp_path_factory):
     put(folder, "listops", preset="smoke", data="smoke", correct=900)
     put(folder, "listops", "wide", protocol="open", params=1.5, correct=3000, config={"num_features": 1})
     put(folder, "listops", "broken", failed="loss is not finite at step 7", config={"num_features": 2})
-    path = put(
-        folder, "listops", "evil", dataset=f"z{HOSTILE}", correct=100, data="hostile", floors={HOSTILE: 0.1}
-    )
+    path = put(folder, "listops", "evil", dataset=f"z{HOSTILE}", correct=100, data="hostile", floors={HOSTILE: 0.1})
     record = json.loads(path.read_text())
     record["model"]["attention"] = record["command"] = record["cost"]["gpu"] = HOSTILE
     path.write_text(json.dumps(record))
@@ -86,9 +84,7 @@ def page(results, known):
 
 def test_every_cell_is_a_row_with_its_accuracy_interval_ratios_and_commands(page):
     assert page.count("<tr data-preset=") == (5 * 3 + 4) + 7, "and a floor for each of seven columns"
-    row = next(
-        r for r in page.split("<tr data-preset=")[1:] if 'data-task="image"' in r and ">performer<" in r
-    )
+    row = next(r for r in page.split("<tr data-preset=")[1:] if 'data-task="image"' in r and ">performer<" in r)
     assert "<strong>50.5</strong> ± 0.0" in row and "2 of 2" in row and ">1.50<" in row and ">1.00<" in row
     for seed in (0, 1):
         assert f"<code>python -m lra train image --attention performer --seed {seed}</code>" in row
@@ -104,15 +100,9 @@ def test_badge_is_that_of_the_least_verified_run_with_its_reason(page):
         if 'class="floor"' not in row:
             badges[task, name] = re.search('title="([^"]*)">([^<]*)</span></td>', row).groups()
     assert badges["image", "softmax"][1] == "V2" and badges["image", "performer"][1] == "V1"
-    assert (
-        badges["image", "constant"][1] == "unverified" and "never verified" in badges["image", "constant"][0]
-    )
-    assert (
-        badges["listops", "wide"][1] == "rejected" and "n_correct was changed" in badges["listops", "wide"][0]
-    )
-    assert (
-        badges["text", "constant"][1] == "V1 disputed" and "disputed by else" in badges["text", "constant"][0]
-    )
+    assert badges["image", "constant"][1] == "unverified" and "never verified" in badges["image", "constant"][0]
+    assert badges["listops", "wide"][1] == "rejected" and "n_correct was changed" in badges["listops", "wide"][0]
+    assert badges["text", "constant"][1] == "V1 disputed" and "disputed by else" in badges["text", "constant"][0]
 
 
 def test_badges_of_a_folder_are_those_of_its_verification(tmp_path, known):
@@ -181,9 +171,7 @@ def test_gemma_is_on_the_page_and_its_files_are_text_and_images(tmp_path):
     grid = Grid(("attention", "accuracy"), ((f"{HOSTILE} | \\ *x*", "12.3\n[1, 2]"), ("softmax", "")))
     blocks = [Text("What `this` is."), Heading("270m, *layers*"), grid, Bullets(("one", "<b>two"))]
     (folder / "swap.md").write_text(markdown(blocks))
-    (folder / "figures" / "swap.svg").write_text(
-        "<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>"
-    )
+    (folder / "figures" / "swap.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>")
     page = built(tmp_path)
     assert html_fragment(blocks) in page and 'href="#gemma"' in page
     assert page.count("<script>") == 1 and page.count('<img src="data:image/svg+xml;base64,') == 1
@@ -245,9 +233,7 @@ def test_damaged_files_of_others_are_one_line(tmp_path, error_line, monkeypatch)
 def test_serve_shows_the_page_on_loopback_alone_and_ends_on_interrupt(results, page, error_line, tmp_path):
     assert "leaderboard build" in error_line("leaderboard", "serve", "--results", tmp_path)
     command = [sys.executable, "-m", "lra", "leaderboard", "serve", "--results", str(results), "--port", "0"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
             url = re.match(r"http://127\.0\.0\.1:\d+/index\.html", server.stdout.readline())[0]
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -310,9 +296,7 @@ def test_a_click_sorts_by_accuracy_best_first_then_worst_first_failed_runs_last(
 
 def test_a_click_sorts_by_badge_most_verified_first(fresh):
     fresh.click(head(12))
-    levels = fresh.run(
-        SHOWN + ".filter(r => r.className !== 'floor').map(r => Number(r.cells[11].dataset.v))"
-    )
+    levels = fresh.run(SHOWN + ".filter(r => r.className !== 'floor').map(r => Number(r.cells[11].dataset.v))")
     assert levels == sorted(levels, reverse=True) and levels[0] == 2 and levels[-1] == -2
     badges = SHOWN + ".filter(r => r.className !== 'floor').map(r => r.cells[11].textContent.trim())"
     shown = fresh.run(badges)
@@ -367,9 +351,7 @@ def test_page_is_readable_on_a_phone_and_in_the_dark(results, page, tmp_path, ch
     with chromium(500, 900, dark=True) as phone:  # Chromium's narrowest window
         phone.open((results / "index.html").as_uri())
         assert phone.run("return document.documentElement.scrollWidth <= innerWidth")
-        assert (
-            phone.run("return getComputedStyle(document.querySelector('#board tbody tr')).display") == "grid"
-        )
+        assert phone.run("return getComputedStyle(document.querySelector('#board tbody tr')).display") == "grid"
         assert phone.run("return getComputedStyle(document.body).backgroundColor") == "rgb(17, 20, 24)"
         ink = "return getComputedStyle(document.querySelector('figure svg text')).fill"
         assert phone.run(ink) == "rgb(230, 233, 237)"
@@ -387,9 +369,7 @@ def synthetic(results, n):
     for i in range(n):
         task, attention, seed = FIVE[i % 5], f"method{i // 5 % 200:03d}", i // 1000
         one = text.replace('"listops"', f'"{task}"').replace('"softmax"', f'"{attention}"')
-        one = one.replace('"seed": 0', f'"seed": {seed}').replace(
-            '"n_correct": 1000', f'"n_correct": {1000 + i % 997}'
-        )
+        one = one.replace('"seed": 0', f'"seed": {seed}').replace('"n_correct": 1000', f'"n_correct": {1000 + i % 997}')
         folder = results / "records" / task / attention / "0123456789abcdef"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"seed{seed}.json").write_text(one)

@@ -33,14 +33,7 @@ def test_a_smoke_run_is_bitwise_equal_and_its_rerun_a_counter_record(lab, capsys
 
 
 def test_overrides_and_the_validation_rule_are_those_of_the_record(lab, capsys):
-    lab.train(
-        "--set",
-        "train.lr=3e-3",
-        "--set",
-        "attention.num_features=7",
-        "--val-rule=legacy",
-        attention="performer",
-    )
+    lab.train("--set", "train.lr=3e-3", "--set", "attention.num_features=7", "--val-rule=legacy", attention="performer")
     assert reproduce(lab) == 0
     assert "bitwise equal" in capsys.readouterr().out
 
@@ -48,9 +41,7 @@ def test_overrides_and_the_validation_rule_are_those_of_the_record(lab, capsys):
 def test_two_thread_counts_are_compared_with_the_record_and_each_other(lab, capsys):
     lab.train()
     assert reproduce(lab, "--threads=1,2") == 0
-    lines = [
-        line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("threads")
-    ]
+    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("threads")]
     assert lines == ["threads 1, against the record", "threads 2, against the record", "threads 2 against 1"]
     assert len(counters(lab)) == 1
 
@@ -114,17 +105,11 @@ def test_reruns_of_all_seeds_verify_as_v4(lab):
     for path in lab.records():
         assert main(["reproduce", str(path), "--by=me", *lab.places]) == 0
     assert main(["leaderboard", "verify", *lab.places]) == 0
-    assert [v.badge for place, v in verified(lab.results).items() if place.parts[0] == "records"] == [
-        "V4"
-    ] * 3
+    assert [v.badge for place, v in verified(lab.results).items() if place.parts[0] == "records"] == ["V4"] * 3
 
 
 def test_threads_and_names_that_make_no_sense_are_one_line(lab, error_line):
     lab.train()
-    for words, named in (
-        (["--threads=0"], "--threads"),
-        (["--threads=1,1"], "--threads"),
-        (["--by=a/b"], "--by"),
-    ):
+    for words, named in ((["--threads=0"], "--threads"), (["--threads=1,1"], "--threads"), (["--by=a/b"], "--by")):
         assert named in error_line("reproduce", lab.records()[0], *words, *lab.places)
     assert not counters(lab)

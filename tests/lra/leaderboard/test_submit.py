@@ -139,9 +139,7 @@ def test_records_that_cannot_be_read_are_named_and_the_others_verified(lab, caps
     assert badges(lab)[:2] == ["rejected", "rejected"]
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"schema": 1, "records": {}}', '{"schema": "lra-verification/1"}']
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1, "records": {}}', '{"schema": "lra-verification/1"}'])
 def test_damaged_badges_are_one_line(lab, error_line, text):
     (lab.results / "verification.json").write_text(text)
     assert "verification.json is damaged" in error_line("leaderboard", "verify", *lab.places)
@@ -231,9 +229,7 @@ def test_three_equal_runs_of_somebody_else_make_v4_and_are_shown(lab, inbox, cap
     assert counter(lab, inbox) == 0
     assert badges(lab) == ["V1"] * 3 + ["V4"] * 3  # the counter-records come first
     assert leaderboard(lab, "verify", "--level=4") == 0
-    assert "\n3 records: 3 reached V4, 0 did not\n" in capsys.readouterr().out, (
-        "counter-records are asked for V1"
-    )
+    assert "\n3 records: 3 reached V4, 0 did not\n" in capsys.readouterr().out, "counter-records are asked for V1"
     assert "tiny, performer: reproduced by anna (3 seeds): +0.0 points" in tables(lab)
 
 

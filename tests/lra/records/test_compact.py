@@ -32,9 +32,7 @@ def test_substitutes_failures_missing_cells_and_open_runs_are_marked(tmp_path):
     assert table["method"] == ["listops", "image (substitute)"]
     assert table["softmax"] == ["–", "34.0 ± 1.5 (1/2)"]
     assert table["linformer"] == ["34.0 ± 1.5 †", "failed 2/2"]
-    assert (
-        "†: outside lra-v1." in text and "2/3: " in text and "image: substitute: digits, 100 tokens" in text
-    )
+    assert "†: outside lra-v1." in text and "2/3: " in text and "image: substitute: digits, 100 tokens" in text
 
 
 def test_two_data_sets_of_one_task_are_told_apart(tmp_path):
@@ -56,13 +54,7 @@ def test_no_line_is_wider_than_110_characters(tmp_path):
     for task in FIVE:
         for attention in ("softmax", "constant", "darkformer"):
             substitute = task in ("text", "retrieval", "image")  # the others are generated
-            put(
-                tmp_path,
-                task,
-                attention,
-                dataset=f"a data set of {task} with a long name",
-                substitute=substitute,
-            )
+            put(tmp_path, task, attention, dataset=f"a data set of {task} with a long name", substitute=substitute)
     text = render(tmp_path, "compact")
     assert max(map(len, text.splitlines())) <= 110
 

@@ -123,9 +123,7 @@ def test_average_of_independent_estimates_by_hand():
     parts = [Uncertain(10, 3, 6, seeds=1, seeds_freedom=2), Uncertain(20, 4, 8, seeds=2, seeds_freedom=2)]
     mean = average(parts)
     assert (mean.value, mean.below, mean.above) == pytest.approx((15, 2.5, 5))
-    assert mean.seeds == pytest.approx(math.sqrt(5) / 2) and mean.seeds_freedom == pytest.approx(
-        25 / (17 / 2)
-    )
+    assert mean.seeds == pytest.approx(math.sqrt(5) / 2) and mean.seeds_freedom == pytest.approx(25 / (17 / 2))
 
 
 def test_a_negative_weight_turns_an_estimate_around():
@@ -159,9 +157,7 @@ def test_the_simulated_rule_is_that_of_the_estimates():
 @cache
 def spreads():
     """(mean accuracy, test examples, sd over seeds) of the cells of the committed records with several seeds."""
-    cells = [
-        c for table in build(ROOT / "results" / "reference") for c in table.cells.values() if len(c.ok) > 1
-    ]
+    cells = [c for table in build(ROOT / "results" / "reference") for c in table.cells.values() if len(c.ok) > 1]
     assert len(cells) >= 45
     return [(c.estimate.value, c.ok[0].n_test, mean_sd(c.accuracies)[1]) for c in cells]
 

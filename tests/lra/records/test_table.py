@@ -12,17 +12,7 @@ import pytest
 
 from lra.options import UsageError
 from lra.records import published
-from lra.records.markup import (
-    Bold,
-    Bullets,
-    Grid,
-    Heading,
-    Text,
-    html_fragment,
-    latex,
-    markdown,
-    refresh_block,
-)
+from lra.records.markup import Bold, Bullets, Grid, Heading, Text, html_fragment, latex, markdown, refresh_block
 from lra.records.record import SCHEMA
 from lra.records.table import blocks, build, render, to_csv, write
 from tests.lra.builders import FIVE, answer, grid, only, put
@@ -439,13 +429,7 @@ def test_latex_compiles(tmp_path):
     put(tmp_path, "text", "performer", dataset=HOSTILE, overrides={"train.lr": "1|0\n"}, failed="<img> | no")
     for name, text in (("hostile", latex(DOCUMENT)), ("table", render(tmp_path, "tex"))):
         (tmp_path / f"{name}.tex").write_text(text)
-        command = [
-            "pdflatex",
-            "-halt-on-error",
-            "-interaction=nonstopmode",
-            "-no-shell-escape",
-            f"{name}.tex",
-        ]
+        command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "-no-shell-escape", f"{name}.tex"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=80)
         assert done.returncode == 0, done.stdout[-2000:]
         assert (tmp_path / f"{name}.pdf").stat().st_size > 5000

@@ -39,9 +39,7 @@ def sweep(lab, monkeypatch):
     return run
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # log files that submitit leaves open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # log files that submitit leaves open
 @pytest.mark.parametrize("executor", ["debug", "local"])
 def test_failing_job_does_not_stop_the_others_and_each_has_a_log(sweep, lab, capsys, executor):
     assert sweep(executor, "--jobs=2", attentions=f"{BROKEN},constant,softmax") == 1
@@ -87,13 +85,7 @@ def test_slurm_gets_one_array_with_the_parameters_of_the_command_line(lab, tmp_p
         jobs = [made.submit(cluster.Command(["true"], str(tmp_path / "log"))) for _ in range(2)]
     assert [job.job_id for job in jobs] == ["17_0", "17_1"]
     text = next((lab.runs / "submitit").glob("*.sh")).read_text()
-    for line in (
-        "--array=0-1%2",
-        "--partition=gpu",
-        "--gpus-per-node=1",
-        "--cpus-per-task=3",
-        "--signal=USR2@",
-    ):
+    for line in ("--array=0-1%2", "--partition=gpu", "--gpus-per-node=1", "--cpus-per-task=3", "--signal=USR2@"):
         assert f"#SBATCH {line}" in text, text
 
 

@@ -22,9 +22,7 @@ def sample(attention="softmax", batch=3, padded=True, **sets):
     return Sample(run, batch, 67, padded)
 
 
-@pytest.mark.parametrize(
-    "attention", ["softmax", "performer", "optimal", "nystrom", "linformer", "s4d", "local"]
-)
+@pytest.mark.parametrize("attention", ["softmax", "performer", "optimal", "nystrom", "linformer", "s4d", "local"])
 def test_step_without_numbers_counts_what_a_real_step_does(attention):
     step, real = sample(attention).stepper(), Counter()
     with real:
@@ -87,9 +85,7 @@ def test_fit_finds_prices_that_are_there_and_none_below_zero():
     seconds = calibration.priced(counts, prices)
     assert calibration.fit(counts, seconds, tuple(prices)) == pytest.approx(prices, abs=1e-12)
     assert min(calibration.fit(counts, seconds, ("step", "flops")).values()) >= 0
-    assert calibration.spread(1.1 * seconds, seconds) == pytest.approx(
-        {"median": 0.1, "p90": 0.1, "max": 0.1}
-    )
+    assert calibration.spread(1.1 * seconds, seconds) == pytest.approx({"median": 0.1, "p90": 0.1, "max": 0.1})
 
 
 def test_calibration_is_what_predictions_read(tmp_path, monkeypatch, capsys):
@@ -121,11 +117,7 @@ def test_cost_of_a_grid(lab, capsys):
     words = ["cost", "--tasks=tiny", "--attentions=softmax,constant", "--preset=smoke", *lab.places]
     assert main([*words, "--seeds=3", "--jobs=2"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "| tiny softmax |" in out
-        and "6 runs, predicted" in out
-        and "of one CPU thread. With 2 at a time" in out
-    )
+    assert "| tiny softmax |" in out and "6 runs, predicted" in out and "of one CPU thread. With 2 at a time" in out
     assert "lanned" not in out
     assert main([*words, "--gpu=A100", "--data=elsewhere"]) == 0
     out = capsys.readouterr().out

@@ -18,9 +18,7 @@ def test_doctor_reports_the_machine_and_never_fails(capsys, monkeypatch):
     assert re.match(r"products (oneDNN|PyTorch\'s own), softmax attention ", facts["kernels"])
 
 
-@pytest.mark.parametrize(
-    "compiler, answer", [("false", "fails with OpenMP"), ("no-such-compiler", "works|none")]
-)
+@pytest.mark.parametrize("compiler, answer", [("false", "fails with OpenMP"), ("no-such-compiler", "works|none")])
 def test_doctor_tries_the_compiler(monkeypatch, compiler, answer):
     monkeypatch.setenv("CXX", compiler)
     assert re.search(answer, doctor.compiler())

@@ -81,9 +81,7 @@ def processes(monkeypatch):
     return table
 
 
-def test_failing_cell_does_not_stop_the_others_and_only_what_is_missing_runs_again(
-    sweep, lab, capsys, monkeypatch
-):
+def test_failing_cell_does_not_stop_the_others_and_only_what_is_missing_runs_again(sweep, lab, capsys, monkeypatch):
     assert sweep(attentions=f"{BROKEN},constant,performer") == 1
     out, err = capsys.readouterr()
     assert "3 cells, 0 done, 3 to run" in out and "[3/3]" in out
@@ -294,9 +292,7 @@ class Memory:
         jobs, needs = [job(name) for name in self.sizes], {}
         for j in jobs:
             name = j.run.attention
-            needs[j.kind] = (
-                Need((seconds or {}).get(name, 1.0), self.sizes[name]) if name in known else Need()
-            )
+            needs[j.kind] = Need((seconds or {}).get(name, 1.0), self.sizes[name]) if name in known else Need()
         running = []
 
         class Counted(Process):

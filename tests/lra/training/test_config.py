@@ -113,9 +113,7 @@ def test_impossible_recipe_is_refused_in_one_line_before_anything_starts(resolve
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "setting", ["num_features=0", "num_features=-1", "num_featurs=4", "num_features=four"]
-)
+@pytest.mark.parametrize("setting", ["num_features=0", "num_features=-1", "num_featurs=4", "num_features=four"])
 def test_impossible_attention_option_is_refused(resolved, setting):
     with pytest.raises(UsageError, match="num_feat"):
         resolved(f"attention.{setting}", attention="performer")

@@ -61,9 +61,7 @@ def finished(process):
 
 
 def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
-    options = {"attention": "performer"} | (
-        {"extra": THREADS_AT_EXIT} if Path("/proc/self/task").exists() else {}
-    )
+    options = {"attention": "performer"} | ({"extra": THREADS_AT_EXIT} if Path("/proc/self/task").exists() else {})
     out = finished(torchrun(*EXACT, "--set=train.accumulate=2", **options))
     assert out.count("threads 1\n") == 2 * ("extra" in options)
     (path,) = lab.records()
@@ -90,9 +88,7 @@ def test_projections_fitted_to_data_and_redrawn_every_step_stay_equal_on_all_ran
     assert json.loads(path.read_text())["status"] == "ok"
     assert (
         int(
-            load_file(lab.folder("model.safetensors") / "model.safetensors")[
-                "encoder.blocks.0.mixer.attention.redraws"
-            ]
+            load_file(lab.folder("model.safetensors") / "model.safetensors")["encoder.blocks.0.mixer.attention.redraws"]
         )
         > 0
     )

@@ -97,14 +97,7 @@ def test_sweep_lists_changed_cells_and_again_runs_them(lab, plugin, capsys, monk
     lab.train(attention="editable")
     lab.train()
     edit(plugin)
-    words = [
-        "sweep",
-        "--tasks=tiny",
-        "--attentions=softmax,editable",
-        "--preset=smoke",
-        "--device=cpu",
-        *lab.places,
-    ]
+    words = ["sweep", "--tasks=tiny", "--attentions=softmax,editable", "--preset=smoke", "--device=cpu", *lab.places]
     capsys.readouterr()
     assert main(words) == 1
     shown = capsys.readouterr()
@@ -112,9 +105,7 @@ def test_sweep_lists_changed_cells_and_again_runs_them(lab, plugin, capsys, monk
     (line,) = shown.err.splitlines()
     assert line.startswith("changed: tiny editable seed 0: ") and "--again" in line
     ran = []
-    monkeypatch.setattr(
-        lra.scaling.sweep, "execute", lambda jobs, args: ran.extend(map(str, jobs)) or Outcome()
-    )
+    monkeypatch.setattr(lra.scaling.sweep, "execute", lambda jobs, args: ran.extend(map(str, jobs)) or Outcome())
     assert main([*words, "--again"]) == 0 and ran == ["tiny editable seed 0"]
 
 

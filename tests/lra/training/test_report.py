@@ -38,9 +38,7 @@ def test_header_and_end_name_what_a_reader_wants_to_know(lab, other, capsys, mon
 
 
 @pytest.mark.parametrize("interval, steps", [(0.0, [4, 8, 12]), (1e6, [4])])
-def test_without_a_terminal_a_line_at_validations_but_not_too_often(
-    lab, capsys, monkeypatch, interval, steps
-):
+def test_without_a_terminal_a_line_at_validations_but_not_too_often(lab, capsys, monkeypatch, interval, steps):
     monkeypatch.setattr(lra.training.log, "INTERVAL", interval)
     lab.train()
     form = r"tiny softmax: step (\d+) of 12, loss \d\.\d{3}, val_acc (\d\.\d{3}), best (\d\.\d{3}), [\d.]+ min left"

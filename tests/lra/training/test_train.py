@@ -210,9 +210,7 @@ def test_sigterm_after_the_last_step_ends_with_85_too(lab, other, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_killed_by_sigkill_before_or_after_the_first_checkpoint_and_resumed_is_bitwise_the_same(
-    lab, other, step
-):
+def test_killed_by_sigkill_before_or_after_the_first_checkpoint_and_resumed_is_bitwise_the_same(lab, other, step):
     command = lab.driver(KILL.replace("STEP", str(step))) + lab.words("--threads=1", attention="performer")
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -323,9 +321,7 @@ def test_run_held_by_another_process_is_one_line_and_an_exit_code_of_its_own(lab
     lab.train()
 
 
-def test_run_that_another_process_finished_meanwhile_is_not_trained_again(
-    lab, other, at_step, monkeypatch, capsys
-):
+def test_run_that_another_process_finished_meanwhile_is_not_trained_again(lab, other, at_step, monkeypatch, capsys):
     other.train()
 
     class Lock(FileLock):
@@ -361,9 +357,7 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(lab, other, monkeypa
         raise OSError(28, "No space left on device", "somewhere")
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            checkpoint if runs else lra.training.train, "save_file" if runs else "write_record", full
-        )
+        patch.setattr(checkpoint if runs else lra.training.train, "save_file" if runs else "write_record", full)
         assert "No space left" in error_line(*lab.words())
     lab.train()
     other.train()
@@ -437,9 +431,7 @@ def test_rule_6_test_is_read_once_and_after_every_validation(lab, evaluated):
     assert evaluated == ["val", "val", "val", "test"]
 
 
-@pytest.mark.parametrize(
-    "scores, selected", [((5, 9, 9), 8), ((9, 5, 3), 4), ((0, 0, 0), 4), ((1, 2, 3), 12)]
-)
+@pytest.mark.parametrize("scores, selected", [((5, 9, 9), 8), ((9, 5, 3), 4), ((0, 0, 0), 4), ((1, 2, 3), 12)])
 def test_rule_6_the_earliest_best_validation_step_is_selected_and_tested(lab, monkeypatch, scores, selected):
     original, seen, tested = lra.training.trainer.evaluate, {}, {}
 

@@ -53,17 +53,13 @@ def test_closed_forms_are_those_of_section_3():
     assert math.exp(closed_forms(uneven)["optimal"]) == pytest.approx(sum(heads) / 2)
 
 
-@pytest.mark.parametrize(
-    ("t", "exist"), [(0.16, (1, 1)), (1 / 6 + 1e-9, (0, 1)), (0.49, (0, 1)), (0.5, (0, 0))]
-)
+@pytest.mark.parametrize(("t", "exist"), [(0.16, (1, 1)), (1 / 6 + 1e-9, (0, 1)), (0.49, (0, 1)), (0.5, (0, 0))])
 def test_a_closed_form_that_does_not_exist_is_none(t, exist):
     forms = closed_forms(torch.tensor([[0.01, t]]).double())
     assert tuple(forms[name] is not None for name in ("isotropic", "optimal")) == tuple(map(bool, exist))
 
 
-@pytest.mark.parametrize(
-    ("scheme", "form"), [("performer-iid", "isotropic"), ("darkformer-proposal-iid", "optimal")]
-)
+@pytest.mark.parametrize(("scheme", "form"), [("performer-iid", "isotropic"), ("darkformer-proposal-iid", "optimal")])
 def test_the_exact_variance_over_pairs_has_its_closed_form_as_mean(scheme, form):
     """E[Z^2] / E[kappa^2], a ratio of means over independent pairs: within 4 standard errors.
 
@@ -192,10 +188,7 @@ def test_table_file_and_figures_say_what_was_measured(tmp_path, capsys):
     assert main(synthetic_words(tmp_path, "--trace=0.3,1.4", "--name=variance-small")) == 0
     text = capsys.readouterr().out
     found = report(tmp_path, "variance-small")
-    assert (
-        found["command"].startswith("python -m lra variance --dim 5 --condition 1,10")
-        and found["env"]["torch"]
-    )
+    assert found["command"].startswith("python -m lra variance --dim 5 --condition 1,10") and found["env"]["torch"]
     assert len(found["cases"]) == 8
     iid, proposal, optimal = found["cases"][0]["schemes"]
     assert iid["closed_form_variance_log10"] is not None and proposal["closed_form_variance_log10"] is None
@@ -262,17 +255,13 @@ def test_a_trained_run_is_measured_layer_by_layer(lab, capsys):
 
 def test_a_run_that_reads_no_queries_is_refused(lab, error_line):
     lab.train(attention="constant")
-    line = error_line(
-        *words(lab.results, "--run", lab.records()[0], f"--data={lab.data}", f"--runs={lab.runs}")
-    )
+    line = error_line(*words(lab.results, "--run", lab.records()[0], f"--data={lab.data}", f"--runs={lab.runs}"))
     assert "constant reads no queries and keys" in line
 
 
 def test_a_run_without_its_weights_is_refused(lab, error_line):
     lab.train()
-    line = error_line(
-        *words(lab.results, "--run", lab.records()[0], f"--data={lab.data}", "--runs=elsewhere")
-    )
+    line = error_line(*words(lab.results, "--run", lab.records()[0], f"--data={lab.data}", "--runs=elsewhere"))
     assert "no weights of" in line and "looked for elsewhere" in line
 
 
@@ -294,10 +283,7 @@ def test_a_run_without_its_weights_is_refused(lab, error_line):
         (["--run=missing.json"], "no record at missing.json"),
         (["--tensors=missing.safetensors"], "no file at missing.safetensors"),
         (["--synthetic", "--run=missing.json"], "--synthetic and --run exclude each other"),
-        (
-            ["--tensors=x", "--condition=10"],
-            "--condition is an option of synthetic data: leave it out with --tensors",
-        ),
+        (["--tensors=x", "--condition=10"], "--condition is an option of synthetic data: leave it out with --tensors"),
     ],
 )
 def test_bad_options_are_one_line_and_nothing_is_written(tmp_path, error_line, options, said):

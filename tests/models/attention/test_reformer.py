@@ -65,9 +65,7 @@ def test_error_to_exact_attention_falls_with_rounds_on_clustered_data():
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(16, 8, generator=generator)
     which = torch.randint(16, (1, 2, 256), generator=generator)
-    s = (
-        6 * F.normalize(centres[which] + 0.1 * torch.randn(1, 2, 256, 8, generator=generator), dim=-1)
-    ).double()
+    s = (6 * F.normalize(centres[which] + 0.1 * torch.randn(1, 2, 256, 8, generator=generator), dim=-1)).double()
     v = torch.randn(1, 2, 256, 8, generator=generator).double()
     wanted, errors = exact(s, s, v, scale=1.0), []
     for rounds in (1, 2, 4, 8):

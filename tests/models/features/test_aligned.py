@@ -77,18 +77,14 @@ def test_a_target_norm_is_a_temperature_of_the_centred_kernel(align):
     got = expected_log_kernel(attention, q, k, D**-0.5).softmax(-1)
     torch.testing.assert_close(got, (D**-0.5 * logits).softmax(-1), rtol=0, atol=1e-10)
     loose = build("performer", (q, k), align=align, target_norm=1e6)
-    assert all(
-        torch.allclose(x, torch.eye(D).double()) or align == "balance" for x in (loose.Tq_HDD, loose.Tk_HDD)
-    )
+    assert all(torch.allclose(x, torch.eye(D).double()) or align == "balance" for x in (loose.Tq_HDD, loose.Tk_HDD))
     torch.testing.assert_close(loose.Tq_HDD.mT @ loose.Tk_HDD, torch.eye(D).double().expand(H, D, D))
 
 
 def test_balance_gives_both_sides_one_covariance_and_the_least_total_norm():
     Lq, Lk = (x @ x.mT for x in normal(2, H, D, 2 * D, seed=4))
     T = balance(Lq, Lk)
-    ridged = [
-        L + 0.03 * L.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(D) for L in (Lq, Lk)
-    ]
+    ridged = [L + 0.03 * L.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(D) for L in (Lq, Lk)]
     inverse = torch.linalg.inv(T)
     torch.testing.assert_close(inverse @ ridged[0] @ inverse.mT, T @ ridged[1] @ T.mT)
     trace = lambda X: X.diagonal(dim1=-2, dim2=-1).sum(-1)  # noqa: E731
@@ -108,9 +104,7 @@ def relative_variance(align, q, k):
 
 def test_alignment_cuts_the_variance_a_hundredfold_on_skewed_data():
     """Mean shift 3, condition number 100."""
-    plain, centred, balanced = (
-        relative_variance(align, *skewed()) for align in ("none", "centre", "balance")
-    )
+    plain, centred, balanced = (relative_variance(align, *skewed()) for align in ("none", "centre", "balance"))
     assert plain > 100 * centred > 100 * balanced, (plain, centred, balanced)
 
 
@@ -120,9 +114,7 @@ def test_features_of_the_aligned_kernel_are_unbiased(align, proposal):
     """10^4 draws of one feature: the mean is within 4 standard errors of the kernel."""
     q, k = (0.25 * x for x in skewed(n=2))
     draws = 10_000
-    attention = build(
-        "darkformer", (q, k), num_features=draws, align=align, proposal=proposal, orthogonal=False
-    )
+    attention = build("darkformer", (q, k), num_features=draws, align=align, proposal=proposal, orthogonal=False)
     scale = D**-0.5
     m = attention.maps(k, scale)
     r = m.aq_HMD @ q.mT + m.feature_bias_HM[..., None]
@@ -149,11 +141,7 @@ def test_the_variance_optimal_proposal_has_the_closed_form_variance():
     z = normal(draws, D, seed=8)
     for w, log_ratio, wanted in (
         (z, 0.0, ((1 - 6 * t) * (1 + 2 * t)).rsqrt().prod()),
-        (
-            z @ root,
-            (z.square() - (z @ root).square()).sum(-1) / 2 + torch.logdet(root),
-            (1 / (1 - 2 * t)).prod(),
-        ),
+        (z @ root, (z.square() - (z @ root).square()).sum(-1) / 2 + torch.logdet(root), (1 / (1 - 2 * t)).prod()),
     ):
         logs = (w * (q + k)).sum(-1) - (q.square() + k.square()).sum(-1) / 2
         second = torch.exp(2 * (logs + log_ratio))
@@ -161,9 +149,7 @@ def test_the_variance_optimal_proposal_has_the_closed_form_variance():
 
 
 def test_an_eigenvalue_of_one_half_is_clipped_with_a_warning_that_gives_it():
-    with pytest.warns(
-        UserWarning, match=r"darkformer, layer 0: largest eigenvalue 2 of Lambda clipped to 0.45"
-    ):
+    with pytest.warns(UserWarning, match=r"darkformer, layer 0: largest eigenvalue 2 of Lambda clipped to 0.45"):
         root = variance_optimal(torch.diag(torch.tensor([0.1, 2.0]).double())[None], "darkformer, layer 0")
     torch.testing.assert_close(root[0, 1, 1] ** 2, torch.tensor(1.9 / 0.1).double())
 
@@ -185,9 +171,7 @@ def test_calibration_brings_the_output_closer_to_exact_attention(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         plain = [error_to_exact(build("performer", seed=s, num_features=M), q, k, v) for s in range(20)]
-        better = [
-            error_to_exact(build(name, (q, k), seed=s, num_features=M, **options), q, k, v) for s in range(20)
-        ]
+        better = [error_to_exact(build(name, (q, k), seed=s, num_features=M, **options), q, k, v) for s in range(20)]
     assert sum(better) < 0.5 * sum(plain)
 
 
@@ -290,10 +274,7 @@ def test_optimal_sampling_follows_the_data_at_each_redraw():
 
 
 def test_data_is_remembered_only_in_the_steps_before_it_is_used():
-    for name, options, wanted in (
-        ("performer", {"align": "centre"}, [0]),
-        ("optimal", {"redraw_every": 3}, [0, 2, 5]),
-    ):
+    for name, options, wanted in (("performer", {"align": "centre"}, [0]), ("optimal", {"redraw_every": 3}, [0, 2, 5])):
         attention, copied = build_attention(name, **SHAPE, **options), []
         for step in range(7):
             before = None if step == 0 else attention.seen_q_HSD.clone()
@@ -320,11 +301,7 @@ def test_padding_is_never_part_of_what_is_remembered():
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        (
-            "performer",
-            {"learn_mean": True},
-            "learn_mean=True needs align=centre or align=balance; got align=none",
-        ),
+        ("performer", {"learn_mean": True}, "learn_mean=True needs align=centre or align=balance; got align=none"),
         ("performer", {"target_norm": -1.0}, r"target_norm must be 0 \(keep the kernel\) or more; got -1.0"),
         ("darkformer", {"rank": 6}, "rank must be 0 to the head width 5; got 6"),
         ("darkformer", {"rank": -1}, "rank must be 0 to the head width 5; got -1"),

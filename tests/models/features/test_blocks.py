@@ -27,10 +27,7 @@ class Given(FeatureAttention):
     def __init__(self, config=None, shift=0.0):
         super().__init__(config or FeatureConfig(num_features=M), heads=H, head_dim=D, max_len=LONG)
         self.aq, self.ak = (torch.nn.Parameter(normal(H, M, D, seed=s)) for s in (3, 4))
-        self.u, self.fb = (
-            torch.nn.Parameter(normal(H, D, 1, seed=5)),
-            torch.nn.Parameter(normal(H, M, seed=6)),
-        )
+        self.u, self.fb = (torch.nn.Parameter(normal(H, D, 1, seed=5)), torch.nn.Parameter(normal(H, M, seed=6)))
         self.shift = shift
 
     def maps(self, k_BHND, scale):
@@ -154,9 +151,7 @@ def test_states_of_disjoint_keys_have_a_sum():
     for x, y in zip(joined(one, other), whole, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
     out, lse = read(q, a, whole, torch.zeros(H, M).double())
-    kernel = ((q @ a.mT) @ torch.eye(M).double())[..., None, :] + ((k @ a.mT) + bias[..., None])[
-        ..., None, :, :
-    ]
+    kernel = ((q @ a.mT) @ torch.eye(M).double())[..., None, :] + ((k @ a.mT) + bias[..., None])[..., None, :, :]
     torch.testing.assert_close(lse, kernel.logsumexp((-1, -2)), rtol=0, atol=1e-11)
     torch.testing.assert_close(out, kernel.logsumexp(-1).softmax(-1) @ v, rtol=0, atol=1e-12)
 

@@ -125,8 +125,7 @@ def test_importance_weights_undo_the_proposal():
 def test_darkformer_at_the_identity_is_performer_with_the_same_draws():
     for orthogonal in (True, False):
         a, b = (
-            build_attention(n, **SHAPE, seed=3, layer=2, orthogonal=orthogonal)
-            for n in ("performer", "darkformer")
+            build_attention(n, **SHAPE, seed=3, layer=2, orthogonal=orthogonal) for n in ("performer", "darkformer")
         )
         assert torch.equal(a.w_HMD, b.w_HMD)
         torch.testing.assert_close(a.double()(*qkv()), b.double()(*qkv()), rtol=0, atol=1e-13)
@@ -222,17 +221,13 @@ def test_without_its_far_keys_a_hybrid_is_the_window_in_blocks(causal):
     floor = build_attention("local", **SHAPE, window=3, sinks=2, shape="blocks").double()
     assert not torch.allclose(hybrid(q, k, v, causal=causal), floor(q, k, v, causal=causal))
     hybrid.far_H.fill_(-100)
-    torch.testing.assert_close(
-        hybrid(q, k, v, causal=causal), floor(q, k, v, causal=causal), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(hybrid(q, k, v, causal=causal), floor(q, k, v, causal=causal), rtol=0, atol=1e-12)
 
 
 def test_calibration_sets_the_mass_of_the_far_keys():
     """With few features the estimate is too low on average (Jensen); with many it is right."""
     q, k, _ = qkv(64)
-    few, many = (
-        build_attention("performer", **SHAPE, window=2, num_features=m).double() for m in (8, 100_000)
-    )
+    few, many = (build_attention("performer", **SHAPE, window=2, num_features=m).double() for m in (8, 100_000))
     for attention in (few, many):
         attention.calibrate(q, k)
     assert (few.far_H > 0).all() and many.far_H.abs().max() < 0.05
@@ -301,9 +296,7 @@ def test_no_epsilon_flattens_sharp_attention():
     def shifted(x, dims):
         x = D**-0.25 * x
         logits = torch.einsum("hmd,bhnd->bhnm", w, x)
-        return (
-            torch.exp(logits - x.square().sum(-1, keepdim=True) / 2 - logits.amax(dims, keepdim=True)) + 1e-4
-        )
+        return torch.exp(logits - x.square().sum(-1, keepdim=True) / 2 - logits.amax(dims, keepdim=True)) + 1e-4
 
     kernel = shifted(q, (-1,)) @ shifted(k, (-1, -2)).mT
     assert (kernel @ v / kernel.sum(-1, keepdim=True) - wide).abs().max() > 0.1

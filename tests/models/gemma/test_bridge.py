@@ -14,13 +14,9 @@ SHAPE = dict(
     vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=10, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
 )  # fmt: skip
-WINDOWS = dict(
-    sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
-)
+WINDOWS = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 DECODING = [
-    n
-    for n in attention_names()
-    if attention_class(n).causal and (attention_class(n).recurrent or n == "softmax")
+    n for n in attention_names() if attention_class(n).causal and (attention_class(n).recurrent or n == "softmax")
 ]
 CAUSAL = [n for n in attention_names() if attention_class(n).causal]
 
@@ -134,9 +130,7 @@ def test_what_needs_earlier_queries_refuses_to_decode_from_a_cache(name):
     assert model.generate(ids, use_cache=False, **options).shape == (3, 20)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in CAUSAL if n != "random"]
-)  # its logits belong to places, not tokens
+@pytest.mark.parametrize("name", [n for n in CAUSAL if n != "random"])  # its logits belong to places, not tokens
 @torch.no_grad()
 def test_left_padding_changes_no_logit_of_a_real_token(name):
     model = gemma("gemma1")

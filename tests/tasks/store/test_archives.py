@@ -38,11 +38,7 @@ def pack(*members, kind=tarfile.PAX_FORMAT):
     return buffer.getvalue()
 
 
-GOOD = [
-    ("aclImdb/train/pos/0_9.txt", b"good"),
-    ("aclImdb/train/unsup/0_0.txt", b"?"),
-    ("a/data_batch_1", b""),
-]
+GOOD = [("aclImdb/train/pos/0_9.txt", b"good"), ("aclImdb/train/unsup/0_0.txt", b"?"), ("a/data_batch_1", b"")]
 
 
 @pytest.fixture
@@ -87,13 +83,7 @@ def test_wanted_members_come_out_under_the_last_parts_of_their_names(extract, co
 
 
 def test_patterns_stand_for_whole_names(extract):
-    near = [
-        "train/pos/x/1.txt",
-        "train/pos/1.txt.bak",
-        "data_batch_1.bin",
-        "xdata_batch_1",
-        "strain/pos/1.txt",
-    ]
+    near = ["train/pos/x/1.txt", "train/pos/1.txt.bak", "data_batch_1.bin", "xdata_batch_1", "strain/pos/1.txt"]
     assert extract(pack(*((name, b"x") for name in near)), ("train/pos/*.txt", "data_batch_?")) == {}
 
 
@@ -204,9 +194,7 @@ def test_a_flipped_bit_of_a_compressed_archive_is_refused(refused):
 def test_headers_of_any_content_are_refused_in_one_line_or_read(extract, tmp_path, kind):
     """Random bytes in headers whose checksums are right, so that they are looked at."""
     rng = np.random.default_rng(1)
-    sparse = member(
-        "train/pos/4.txt", size=512, pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.name": "x"}
-    )
+    sparse = member("train/pos/4.txt", size=512, pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.name": "x"})
     whole = bytearray(pack(*GOOD, ("folder/" * 40 + "train/pos/5.txt", b"x"), sparse, kind=kind))
     outcomes = set()
     for _ in range(150):
@@ -231,6 +219,4 @@ def test_a_full_disk_is_one_line(refused, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(archives.shutil, "copyfileobj", full)
-    assert "0_9.txt cannot be written ([Errno 28] No space left on device); free space" in refused(
-        pack(*GOOD)
-    )
+    assert "0_9.txt cannot be written ([Errno 28] No space left on device); free space" in refused(pack(*GOOD))

@@ -99,9 +99,7 @@ def test_interrupted_write_leaves_nothing(task, tmp_path, monkeypatch, nth, erro
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", save)
         kind = SourceError if isinstance(error, OSError) else type(error)
-        with pytest.raises(
-            kind, match="No space left on device.*free space" if kind is SourceError else None
-        ):
+        with pytest.raises(kind, match="No space left on device.*free space" if kind is SourceError else None):
             prepare(task, "smoke", out=tmp_path)
     folder = tmp_path / "tiny" / "smoke"
     assert not folder.exists() and not hidden(folder)
@@ -182,9 +180,7 @@ def test_a_disk_that_is_really_full_is_one_line_and_leaves_nothing(lab, tmp_path
         pytest.skip("this system lets no user mount a tmpfs")
     words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
     script = f"{mount} && {shlex.join([*lab.driver(), *words])}; echo $?; ls -A {tmp_path}/tiny"
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/tiny/smoke: cannot be written (") and "free space" in line
     assert done.stdout.split() == ["2", "smoke.lock"]
@@ -288,9 +284,7 @@ def test_edited_source_code_is_not_answered_with_old_data(mine, tmp_path, error_
     mine("(s == 1).sum() > (s == 2).sum()", "(s == 1).sum() < (s == 2).sum()")
     line = error_line("prepare", "mine", "--preset=smoke", "--data", out)
     command = f"python -m lra prepare mine --preset smoke --data '{out}' --source embedded --again"
-    assert (
-        f"the source code of task mine has changed since {out}/mine/smoke was prepared: `{command}`" in line
-    )
+    assert f"the source code of task mine has changed since {out}/mine/smoke was prepared: `{command}`" in line
     assert load(out / "mine" / "smoke").manifest == before.manifest, "nothing was touched"
     words = ["prepare", "mine", "--preset=smoke", "--data", str(out), "--source=embedded"]
     assert main([*words, "--again"]) == 0
@@ -352,15 +346,7 @@ def test_a_split_that_is_not_there_is_one_line(task, tmp_path, monkeypatch, erro
 
 def test_a_folder_of_raw_data_that_is_not_there_is_named_without_layouts(tmp_path, plugins, error_line):
     for name in ("tiny", "text", "image", "listops"):
-        words = (
-            "prepare",
-            name,
-            "--preset=smoke",
-            "--data",
-            tmp_path / "out",
-            "--data-dir",
-            tmp_path / "absent",
-        )
+        words = ("prepare", name, "--preset=smoke", "--data", tmp_path / "out", "--data-dir", tmp_path / "absent")
         assert error_line(*words) == f"error: --data-dir {tmp_path}/absent: no such folder or archive"
 
 

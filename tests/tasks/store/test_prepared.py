@@ -146,17 +146,12 @@ def test_a_copy_from_elsewhere_is_the_same_data_and_a_substitute_is_not(task, tm
 def test_identities_of_committed_records_are_those_of_their_facts():
     """A record's own facts and name give the identity it was written with, source included."""
     records = [
-        json.loads(path.read_text())
-        for path in sorted((ROOT / "results" / "reference").glob("records/*/*/*/*.json"))
+        json.loads(path.read_text()) for path in sorted((ROOT / "results" / "reference").glob("records/*/*/*/*.json"))
     ]
     assert records
     for record in records:
         task, data = record["task"], record["data"]
-        facts = {
-            "schema": prepared.SCHEMA,
-            "task": task["name"],
-            **{k: data[k] for k in ("source", "splits")},
-        }
+        facts = {"schema": prepared.SCHEMA, "task": task["name"], **{k: data[k] for k in ("source", "splits")}}
         facts |= {k: task[k] for k in ("version", "dataset", "substitute")}
         assert data_identity(facts) == data["manifest_sha256"]
 

@@ -76,9 +76,7 @@ def test_hub_file_without_a_known_hash_must_match_the_name_its_commit_gives_it(m
     assert sources.hub_file("a/b", "a.tsv", revision="d") == link
     blob.write_bytes(b"ab")
     found = hashlib.sha256(b"ab").hexdigest()
-    with pytest.raises(
-        SourceError, match=f"sha256 is {found}, expected {right}; delete it and fetch it again"
-    ):
+    with pytest.raises(SourceError, match=f"sha256 is {found}, expected {right}; delete it and fetch it again"):
         sources.hub_file("a/b", "a.tsv", revision="d")
 
 
