@@ -95,6 +95,17 @@ class Check(NamedTuple):
     sized: bool
     applies: Callable[[Case], bool]
 
+    def __call__(self, case: Case) -> None:
+        """Run the check; a sized one with every setting, or with padded rows alone where options are not the
+        defaults. The setting that fails is named."""
+        if not self.sized:
+            return self.run(case)
+        for setting in SETTINGS[1::2] if case.options else SETTINGS:
+            try:
+                self.run(case, setting)
+            except AssertionError as error:
+                raise AssertionError(f"{setting} {error}") from error
+
 
 CHECKS: dict[str, Check] = {}
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from lra import registry
 from lra.options import UsageError
 from models.features import flash
 from tests.models import checks_method, checks_output  # noqa: F401, they fill CHECKS
-from tests.models.cases import CHECKS, PADDED, SETTINGS, Case, Check, Setting
+from tests.models.cases import CHECKS, PADDED, Case, Check
 
 
 def variants(name: str) -> list[Case]:
@@ -39,31 +39,28 @@ def variants(name: str) -> list[Case]:
     return cases + [case._replace(causal=True) for case in cases if cls.causal]
 
 
-def checks_of(case: Case, names: Iterable[str] = CHECKS) -> Iterator[tuple[Check, Setting | None]]:
-    """The named checks of those that apply, each with every setting where it is sized."""
-    for name in names if case.loads else ["can_be_built"]:
-        if case.loads and not CHECKS[name].applies(case):
-            continue
-        yield from ((CHECKS[name], setting) for setting in (SETTINGS if CHECKS[name].sized else [None]))
+def checks_of(case: Case, names: Iterable[str] = CHECKS) -> list[Check]:
+    """The named checks, of those that apply."""
+    if not case.loads:
+        return [CHECKS["can_be_built"]]
+    return [CHECKS[name] for name in names if CHECKS[name].applies(case)]
 
 
 def failures(case: Case, names: Iterable[str] = CHECKS) -> dict[str, str]:
     """The named checks, of those that apply, that fail, with their first messages."""
     messages: dict[str, str] = {}
-    for check, setting in checks_of(case, names):
+    for check in checks_of(case, names):
         try:
-            check.run(case, setting) if check.sized else check.run(case)
+            check(case)
         except Exception as error:  # whatever an unknown class raises is its failure
-            messages.setdefault(check.name, f"{setting or ''} {type(error).__name__}: {error}".strip())
+            messages[check.name] = f"{type(error).__name__}: {error}"
     return messages
 
 
 def main(names: list[str]) -> int:
     """Check each attention and print what fails; the exit code."""
-    flash.SMALL, broken = (
-        0,
-        False,
-    )  # small as the inputs are: through the fused kernels, as in tests/models/conftest.py
+    flash.SMALL = 0  # small as the inputs are: through the fused kernels, as in tests/models/conftest.py
+    broken = False
     for name in names:
         try:
             registry.attention_class(name)
