@@ -1,4 +1,5 @@
-"""The whole grid, every task with every attention, through the command line; and the table of its records."""
+"""A cross of the grid, through the command line, and the table of its records: every task with softmax, ListOps with
+every attention. (`run_all.sh` trains the 25 cells of the smoke table.)"""
 
 import json
 
@@ -13,14 +14,17 @@ STEPS = 2
 SMALL = ("train.batch=4", "encoder.width=16", "encoder.ffn=16")  # what is tested here does not depend on size
 
 
+CELLS = [(t, a) for t in task_names() for a in attention_names() if t == "listops" or a == "softmax"]
+
+
 @pytest.fixture(scope="session")
 def grid(tmp_path_factory):
-    """A laboratory in which every cell of the smoke preset was trained for two steps."""
+    """A laboratory in which these cells of the smoke preset were trained for two steps."""
     folder = tmp_path_factory.mktemp("grid")
     lab = Lab(folder / "data", folder / "results", folder / "runs")
     for task in task_names():
         assert main(["prepare", task, "--preset=smoke", "--data", str(lab.data), "--workers=1"]) == 0
-        for attention in attention_names():
+        for attention in (a for t, a in CELLS if t == task):
             lab.task = task
             sets = [word for pair in SMALL for word in ("--set", pair)]
             assert lab.try_train(f"--steps={STEPS}", *sets, attention=attention) == 0
@@ -37,7 +41,7 @@ def records(grid):
 def test_every_cell_has_one_record_that_ended(grid, records):
     assert len(task_names()) >= 5 and len(attention_names()) >= 5
     assert len(grid.records()) == len(records)
-    assert set(records) == {(t, a) for t in task_names() for a in attention_names()}
+    assert set(records) == set(CELLS)
     for cell, record in records.items():
         assert record["status"] == "ok" and record["training"]["steps"] == STEPS, cell
         assert 0 <= record["result"]["n_correct"] <= record["result"]["n_test"], cell
@@ -45,11 +49,11 @@ def test_every_cell_has_one_record_that_ended(grid, records):
         assert len(probe) == 20 and None not in probe, cell
 
 
-def test_table_has_a_filled_cell_for_every_task_and_attention(grid):
+def test_table_has_a_row_for_every_attention_and_a_column_for_every_task(grid):
     (table,) = build(grid.results)
     assert len(table.columns) == len(task_names()) and len(table.rows) == len(attention_names())
-    assert len(table.cells) == len(table.columns) * len(table.rows) >= 25
-    assert all(cell.complete and len(cell.ok) == 1 for cell in table.cells.values())
+    filled = [cell for cell in table.cells.values() if cell.ok]
+    assert len(filled) == len(CELLS) and all(cell.complete and len(cell.ok) == 1 for cell in filled)
     assert len(table.averaged) == 5
 
 
@@ -64,9 +68,8 @@ def test_table_is_the_same_bytes_every_time(grid, capsys):
         assert name in texts[0]
 
 
-@pytest.mark.parametrize("task", task_names())
-def test_rule_9_all_attentions_of_a_task_share_data_and_recipe(records, task):
-    mine = [r for (t, _), r in records.items() if t == task]
+def test_rule_9_all_attentions_of_a_task_share_data_and_recipe(records):
+    mine = [r for (t, _), r in records.items() if t == "listops"]
     for part in (
         lambda r: r["data"],
         lambda r: r["model"]["encoder"],
@@ -96,7 +99,7 @@ def test_rule_10_substitutes_say_so(records):
             assert task in ("listops", "text", "pathfinder")
 
 
-@pytest.mark.parametrize("task", task_names())
-def test_majority_floor_is_stored_and_shared_by_the_cells(records, task):
-    floors = [r["data"]["floors"] for (t, _), r in records.items() if t == task]
-    assert all(f == floors[0] for f in floors) and 0 < floors[0]["majority"] < 0.6
+def test_majority_floor_is_stored_and_shared_by_the_cells(records):
+    assert all(0 < r["data"]["floors"]["majority"] < 0.6 for r in records.values())
+    floors = [r["data"]["floors"] for (t, _), r in records.items() if t == "listops"]
+    assert all(f == floors[0] for f in floors)
