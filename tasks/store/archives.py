@@ -23,7 +23,7 @@ from typing import IO
 
 from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import ROOTS
+from tasks.store.sources import ROOTS, listed
 
 # Bytes that an archive may unpack to: MAX_RATIO for each of its own, but at least FREE_BYTES (the ratio says
 # nothing about a small archive) and at most MAX_BYTES. Texts and pictures stay below a ratio of 10, gzipped
@@ -69,7 +69,7 @@ def _archive(task: ModuleType, data: Data, data_dir: Path) -> Path | None:
     if not present:
         return None
     globs = [root + folder + name for name in task.members(data) for root in ROOTS for folder in UNPACKED]
-    return None if any(any(data_dir.glob(pattern)) for pattern in globs) else present[0]
+    return None if any(listed(data_dir, pattern) for pattern in globs) else present[0]
 
 
 class _Unpacked:
@@ -101,13 +101,14 @@ class _Unpacked:
 def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
     """Write the members whose names end in one of the patterns `wanted` under `into`.
 
-    A pattern is a path of one or more parts in which `*` and `?` stand for anything but `/`. SourceError,
-    in one line, for an archive that is damaged or not to be trusted; the caller removes what was written.
+    A pattern is a path of one or more parts, in upper or lower case, in which `*` and `?` stand for anything but `/`;
+    `*` stands for no name with a leading dot (see sources.listed). SourceError, in one line, for an archive that is
+    damaged or not to be trusted; the caller removes what was written.
     """
     from tqdm import tqdm
 
-    patterns = (re.escape(name).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for name in wanted)
-    match, size = re.compile(f"(?:.*/)?({'|'.join(patterns)})").fullmatch, archive.stat().st_size
+    patterns = (re.escape(name).replace(r"\*", r"(?!\.)[^/]*").replace(r"\?", "[^/]") for name in wanted)
+    match, size = re.compile(f"(?:.*/)?({'|'.join(patterns)})", re.I).fullmatch, archive.stat().st_size
     bar = tqdm(total=size, desc=archive.name, unit="B", unit_scale=True, delay=2, disable=None)
     with open(archive, "rb") as raw, bar:
         start = raw.read(6)

@@ -87,11 +87,21 @@ def hub_file(repo: str, name: str, *, revision: str, sha256: str | None = None) 
     return path
 
 
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """What matches a glob pattern below a folder, in order. Upper and lower case are alike: `0.PNG` is a `*.png`.
+
+    Names with a leading dot are no data: macOS writes `._0.png` beside `0.png`.
+    """
+    either = re.sub("[A-Za-z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
+    found = Path(folder).glob(either)
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
 def find_one(data_dir: Path, names: Sequence[str], what: str) -> Path:
     """The first of several names or glob patterns that exists in data_dir (file or folder)."""
     for name in names:
         for root in ROOTS:
-            if paths := sorted(Path(data_dir).glob(root + name)):
+            if paths := listed(data_dir, root + name):
                 return paths[0]
     raise SourceError(f"--data-dir {data_dir}: {what} not found; looked for {', '.join(names)}")
 

@@ -13,6 +13,7 @@ import pytest
 from lra.cli import main, parser
 from lra.options import PRESETS
 from lra.registry import attention_names, task_names
+from tasks.image.cifar import CLASSES
 from tasks.store.prepared import load
 from tests.conftest import ROOT
 
@@ -292,7 +293,7 @@ def test_corrupt_image_is_one_line(error_line, tmp_path):
     from PIL import Image
 
     for half in ("train", "test"):
-        for name in ("airplane", "cat"):
+        for name in CLASSES:
             (tmp_path / half / name).mkdir(parents=True)
             Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / half / name / "0001.png")
     path = tmp_path / "train" / "cat" / "0001.png"

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tasks import image, listops, pathfinder, retrieval, text
 from tasks.base import SPLITS
+from tasks.image.cifar import CLASSES
 from tasks.listops.expressions import write_tsv
 from tasks.store import archives
 from tasks.store.prepare import prepare
@@ -68,6 +69,16 @@ def acl_imdb(folder, rows):
         (folder / half / "unsup" / "0_0.txt").write_text("unlabelled")
 
 
+def pictures(folder, rows):
+    """CIFAR's pictures in a folder for each class."""
+    rng = np.random.default_rng(rows)
+    for half in ("train", "test"):
+        for k in range(rows):
+            path = folder / half / CLASSES[k % 10] / f"{k}.{('png', 'JPG')[k % 2]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+
+
 def cifar(folder, rows, kind):
     """CIFAR's batches, of which there may be fewer."""
     folder.mkdir(parents=True)
@@ -88,6 +99,7 @@ LAYOUTS = {  # name: (task, archive, folder in it, writer)
     "text": (text, "aclImdb_v1.tar.gz", "aclImdb", acl_imdb),
     "python": (image, "cifar-10-python.tar.gz", "cifar-10-batches-py", lambda f, n: cifar(f, n, "py")),
     "binary": (image, "cifar-10-binary.tar.gz", "cifar-10-batches-bin", lambda f, n: cifar(f, n, "bin")),
+    "pictures": (image, "cifar-10-python.tar.gz", "", pictures),
 }
 
 
