@@ -95,10 +95,13 @@ def _model_and_tokenizer(place: str):
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
 
     def encode(texts):
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # Text that spells a control token is text: "<bos>" is no start of a document.
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     # The tokenizer of a gguf file forgets to add BOS, and without it Gemma is far worse: ours is always added.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else model.config.bos_token_id
+    if bos is None:
+        raise ValueError("neither tokenizer nor config names a BOS token, with which documents start")
     return model.eval(), encode, bos
 
 

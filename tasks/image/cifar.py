@@ -6,7 +6,6 @@ dictionary of strings, integers, lists and one uint8 array, and refuses every ot
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 
 from tasks.base import SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import find_one, hub_file, in_chunks, listed, read_folder, read_table
+from tasks.store.formats import label_of, read_picture, read_table
+from tasks.store.sources import find_one, hub_file, in_chunks, listed, read_folder
 
 SIDE = 32
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -56,20 +56,21 @@ def read_half(
     else:
         names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
         path = find_one(data_dir, names, f"the CIFAR-10 {half} half")
-    if path.suffix == ".parquet" or path.is_dir():
-        read = _parquet if path.suffix == ".parquet" else _folders
+    if path.suffix.lower() == ".parquet" or path.is_dir():
+        read = _folders if path.is_dir() else _parquet
         pictures, names, labels = read(path, half, files, workers)
         grey, jpeg = np.empty((len(pictures), SIDE, SIDE), np.uint8), np.zeros(len(pictures), bool)
 
         def decode(start: int, end: int) -> None:
             for i in range(start, end):
-                grey[i], jpeg[i] = _decode(pictures[i], names[i])
+                grey[i], kind = read_picture(pictures[i], SIDE, ("PNG", "JPEG"), names[i])
+                jpeg[i] = kind == "JPEG"
 
         in_chunks(decode, len(pictures), workers, "images")
         return grey, _labels(path, labels), bool(jpeg.any())
     batches = listed(path.parent, BATCHES[half] + path.suffix)
     files.update((batch.name, sha256_file(batch)) for batch in batches)
-    read = _binary if path.suffix == ".bin" else _pickled
+    read = _binary if path.suffix.lower() == ".bin" else _pickled
     planes, labels = zip(*map(read, batches))
     return _grey(np.concatenate(planes)), np.concatenate(labels), False
 
@@ -82,33 +83,16 @@ def _grey(planes: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(rgb).convert("L")).reshape(-1, SIDE, SIDE)
 
 
-def _decode(data: bytes, where: str) -> tuple[np.ndarray, bool]:
-    """One PNG or JPEG file to grey uint8 (32, 32), and whether it was a JPEG."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            if image.size != (SIDE, SIDE) or image.mode not in ("RGB", "L"):
-                kind = "{} x {} {}".format(*image.size, image.mode)
-                raise SourceError(f"{where}: the image is {kind}, expected {SIDE} x {SIDE} RGB or L")
-            return np.asarray(image.convert("L")), image.format == "JPEG"
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise SourceError(f"{where}: not readable PNG or JPEG ({one_line(error)})") from error
-
-
 def _labels(path: Path, labels: Sequence) -> np.ndarray:
     """Labels as uint8 (n,), each of them checked."""
-    for row, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < len(CLASSES):
-            raise SourceError(f"{path}: row {row}: label is {label!r}, expected 0..{len(CLASSES) - 1}")
-    return np.array(labels, np.uint8)
+    return np.array([label_of(y, len(CLASSES), f"{path}: row {k}") for k, y in enumerate(labels)], np.uint8)
 
 
 def _parquet(path: Path, half: str, files: dict[str, str], workers: int) -> tuple[list[bytes], list[str], list]:
     """PNG or JPEG files, their names for messages, their labels: from the hub's layout (img {bytes, path}, label), or
     from one file of both halves (split, label, image_jpeg)."""
     files[path.name] = sha256_file(path)
-    if path.name == "cifar10.parquet":
+    if path.name.lower() == "cifar10.parquet":
         columns = read_table(path, ["split", "label", "image_jpeg"])
         rows = [k for k, split in enumerate(columns["split"]) if split == half]
         pictures = columns["image_jpeg"]

@@ -21,7 +21,8 @@ from tasks.base import SPLITS, Built, Data, Meta, Optim, Recipe, SourceError, Sp
 from tasks.retrieval import imports
 from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import sha256_file
-from tasks.store.sources import check_source, find_one, hub_file, open_text, seeded_order
+from tasks.store.formats import ENDINGS, label_of, lines
+from tasks.store.sources import check_source, find_one, hub_file, seeded_order
 
 META = Meta(
     name="retrieval",
@@ -62,10 +63,8 @@ RECIPES["paper-large"] = replace(
 SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}  # of LRA's files
 FILES = {"train": "train", "val": "eval", "test": "test"}  # LRA's names of the splits
 FOLDERS = ("", "retrieval_aan/", "tsv_data/")
-ENDINGS = ("", ".gz", ".xz")
 ARCHIVES = LRA_RELEASE
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
-LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
 HUB_REPO, HUB_REVISION = "OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775"
 FITTED = 10_000  # pairs that floors are fitted on, and baselines of the report measured on
 
@@ -211,15 +210,10 @@ def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[
 
 def _rows(path: Path, seq_len: int) -> Iterator[tuple[int, bytes, bytes, bytes]]:
     """(label, ids, text1, text2) of each line; texts are bytes, never decoded, cut to seq_len."""
-    from tqdm import tqdm
-
-    with open_text(path, binary=True) as file:
-        for number, line in enumerate(tqdm(file, path.name, unit=" pairs", delay=2, disable=None), 1):
-            cells = line.rstrip(b"\r\n").split(b"\t")
-            if len(cells) != len(COLUMNS):
-                wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
-                raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
-            if cells[0] not in LABELS:
-                label = cells[0][:40].decode(errors="replace")
-                raise SourceError(f"{path}: line {number}: label is {label!r}, expected 0 or 1")
-            yield LABELS[cells[0]], b" ".join(cells[1:3]), cells[3][:seq_len], cells[4][:seq_len]
+    for number, line in lines(path):
+        cells = line.split(b"\t")
+        if len(cells) != len(COLUMNS):
+            wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
+            raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
+        label = label_of(cells[0], META.classes, f"{path}: line {number}")
+        yield label, b" ".join(cells[1:3]), cells[3][:seq_len], cells[4][:seq_len]

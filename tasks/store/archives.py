@@ -9,10 +9,12 @@ would land outside, link outside or are devices. So does a size: an archive may 
 from __future__ import annotations
 
 import bz2
+import filecmp
 import gzip
 import lzma
 import re
 import shutil
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -115,6 +117,7 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
         raw.seek(0)
         openers = (opener for magic, opener in _OPENERS.items() if start.startswith(magic))
         file = next(openers, lambda same: same)(raw)
+        depths: dict[Path, int] = {}
         stream = _Unpacked(archive, file, min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * size)))
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
@@ -124,7 +127,7 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
                     _check(archive, member, into)
                     path = match(PurePosixPath(member.name).as_posix())
                     if path and member.isfile():
-                        _write(archive, tar, member, into / path[1])
+                        _write(archive, tar, member, into / path[1], depths)
                     bar.update(raw.tell() - bar.n)
                 end = tar.offset
             while stream.read(1 << 20):  # the checksum stands at the end
@@ -149,14 +152,25 @@ def _check(archive: Path, member: tarfile.TarInfo, into: Path) -> None:
         raise SourceError(f"{archive}: member {name} is refused ({problem}); fetch it from its publisher")
 
 
-def _write(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Write one file; SourceError if it is there already or cannot be written."""
+def _write(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, depths: dict[Path, int]) -> None:
+    """Write one file. Of two that differ, the one that is deeper in lra_release/ stays, as for folders (ROOTS).
+
+    `depths` holds that depth for each file that was written. SourceError if none is deeper, or if it cannot be written.
+    """
+    depth, copy = member.name.split("/").count("lra_release"), target.with_name(f".{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "xb") as file:
+        with open(copy, "wb") as file:
             shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
-    except FileExistsError:
-        raise SourceError(f"{archive}: {target.name} occurs twice; extract the one to use yourself") from None
+        if target in depths and not filecmp.cmp(copy, target, shallow=False):
+            if depth == depths[target]:
+                raise SourceError(f"{archive}: {target.name} occurs twice; extract the one to use yourself")
+            choice = f"of two different {target.name} the one in lra_release/lra_release is read"
+            print(f"{archive}: {choice}", file=sys.stderr)
+        if depth >= depths.get(target, depth):
+            copy.replace(target)
+            depths[target] = depth
+        copy.unlink(missing_ok=True)
     except OSError as error:
         problem = f"{member.name} cannot be written ({one_line(error)})"
         raise SourceError(f"{archive}: {problem}; free space or give another --data") from error

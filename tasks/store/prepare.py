@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def prepare(
     meta, name, recipe = task.META, task.META.name, task.RECIPES[preset]
     source = source or ("local" if data_dir and not meta.generated else recipe.data.source)
     folder = Path(out) / name / preset
-    origin = {"source": source, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
+    origin = {"source": source, "data_dir": os.path.realpath(data_dir) if data_dir else None}
     request = {"task": name, "version": meta.version, **asdict(recipe.data), **origin}
     code, parts = source_sha256(task), folder.with_name(f".parts.{preset}")
     with _locked(folder):
@@ -63,6 +64,9 @@ def prepare(
         with archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
             scratch = parts / code[:16]
             built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=scratch)
+        if data_dir and source != "generated" and built.source == "generated":
+            names = ", ".join(task.members(recipe.data) if hasattr(task, "members") else ()) or "no file at all"
+            print(f"the data are generated: --data-dir {data_dir} was searched for {names}", file=sys.stderr)
         for split in SPLITS:
             check(meta, split, built.splits.get(split, Split.of([], [])), recipe.data.seq_len)
         splits, removed, repeated = disjoint(built.splits, meta.towers)

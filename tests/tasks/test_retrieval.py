@@ -89,8 +89,8 @@ def test_texts_are_cut_on_the_right_and_never_empty(tmp_path):
     [
         (b"1\ta\tb\tonly four\n", "line 3: 4 columns, expected 5"),
         (b"1\ta\tb\tone\ttwo\tthree\n", "line 3: 6 columns, expected 5"),
-        (b"\n", "line 3: 1 columns"),
-        (row(b"2", b"a", b"b"), "line 3: label is '2', expected 0 or 1"),
+        (b"\n" + row(b"1", b"a", b"b"), "line 3: 1 columns"),
+        (row(b"2", b"a", b"b"), "line 3: label is '2', expected 0 to 1"),
         (row(b"label", b"id1", b"id2"), "line 3: label is 'label'"),
     ],
 )
