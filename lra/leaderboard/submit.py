@@ -269,4 +269,4 @@ def _read(results: Path) -> dict[str, dict[str, Any]]:
 def _write(results: Path, known: dict[str, dict[str, Any]]) -> None:
     text = json.dumps({"schema": SCHEMA, "records": known}, indent=1, sort_keys=True) + "\n"
     with atomic_path(Path(results) / "verification.json") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")

@@ -164,7 +164,7 @@ def _write(folder: Path, splits: dict[str, Split], manifest: dict[str, Any], kee
         manifest["arrays"] = {p.name: sha256_file(p) for p in sorted(temporary.glob("*.npy"))}
         manifest["sha256"] = seal(manifest)
         with atomic_path(temporary / "manifest.json") as path:
-            path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
         if folder.exists() and keep:
             names = (folder.with_name(f"{folder.name}.{k}") for k in itertools.count(1))
             print(f"kept as {folder.rename(next(n for n in names if not n.exists()))}", file=sys.stderr)

@@ -52,7 +52,7 @@ def load(folder: Path, *, full: bool = False) -> Prepared:
     folder = Path(folder)
     path, remedy = folder / "manifest.json", f"run `{command(folder)}` to make it again"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text("utf-8"))
         if manifest["sha256"] != seal(manifest):
             raise ValueError
         arrays = manifest["arrays"]
@@ -87,7 +87,7 @@ def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 def _unchanged(folder: Path, manifest: dict[str, Any]) -> bool:
     """Whether the arrays have the sizes and times that they had when their hashes were right."""
     try:
-        return json.loads((folder / STAMP).read_text()) == _stamp(folder, manifest)
+        return json.loads((folder / STAMP).read_text("utf-8")) == _stamp(folder, manifest)
     except (OSError, ValueError):
         return False
 
@@ -99,7 +99,7 @@ def _remember(folder: Path, manifest: dict[str, Any]) -> None:
         newest = max(time_ns for _, time_ns in stamp["arrays"].values())
         if time.time() - newest / 1e9 > SETTLED:
             with atomic_path(folder / STAMP) as path:
-                path.write_text(json.dumps(stamp))
+                path.write_text(json.dumps(stamp), "utf-8")
 
 
 def data_identity(manifest: dict[str, Any]) -> str:
