@@ -8,15 +8,11 @@ would land outside, link outside or are devices. So does a size: an archive may 
 
 from __future__ import annotations
 
-import bz2
 import filecmp
-import gzip
-import lzma
 import re
 import shutil
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -25,6 +21,7 @@ from typing import IO
 
 from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
+from tasks.store.formats import open_bytes
 from tasks.store.sources import ROOTS, listed
 
 # Bytes that an archive may unpack to: MAX_RATIO for each of its own, but at least FREE_BYTES (the ratio says
@@ -35,7 +32,6 @@ BLOCK = 512  # bytes; tar's unit, an archive ends with a block of zeros
 # Folders that the published archives unpack to, where tasks look for their files
 UNPACKED = ("", "aclImdb/", "cifar-10-batches-py/", "cifar-10-batches-bin/", "listops-1000/", "tsv_data/")
 LRA_RELEASE = ("lra_release.gz", "lra_release.tar.gz", "lra_release.tar")  # names it is known by
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
 
 
 @contextmanager
@@ -84,9 +80,8 @@ class _Unpacked:
     def read(self, size: int) -> bytes:
         try:
             data = self.file.read(size)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            problem = f"cannot be read ({one_line(error)})"
-            raise SourceError(f"{self.archive}: {problem}; fetch it again") from error
+        except OSError as error:  # `_write` would take it for one of writing
+            raise EOFError(one_line(error)) from error
         if content := data.rstrip(b"\0"):
             self.end = self.count + len(content)
         self.count += len(data)
@@ -111,14 +106,9 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
 
     patterns = (re.escape(name).replace(r"\*", r"(?!\.)[^/]*").replace(r"\?", "[^/]") for name in wanted)
     match, size = re.compile(f"(?:.*/)?({'|'.join(patterns)})", re.I).fullmatch, archive.stat().st_size
-    bar = tqdm(total=size, desc=archive.name, unit="B", unit_scale=True, delay=2, disable=None)
-    with open(archive, "rb") as raw, bar:
-        start = raw.read(6)
-        raw.seek(0)
-        openers = (opener for magic, opener in _OPENERS.items() if start.startswith(magic))
-        file = next(openers, lambda same: same)(raw)
-        depths: dict[Path, int] = {}
-        stream = _Unpacked(archive, file, min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * size)))
+    limit, depths = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * size)), {}
+    with open_bytes(archive) as file, tqdm(desc=archive.name, unit=" files", delay=2, disable=None) as bar:
+        stream = _Unpacked(archive, file, limit)
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 while (member := tar.next()) is not None:
@@ -128,7 +118,7 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
                     path = match(PurePosixPath(member.name).as_posix())
                     if path and member.isfile():
                         _write(archive, tar, member, into / path[1], depths)
-                    bar.update(raw.tell() - bar.n)
+                    bar.update()
                 end = tar.offset
             while stream.read(1 << 20):  # the checksum stands at the end
                 pass

@@ -5,13 +5,14 @@ Nothing here unpickles or executes what it reads. What cannot be read is a one-l
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ import numpy as np
 from tasks.base import SourceError
 from tasks.store.files import one_line
 
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
 ENDINGS = ("", ".gz", ".xz")  # of text files
 LABELS = {f"{label}{end}": label for label in range(10) for end in ("", ".0")}
 LONGEST_ROW = 1 << 27  # bytes of a row of a csv file
@@ -27,20 +29,23 @@ LONGEST_ROW = 1 << 27  # bytes of a row of a csv file
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, plain, .gz or .xz, for reading.
+    """Open a file, plain or compressed by gzip, bzip2 or xz, for reading; its first bytes tell which.
 
     Whatever goes wrong while reading inside the `with` block (truncated, not UTF-8) becomes a SourceError.
     """
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix.lower(), open)
     try:
-        with opener(path, "rb") as file:
-            yield file
+        with open(path, "rb") as raw:
+            start = raw.read(6)
+            raw.seek(0)
+            opener = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), nullcontext)
+            with opener(raw) as file:
+                yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read ({one_line(error)}); fetch the file again") from error
+        raise SourceError(f"{path}: cannot be read ({one_line(error)}); fetch it again") from error
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and content of each line of a text file, plain, .gz or .xz, whatever program has written it.
+    """Number and content of each line of a text file, plain or compressed, whatever program has written it.
 
     Left out are a byte order mark at its start, the ends of lines (LF or CR LF) and empty lines at its end.
     """

@@ -38,14 +38,12 @@ def prepare(
     source: str | None = None,
     data_dir: Path | None = None,
     workers: int = 1,
-    verify: bool = False,
     again: bool = False,
 ) -> tuple[Prepared, bool]:
     """Build `task` at `preset` into out/<task>/<preset>, or reuse what is there. Returns (data, reused).
 
     source      embedded, hub, local or generated; None: local with a `data_dir`, else what the recipe names
     data_dir    folder or archive of raw files; a generated task uses its files there, if there are any
-    verify      hash every byte of what is there, instead of trusting sizes and times
     again       build in any case, and keep the folder that is there as <preset>.1, .2, ...
 
     A folder that is incomplete, does not match its hashes or was made for another recipe or META.version is
@@ -59,7 +57,7 @@ def prepare(
     request = {"task": name, "version": meta.version, **asdict(recipe.data), **origin}
     code, parts = source_sha256(task), folder.with_name(f".parts.{preset}")
     with _locked(folder):
-        if not again and (existing := _reusable(folder, request, code, verify)):
+        if not again and (existing := _reusable(folder, request, code)):
             return existing, True
         with archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
             scratch = parts / code[:16]
@@ -88,10 +86,10 @@ def prepare(
         return load(folder), False
 
 
-def _reusable(folder: Path, request: dict[str, Any], code: str, verify: bool) -> Prepared | None:
+def _reusable(folder: Path, request: dict[str, Any], code: str) -> Prepared | None:
     """The data in `folder` if they answer the request, None if they have to be built (again)."""
     try:
-        existing = load(folder, full=verify)
+        existing = load(folder)
     except SourceError as error:
         if folder.exists():
             print(f"making it again: {error}", file=sys.stderr)
