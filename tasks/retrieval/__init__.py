@@ -4,6 +4,7 @@ ACL Anthology Network (Radev et al. 2013), as in Long Range Arena (Tay et al. 20
 2.2.3): does one paper cite the other? Both texts are bytes as given, id = byte + 1, cut on the right to
 seq_len; the head sees the two pooled vectors only. LRA's files are `new_aan_pairs.{train,eval,test}.tsv`:
 no header, tab separated, nothing quoted, `label id1 id2 text1 text2`, the label sometimes printed as 1.0.
+A paper may stand in pairs of two splits, as published; the report counts how many do.
 
 The embedded substitute asks whether one Python file of the installed packages imports another: see
 tasks/retrieval/imports.py, also for why neither text tells the label.
@@ -184,7 +185,7 @@ def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], 
 
 def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[dict[str, Pairs], str, str]:
     """Pairs of LRA's files, from data_dir or else from the hub, with dataset name and revision."""
-    result, whole, empty = {}, True, 0
+    result, documents, whole, empty = {}, {}, True, 0
     for name in SPLITS:
         if data_dir is None:
             path = hub_file(HUB_REPO, f"data/aan/new_aan_pairs.{FILES[name]}.tsv", revision=HUB_REVISION)
@@ -201,9 +202,12 @@ def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[
         whole &= len(rows) == SIZES[name]
         order = seeded_order([row[1] for row in rows], labels, data.seed)[: wanted or None]
         texts = [text for i in order for text in rows[i][2:]]
+        documents[name] = {document for i in order for document in rows[i][1].split(b" ")}
         empty += sum(not text for text in texts)
         result[name] = [text or b" " for text in texts], labels[order]  # a sequence has at least one token
     report["empty texts"] = empty
+    known = documents["test"] & (documents["train"] | documents["val"])
+    report["share of test documents that train or val has, too"] = len(known) / len(documents["test"])
     revision = HUB_REVISION if data_dir is None else "as found in --data-dir"
     return result, "AAN" if whole else "AAN (local pairs)", revision
 

@@ -62,6 +62,14 @@ def test_lra_files_are_found_in_each_layout_and_compression(tmp_path, below, end
             assert int(left.removeprefix(b"left ")) % 2 == label and right == b"right words"
 
 
+def test_papers_of_test_that_train_or_val_has_too_are_counted(tmp_path):
+    write_aan(tmp_path, [row(b"1", b"a", b"b"), row(b"0", b"c", b"d")])
+    path = tmp_path / "new_aan_pairs.test.tsv"
+    assert build(tmp_path).report["share of test documents that train or val has, too"] == 1
+    path.write_bytes(row(b"1", b"a", b"e") + row(b"0", b"f", b"g"))
+    assert build(tmp_path).report["share of test documents that train or val has, too"] == 0.25
+
+
 def test_labels_print_with_or_without_a_decimal(tmp_path):
     labels = [b"0", b"0.0", b"1", b"1.0", b"1.0"]
     write_aan(tmp_path, [row(label, b"%d" % k, b"x") for k, label in enumerate(labels)])
