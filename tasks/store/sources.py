@@ -20,9 +20,9 @@ from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
 
 SOURCES = ("embedded", "hub", "local")
-# Folders below --data-dir that are looked into. The published archive holds ListOps and Pathfinder-128 twice; the
-# inner copy is the one that the published dataset_setup.sh takes.
-ROOTS = ("lra_release/lra_release/", "lra_release/", "")
+# Folders below --data-dir that are looked into, in this order. The published archive holds ListOps and Pathfinder-128
+# twice; the inner copy is the one that the published dataset_setup.sh takes.
+ROOTS = ("", "lra_release/lra_release/", "lra_release/")
 CHUNK = 64  # items per unit of work of a thread
 WAYS_OUT = "--data-dir DIR with a copy of it, or --source embedded, or a connection with HF_HUB_OFFLINE unset"
 

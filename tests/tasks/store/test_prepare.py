@@ -111,7 +111,7 @@ def test_interrupted_renewal_keeps_the_old_data(task, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(task.RECIPES, "smoke", replace(recipe, data=replace(recipe.data, seed=1)))
         patch.setattr(preparing, "sha256_file", lambda path: 1 / 0)
-        patch.setattr(preparing, "load", lambda folder, full: before)
+        patch.setattr(preparing, "load", lambda folder: before)
         with pytest.raises(ZeroDivisionError):
             prepare(task, "smoke", out=tmp_path)
     assert load(tmp_path / "tiny" / "smoke").manifest == before.manifest
