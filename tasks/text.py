@@ -179,6 +179,4 @@ def _reviews(path: Path, texts: Sequence, labels: Sequence) -> Reviews:
             raise SourceError(f"{path}: row {row}: text is {text!r}, expected a review")
     if not texts:
         raise SourceError(f"{path}: no rows; fetch the file again")
-    rows = enumerate(labels)
-    checked = [formats.label_of(label, META.classes, f"{path}: row {row}") for row, label in rows]
-    return [text.encode() for text in texts], np.array(checked, np.uint8)
+    return [text.encode() for text in texts], formats.labels_of(labels, META.classes, path)

@@ -7,14 +7,13 @@ dictionary of strings, integers, lists and one uint8 array, and refuses every ot
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tasks.base import SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.formats import label_of, read_picture, read_table
+from tasks.store.formats import labels_of, read_picture, read_table
 from tasks.store.sources import find_one, hub_file, in_chunks, listed, read_folder
 
 SIDE = 32
@@ -67,7 +66,7 @@ def read_half(
                 jpeg[i] = kind == "JPEG"
 
         in_chunks(decode, len(pictures), workers, "images")
-        return grey, _labels(path, labels), bool(jpeg.any())
+        return grey, labels_of(labels, len(CLASSES), path), bool(jpeg.any())
     batches = listed(path.parent, BATCHES[half] + path.suffix)
     files.update((batch.name, sha256_file(batch)) for batch in batches)
     read = _binary if path.suffix.lower() == ".bin" else _pickled
@@ -81,11 +80,6 @@ def _grey(planes: np.ndarray) -> np.ndarray:
 
     rgb = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1).reshape(-1, SIDE, 3)
     return np.asarray(Image.fromarray(rgb).convert("L")).reshape(-1, SIDE, SIDE)
-
-
-def _labels(path: Path, labels: Sequence) -> np.ndarray:
-    """Labels as uint8 (n,), each of them checked."""
-    return np.array([label_of(y, len(CLASSES), f"{path}: row {k}") for k, y in enumerate(labels)], np.uint8)
 
 
 def _parquet(path: Path, half: str, files: dict[str, str], workers: int) -> tuple[list[bytes], list[str], list]:
@@ -131,7 +125,7 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not len(data) or len(data) % record:
         raise SourceError(f"{path}: {len(data)} bytes, expected a multiple of {record}; fetch it again")
     data = data.reshape(-1, record)
-    return data[:, 1:], _labels(path, data[:, 0].tolist())
+    return data[:, 1:], labels_of(data[:, 0], len(CLASSES), path)
 
 
 class _Stub:
@@ -179,4 +173,4 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if planes.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
         sizes = f"{planes.shape} with {len(labels)} labels"
         raise SourceError(f"{path}: data is {sizes}, expected (n, 3072) with n; fetch it again")
-    return planes, _labels(path, labels)
+    return planes, labels_of(labels, len(CLASSES), path)

@@ -16,7 +16,7 @@ from tasks.base import SPLITS, Data, SourceError, Split
 from tasks.store.files import atomic_path
 from tasks.store.formats import ENDINGS, label_of, lines
 from tasks.store.rng import kernel
-from tasks.store.sources import ROOTS, listed
+from tasks.store.sources import ROOTS, listed, taken
 
 # The vocabulary: a symbol's id is its position. `]` is written X; parentheses are dropped, brackets kept.
 SYMBOLS = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "X")
@@ -120,9 +120,6 @@ def read_splits(data: Data, paths: dict[str, Path], data_dir: Path | None) -> di
     splits = {}
     for name, path in paths.items():
         tokens, labels = read_tsv(path)
-        size = getattr(data, name) or max(len(labels), 1)
-        if size > len(labels):
-            problem = f"{len(labels)} examples, but the preset takes {size}"
-            raise SourceError(f"{path}: {problem}; give all of them, or use a smaller preset")
+        size = taken(data, name, len(labels), path)
         splits[name] = Split.of([ids[: data.seq_len] for ids in tokens[:size]], labels[:size])
     return splits

@@ -23,7 +23,7 @@ from tasks.retrieval import imports
 from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import sha256_file
 from tasks.store.formats import ENDINGS, label_of, lines
-from tasks.store.sources import check_source, find_one, hub_file, seeded_order
+from tasks.store.sources import check_source, find_one, hub_file, seeded_order, taken
 
 META = Meta(
     name="retrieval",
@@ -166,11 +166,9 @@ def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], 
     squares = imports.squares(corpus, data.seed)
     result, same_package = {}, []
     for name in SPLITS:
-        wanted, present = getattr(data, name), 4 * len(squares[name])
-        if max(wanted, 1) > present:
-            raise SourceError(f"data.{name}={wanted}: there are {present} pairs; lower it (0: all)")
-        whole = squares[name][: -(-(wanted or present) // 4)]  # whole squares, so that files stay balanced
-        pairs = [pair for square in whole for pair in square][: wanted or None]
+        size = taken(data, name, 4 * len(squares[name]), "the corpus")
+        whole = squares[name][: -(-size // 4)]  # whole squares, so that files stay balanced
+        pairs = [pair for square in whole for pair in square][:size]
         names, labels = [f"{a} {b}".encode() for a, b, _ in pairs], np.array([p[2] for p in pairs])
         pairs = [pairs[i] for i in seeded_order(names, labels, data.seed)]
         texts = [corpus.texts[module][: data.seq_len] for a, b, _ in pairs for module in (a, b)]
@@ -196,11 +194,8 @@ def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[
         files[path.name] = sha256_file(path)
         rows = list(_rows(path, data.seq_len))
         labels = np.array([row[0] for row in rows], np.uint8)
-        wanted = getattr(data, name)
-        if max(wanted, 1) > len(rows):
-            raise SourceError(f"data.{name}={wanted}: {path} has {len(rows)} pairs; lower it (0: all)")
         whole &= len(rows) == SIZES[name]
-        order = seeded_order([row[1] for row in rows], labels, data.seed)[: wanted or None]
+        order = seeded_order([row[1] for row in rows], labels, data.seed)[: taken(data, name, len(rows), path)]
         texts = [text for i in order for text in rows[i][2:]]
         documents[name] = {document for i in order for document in rows[i][1].split(b" ")}
         empty += sum(not text for text in texts)

@@ -70,6 +70,11 @@ def label_of(value: object, classes: int, where: str) -> int:
     return label
 
 
+def labels_of(values: Sequence, classes: int, path: Path) -> np.ndarray:
+    """The labels of a table, uint8 (n,)."""
+    return np.array([label_of(value, classes, f"{path}: row {k}") for k, value in enumerate(values)], np.uint8)
+
+
 def read_picture(raw: bytes, side: int, formats: Sequence[str], where: str) -> tuple[np.ndarray, str]:
     """Grey levels, uint8 (side, side), of an image file by Pillow's "L" (299/587/114 per mille), and its format.
 

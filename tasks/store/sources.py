@@ -6,7 +6,6 @@ names the value and the way out. Nothing here unpickles or executes what it read
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -30,9 +29,7 @@ WAYS_OUT = "--data-dir DIR with a copy of it, or --source embedded, or a connect
 def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = SOURCES) -> None:
     """Raise SourceError for a source the task does not have, or a data_dir that would be ignored."""
     if source not in accepted:
-        near = difflib.get_close_matches(source, accepted, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SourceError(f"source {source!r} is not one of {', '.join(accepted)}{hint}")
+        raise SourceError(f"source {source!r} is not one of {', '.join(accepted)}")
     if (source == "local") != (data_dir is not None):
         given = "no --data-dir" if data_dir is None else f"--data-dir {data_dir}"
         raise SourceError(f"--source {source} with {given}: it goes with --source local alone")
@@ -142,6 +139,15 @@ def seeded_order(contents: Sequence[bytes], labels: np.ndarray, seed: int) -> np
     return order[np.argsort(quantile, kind="stable")]
 
 
+def taken(data: Data, split: str, present: int, where: object) -> int:
+    """How many of the `present` examples a split takes: what `data` asks for, 0 = all. SourceError if too few."""
+    wanted = getattr(data, split)
+    if max(wanted, 1) > present:
+        problem = f"data.{split}={wanted}: {where} has {present:,} examples"
+        raise SourceError(f"{problem}; give all of them, or use a smaller preset")
+    return wanted or present
+
+
 def choose(train: np.ndarray, test: np.ndarray, data: Data) -> dict[str, np.ndarray]:
     """Indices of the three splits out of the orders of two disjoint pools; validation is held out of `train`.
 
@@ -154,7 +160,5 @@ def choose(train: np.ndarray, test: np.ndarray, data: Data) -> dict[str, np.ndar
         problem = f"{sizes} need {asked} examples, there are {len(train)}"
         way_out = "lower them (data.train=0: all that validation leaves) or use another source"
         raise SourceError(f"{problem}; {way_out}")
-    if data.test > len(test):
-        raise SourceError(f"data.test={data.test}: there are {len(test)} test examples; lower it (0: all)")
     val, rest = np.split(train, [data.val])
-    return {"train": rest[: data.train or None], "val": val, "test": test[: data.test or None]}
+    return {"train": rest[: data.train or None], "val": val, "test": test[: taken(data, "test", len(test), "test")]}

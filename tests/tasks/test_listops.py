@@ -324,7 +324,7 @@ def test_local_files_are_read_cut_on_the_right_and_hashed(tmp_path, short):
     assert built.splits["val"].sequence(2).tolist() == short[0][1::3][2][:11].tolist()
     raw = (tmp_path / "basic_val.tsv").read_bytes()
     assert len(built.files) == 3 and built.files["basic_val.tsv"] == hashlib.sha256(raw).hexdigest()
-    with pytest.raises(SourceError, match="667 examples, but the preset takes 9000; "):
+    with pytest.raises(SourceError, match="data.val=9000: .*basic_val.tsv has 667 examples; "):
         build(shrink(recipe, val=9000), data_dir=tmp_path)
     (tmp_path / "basic_val.tsv").unlink()
     (tmp_path / "basic_test.tsv").unlink()

@@ -123,7 +123,7 @@ def test_missing_files_are_named_and_sizes_checked(tmp_path):
     with pytest.raises(SourceError, match="local"):
         build(source="local")
     write_aan(tmp_path)
-    with pytest.raises(SourceError, match="data.val=8: .* has 7 pairs"):
+    with pytest.raises(SourceError, match="data.val=8: .* has 7 examples"):
         build(tmp_path, val=8)
     assert [len(s.labels) for s in build(tmp_path, train=4, val=2, test=7).splits.values()] == [4, 2, 7]
 
@@ -302,7 +302,7 @@ def test_build_is_the_same_for_the_same_seed_alone(corpus, monkeypatch):
         for part in ("tokens", "offsets", "labels"):
             assert np.array_equal(getattr(first.splits[name], part), getattr(again.splits[name], part))
     assert not np.array_equal(first.splits["test"].tokens, other.splits["test"].tokens)
-    with pytest.raises(SourceError, match=r"data.train=99999: there are \d+ pairs"):
+    with pytest.raises(SourceError, match=r"data.train=99999: the corpus has [\d,]+ examples"):
         build(preset="smoke", train=99_999)
 
 
