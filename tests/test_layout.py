@@ -13,7 +13,7 @@ import lra.gemma.table
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
-    path.relative_to(ROOT).as_posix(): path.read_text()
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
     for package in ("lra", "models", "tasks")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
@@ -275,6 +275,15 @@ def no_file_names_a_path_of_one_machine(sources):
                 yield f"{name}:{number}"
 
 
+def text_files_are_utf_8(sources):
+    """Whatever the locale: a call that opens a file as text names its encoding."""
+    for name, text in sources.items():
+        for node in (n for n in ast.walk(tree(text)) if isinstance(n, ast.Call)):
+            opens = re.fullmatch(r"open|.*\.(read|write)_text", ast.unparse(node.func))
+            if opens and not re.search(r"utf-8|encoding|'[rwax+]+b\+?'", ast.unparse(node)):
+                yield f"{name}:{node.lineno}: {ast.unparse(node.func)}"
+
+
 LONG = "x = 1\n" * 301
 FUNCTION = '"""Doc."""\ndef f():\n    """Doc."""\n' + "    x = 1\n" * 60
 LAZY = "def f():\n    import "
@@ -294,6 +303,7 @@ IMPOSTORS = {  # rule: files that break it
     public_things_have_docstrings: {"lra/new.py": '"""Doc."""\ndef f():\n    pass'},
     shape_suffixes_are_in_the_legend: {"lra/new.py": "q_BZ = 1"},
     nothing_is_unpickled_or_executed: {"lra/new.py": "import numpy as np\nnp.load(file)"},
+    text_files_are_utf_8: {"lra/new.py": "path.write_text(text)"},
     no_file_names_a_path_of_one_machine: {"tests/new.py": "open('/home/me/x')"},
 }
 IMPOSTORS[a_run_is_read_in_sixteen_files] |= {f"lra/{m}.py": "" for m in ("cli", "training/commands")}

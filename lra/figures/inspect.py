@@ -46,7 +46,7 @@ def show(args: Namespace) -> None:
     if args.out:
         stem = args.out / f"{args.task}-{args.preset}"
         with atomic_path(stem.with_suffix(".json")) as path:
-            path.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            path.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", "utf-8")
         lengths = lengths_figure(prepared, stem.with_name(f"{stem.name}-lengths"))
         written = [stem.with_suffix(".json"), *lengths]
         if task.META.reads == "pixels":
@@ -61,11 +61,11 @@ def cards(args: Namespace) -> None:
     if not args.write:
         print("\n\n".join(f"## {task}\n\n{table}" for task, table in tables.items()))
         return
-    text = args.write.read_text()
+    text = args.write.read_text("utf-8")
     for task, table in tables.items():
         text = refresh_block(text, task, table)
     with atomic_path(args.write) as path:
-        path.write_text(text)
+        path.write_text(text, "utf-8")
 
 
 # Facts
@@ -103,7 +103,7 @@ def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     order, files = list(PRESETS), []
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            facts = json.loads(path.read_text())
+            facts = json.loads(path.read_text("utf-8"))
             if facts["schema"] != SCHEMA:
                 raise ValueError(f"schema {facts['schema']!r}")
             task, preset = facts["task"], facts["preset"]

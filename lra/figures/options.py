@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra.options import DATA, PRESET, RESULTS, RUNS, TASK, Command, at_least, option
+from lra.options import DATA, PRESET, READ, RUNS, TASK, Command, at_least, folder, option
 
 INSPECT = (
     TASK,
@@ -13,10 +13,10 @@ INSPECT = (
     option("--out", "folder for facts (JSON), lengths (SVG, PNG) and a contact sheet (PNG)", Path),
 )
 CARDS = (
-    option("--results", "its data/ holds what `inspect --out` wrote", Path, Path("results")),
+    option("--results", "its data/ holds what `inspect --out` wrote", folder, Path("results")),
     option("--write", "a file such as tasks/DATA.md: only the text between its markers changes", Path),
 )
-PLOT = (RESULTS, option("--all", "draw all methods (default: at most eight in a panel)", bool))
+PLOT = (READ, option("--all", "draw all methods (default: at most eight in a panel)", bool))
 TENSORBOARD = (
     RUNS,
     option("--task", "only this task: its attentions overlay one another (default: all tasks)"),

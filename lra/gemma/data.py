@@ -13,7 +13,8 @@ import numpy as np
 from lra.options import UsageError
 from tasks import text as imdb
 from tasks.store.files import sha256_file
-from tasks.store.sources import open_text, package_file, read_folder, read_table
+from tasks.store.formats import open_bytes, read_table
+from tasks.store.sources import listed, package_file, read_folder
 
 SHARES = {"test": 0.10, "val": 0.05, "calibration": 0.05}  # of the documents; the rest is train
 Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without BOS
@@ -64,26 +65,26 @@ def documents(path: Path | None) -> Documents:
         columns = read_table(file, ["text", "source"])
         texts = [t for t, s in zip(columns["text"], columns["source"], strict=True) if s == "imdb"]
         files = {file.name: sha256_file(file)}
-        return _checked(texts, "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", files)
+        return _checked(path, texts, "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", files)
     if path.is_dir():
-        contents, digest = read_folder(sorted(path.glob("*.txt")), 1)
+        contents, digest = read_folder(listed(path, "*.txt"), 1)
         try:
-            texts = [content.decode() for content in contents]
+            texts = [content.decode("utf-8-sig") for content in contents]
         except UnicodeDecodeError as error:
             raise UsageError(f"--text {path}: a file in it is not UTF-8 ({error})") from error
-        return _checked(texts, path.name, "local", "as found", {f"{path.name}/*.txt": digest})
+        return _checked(path, texts, path.name, "local", "as found", {f"{path.name}/*.txt": digest})
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file or folder")
-    with open_text(path) as opened:
-        texts = re.split(r"\n(?:[ \t\r]*\n){2,}", opened.read())
-    return _checked(texts, path.name, "local", "as found", {path.name: sha256_file(path)})
+    with open_bytes(path) as file:
+        texts = re.split(r"\n(?:[ \t\r]*\n){2,}", file.read().decode("utf-8-sig"))
+    return _checked(path, texts, path.name, "local", "as found", {path.name: sha256_file(path)})
 
 
-def _checked(texts: Sequence[str], dataset, source, revision, files) -> Documents:
+def _checked(path: Path | None, texts: Sequence[str], dataset: str, source: str, revision: str, files) -> Documents:
     texts = [t.replace("<br />", "\n").strip() for t in texts]
     texts = sorted({t for t in texts if t})
     if not texts:
-        raise UsageError(f"{dataset}: no text in it")
+        raise UsageError(f"--text {path}: no text in it")
     return Documents(texts, dataset, source, revision, files)
 
 

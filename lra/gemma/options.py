@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lra.options import DEVICE, THREADS, Command, at_least, option
+from lra.options import DEVICE, THREADS, Command, at_least, folder, option
 
 
 def above_zero(kind: type, several: bool = False):
@@ -25,7 +25,7 @@ def above_zero(kind: type, several: bool = False):
 
 
 DATA = option("--data", "folder that holds gemma/", Path, Path("data"))
-TABLES = option("--results", "folder whose gemma/ holds the records", Path, Path("results"))
+TABLES = option("--results", "folder whose gemma/ holds the records", folder, Path("results"))
 MODEL = option("--model", "tiny, gemma-3-270m (PyPI, 253 MB), a hub id, or a folder", default="gemma-3-270m")
 BASE = (
     MODEL,

@@ -34,14 +34,14 @@ def show(args: Namespace) -> None:
     """`gemma table`: write DIR/gemma/<kind>.md for every kind that has records, and name the files; with --write, the
     summary instead, between the gemma markers of a Markdown file."""
     if args.write:
-        text = refresh_block(args.write.read_text(), "gemma", summary(args.results))
+        text = refresh_block(args.write.read_text("utf-8"), "gemma", summary(args.results))
         with atomic_path(args.write) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, "utf-8")
         return print(args.write)
     for name, text in render(args.results).items():
         path = args.results / "gemma" / f"{name}.md"
         with atomic_path(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, "utf-8")
         print(path)
 
 

@@ -95,17 +95,20 @@ def _model_and_tokenizer(place: str):
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
 
     def encode(texts):
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # Text that spells a control token is text: "<bos>" is no start of a document.
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     # The tokenizer of a gguf file forgets to add BOS, and without it Gemma is far worse: ours is always added.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else model.config.bos_token_id
+    if bos is None:
+        raise ValueError("neither tokenizer nor config names a BOS token, with which documents start")
     return model.eval(), encode, bos
 
 
 def _folder_sha256(folder: Path, files: list[Path]) -> str:
     """The hash of the weights; a folder that this suite made has it in its note."""
     note = folder / NOTE
-    return note.read_text().strip() if note.exists() else sha256_files(files)
+    return note.read_text("utf-8").strip() if note.exists() else sha256_files(files)
 
 
 def sha256_files(files: list[Path]) -> str:
@@ -136,7 +139,7 @@ def made_once(folder: Path, make: Callable[[Path], None], doing: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         filled = Path(temporary) / "made"
         make(filled)
-        (filled / NOTE).write_text(sha256_files(list(filled.glob("*.safetensors"))) + "\n")
+        (filled / NOTE).write_text(sha256_files(list(filled.glob("*.safetensors"))) + "\n", "utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # left by something else, without the note
         os.replace(filled, folder)
     return folder
@@ -186,4 +189,4 @@ def _convert(gguf: Path, out: Path) -> None:
     del model.config.quantization_config, model.hf_quantizer  # saving refuses what calls itself quantised
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "source.json").write_text(json.dumps({"source": SOURCE_270M, "gguf_sha256": GGUF_SHA256}) + "\n")
+    (out / "source.json").write_text(json.dumps({"source": SOURCE_270M, "gguf_sha256": GGUF_SHA256}) + "\n", "utf-8")

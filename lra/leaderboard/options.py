@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra.options import PLACES, PORT, RESULTS, TRUST, Command, option
+from lra.options import DATA, DEVICE, PLACES, PORT, READ, RUNS, TRUST, Command, option
 from lra.records.options import PRESETS_SHOWN
 
 RECORD = option("record", "its JSON file", Path)
@@ -30,7 +30,7 @@ COMMANDS = {
     "table": Command(
         "lra.leaderboard.page:show_table",
         (
-            RESULTS,
+            READ,
             option("--format", "tex: with booktabs; csv: a line per record", ("md", "tex", "csv"), "md"),
             option("--compact", "accuracies of the default runs alone, in narrow Markdown", bool),
             PRESETS_SHOWN,
@@ -53,12 +53,12 @@ COMMANDS = {
             option("files", "JSON files of records (default: all of --results)", Path, nargs="*"),
             option("--level", LEVELS, range(5), 1, type=int),
             TRUST,
-            *PLACES,
+            *(DATA, READ, RUNS, DEVICE),
         ),
         "check records, and keep how far each was verified",
     ),
-    "leaderboard build": Command("lra.leaderboard.page:build", (RESULTS,), "make the page RESULTS/index.html"),
+    "leaderboard build": Command("lra.leaderboard.page:build", (READ,), "make the page RESULTS/index.html"),
     "leaderboard serve": Command(
-        "lra.leaderboard.page:serve", (RESULTS, PORT), "show results to a browser of this machine"
+        "lra.leaderboard.page:serve", (READ, PORT), "show results to a browser of this machine"
     ),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from argparse import Namespace
 from collections import defaultdict
@@ -30,6 +31,11 @@ FIELDS = {"sha256", "levels", "rejected", "reason"}
 FEWEST = 3  # runs by somebody else that V4 takes
 
 
+def _real(path: Path) -> Path:
+    """The path without links; of a link that points to itself (for which Path.resolve fails) the link."""
+    return Path(os.path.realpath(path))
+
+
 def verify_all(args: Namespace) -> int:
     """`leaderboard verify`: every record, or those named, up to --level; what is known of unchanged ones is kept.
 
@@ -39,11 +45,11 @@ def verify_all(args: Namespace) -> int:
     results, level = args.results, 1 if args.level == 4 else args.level
     known, where = _read(results), places(args)
     shortfalls: dict[Path, str] = {}  # why a record did not reach the level; empty if it did
-    named, checked = {path.resolve() for path in args.files}, set()
+    named, checked = {_real(path) for path in args.files}, set()
     for root in roots(results):
         paths = sorted(root.glob("*/*/*/seed*.json"))
-        wanted = [p for p in paths if not named or p.resolve() in named]
-        checked |= {p.resolve() for p in wanted}
+        wanted = [p for p in paths if not named or _real(p) in named]
+        checked |= set(map(_real, wanted))
         context = Context(root, iterate_records(root.parent, report=lambda line: None)) if wanted else None
         for path in tqdm(wanted, desc="verifying", unit="record", disable=None, leave=False, delay=2):
             verdict, place = verify(path, level, where, context), path.relative_to(results)
@@ -263,4 +269,4 @@ def _read(results: Path) -> dict[str, dict[str, Any]]:
 def _write(results: Path, known: dict[str, dict[str, Any]]) -> None:
     text = json.dumps({"schema": SCHEMA, "records": known}, indent=1, sort_keys=True) + "\n"
     with atomic_path(Path(results) / "verification.json") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")

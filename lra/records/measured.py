@@ -68,7 +68,7 @@ def _points(path: Path, names: tuple, numbers: tuple, optional: tuple = ()) -> I
     if not path.exists():
         return
     try:
-        for point in json.loads(path.read_text())["points"]:
+        for point in json.loads(path.read_text("utf-8"))["points"]:
             required = [float(point[key]) for key in numbers]
             more = [None if point.get(key) is None else float(point[key]) for key in optional]
             if not all(v is None or (math.isfinite(v) and v > 0) for v in (*required, *more)):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra.options import RESULTS, Command, option
+from lra.options import READ, Command, folder, option
 
 PRESETS_SHOWN = option("--preset", "only this preset (default: all)", list)
-REFERENCE = option("--reference", "folder of the records beside them", Path, Path("results/reference"))
+REFERENCE = option("--reference", "folder of the records beside them", folder, Path("results/reference"))
 
-COMMANDS = {"compare": Command("lra.records.compare:compare", (RESULTS, REFERENCE, PRESETS_SHOWN))}
+COMMANDS = {"compare": Command("lra.records.compare:compare", (READ, REFERENCE, PRESETS_SHOWN))}

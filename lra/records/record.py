@@ -76,7 +76,7 @@ def write_record(path: Path, record: dict[str, Any], predictions: bytes | None) 
     if predictions is not None:
         _pack(predictions_path(path), predictions)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 def write_labels(results: Path, labels: bytes) -> None:

@@ -72,11 +72,11 @@ def write(path: Path, text: str) -> None:
     if path.suffix == ".md":
         markers = "<!-- results:begin -->\n<!-- results:end -->\n"
         try:
-            text = refresh_block(path.read_text() if path.exists() else markers, "results", text)
+            text = refresh_block(path.read_text("utf-8") if path.exists() else markers, "results", text)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")
 
 
 def blocks(tables: Sequence[Table], reproduced: Mapping[Path, object] | None = None) -> list[Block]:

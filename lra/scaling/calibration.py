@@ -71,7 +71,7 @@ class Machine(NamedTuple):
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             raise UsageError(f"no calibration at {paths[0]}: run python -m lra cost --calibrate")
-        facts = json.loads(path.read_text())["machine"]
+        facts = json.loads(path.read_text("utf-8"))["machine"]
         return Machine(*(facts[field] for field in Machine._fields))
 
 

@@ -34,7 +34,7 @@ class Command:
     def __call__(self) -> int:
         """Run it; returns its exit code, so that a run that fails is no error of the scheduler's."""
         Path(self.log).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "a") as log:
+        with open(self.log, "a", encoding="utf-8") as log:
             streams = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
             process = subprocess.Popen(self.words, **streams, preexec_fn=_deaf)
         self.pid = process.pid

@@ -186,5 +186,5 @@ def smaller(run: Run, factor: float) -> int:
 
 def last_line(log: Path) -> str:
     """The last line that a process printed."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     return lines[-1] if lines else "no output"

@@ -28,7 +28,7 @@ def write_report(results: Path, what: str, command: str, measured: dict[str, Any
     texts = json.dumps(facts | measured, indent=1, allow_nan=False) + "\n", text
     for path, content in zip(paths, texts, strict=True):
         with atomic_path(path) as temporary:
-            temporary.write_text(content)
+            temporary.write_text(content, "utf-8")
     return paths
 
 

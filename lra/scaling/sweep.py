@@ -125,7 +125,7 @@ def command(run: config.Run, args: Namespace, threads: int) -> list[str]:
 def start(job: Job, args: Namespace, threads: int) -> subprocess.Popen:
     """The process of one job, its output at the end of the job's log."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "a") as log:
+    with open(job.log, "a", encoding="utf-8") as log:
         return subprocess.Popen(
             command(job.run, args, threads), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -46,7 +46,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log.jsonl; without its last one where a killed run ended in its middle. Empty when absent."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text("utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
@@ -66,10 +66,10 @@ class RunLog:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.path} is damaged ({one_line(error)}): remove it") from None
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self.file: TextIO = open(self.path, "a", buffering=1)
+        self.file: TextIO = open(self.path, "a", buffering=1, encoding="utf-8")
         self._hook, threading.excepthook = threading.excepthook, self._quiet
         self.writer = SummaryWriter(str(self.folder))
         self.writer.add_custom_scalars(LAYOUT)

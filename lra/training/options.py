@@ -29,7 +29,6 @@ COMMANDS = {
             *SOURCE,
             DATA,
             option("--workers", "threads of generators and readers; 0 = all cores", at_least(0), 0),
-            option("--verify", "hash every byte of data that are there, not only of changed files", bool),
             option("--again", "prepare anew in any case; the folder that is there is kept beside", bool),
             option("--export", "write the data there as published, too (listops: TSV)", Path),
         ),

@@ -20,10 +20,8 @@ def prepare(args: Namespace) -> None:
         raise UsageError(f"--export {args.export}: {args.task} has no published format to write")
     workers = args.workers or os.cpu_count() or 1
     origin = {"source": args.source, "data_dir": args.data_dir, "out": args.data}
-    how = {"workers": workers, "verify": args.verify, "again": args.again}
-    prepared, reused = prepare_task(task, args.preset, **origin, **how)
-    done = ("reused, every hash verified" if args.verify else "reused") if reused else "prepared"
-    print(f"{args.data / args.task / args.preset}: {done}")
+    prepared, reused = prepare_task(task, args.preset, workers=workers, again=args.again, **origin)
+    print(f"{args.data / args.task / args.preset}: {'reused' if reused else 'prepared'}")
     print(describe(prepared))
     if args.export:
         print("exported: " + ", ".join(map(str, task.export(prepared.splits, args.export))))

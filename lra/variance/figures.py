@@ -37,7 +37,7 @@ def draw(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
 def redraw(path: Path, folder: Path, name: str) -> list[Path]:
     """Draw the figures of a report that was written before. Raises UsageError for a file that is none."""
     try:
-        return draw(json.loads(path.read_text()), folder, name)
+        return draw(json.loads(path.read_text("utf-8")), folder, name)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None
 

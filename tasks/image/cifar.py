@@ -1,4 +1,4 @@
-"""CIFAR-10 as it is published: python batches, binary batches or parquet, read as grey.
+"""CIFAR-10 as it is published: python batches, binary batches, parquet or folders of pictures, read as grey.
 
 The python batches are pickles. They are read by an unpickler that knows the one structure they hold, a
 dictionary of strings, integers, lists and one uint8 array, and refuses every other name without importing it.
@@ -6,19 +6,19 @@ dictionary of strings, integers, lists and one uint8 array, and refuses every ot
 
 from __future__ import annotations
 
-import io
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tasks.base import SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import find_one, hub_file, in_chunks, read_table
+from tasks.store.formats import labels_of, read_picture, read_table
+from tasks.store.sources import find_one, hub_file, in_chunks, listed, read_folder
 
 SIDE = 32
-CLASSES = 10
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PICTURES = (".png", ".jpg", ".jpeg")
 HUB_REPO, HUB_REVISION = "uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2"
 HUB_SHA256 = {
     "train": "8428b53a88a11ac374111006708df51469e315a22ac6d66470afd9c78d2ae883",
@@ -33,9 +33,12 @@ LAYOUTS = (  # looked for in this order
     "plain_text/{half}-00000-of-00001.parquet",
     "{half}-00000-of-00001.parquet",
     "cifar10.parquet",
+    "{half}/airplane",
+    "{half}/0",
 )
 # In an archive, whatever folder they are in
 MEMBERS = ("data_batch_?", "test_batch", "data_batch_?.bin", "test_batch.bin")
+MEMBERS += tuple(f"{half}/*/*{end}" for half in BATCHES for end in PICTURES)
 
 
 def read_half(
@@ -52,20 +55,21 @@ def read_half(
     else:
         names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
         path = find_one(data_dir, names, f"the CIFAR-10 {half} half")
-    if path.suffix == ".parquet":
-        files[path.name] = sha256_file(path)
-        pictures, rows, labels = _parquet(path, half)
+    if path.suffix.lower() == ".parquet" or path.is_dir():
+        read = _folders if path.is_dir() else _parquet
+        pictures, names, labels = read(path, half, files, workers)
         grey, jpeg = np.empty((len(pictures), SIDE, SIDE), np.uint8), np.zeros(len(pictures), bool)
 
         def decode(start: int, end: int) -> None:
             for i in range(start, end):
-                grey[i], jpeg[i] = _decode(pictures[i], f"{path}: row {rows[i]}")
+                grey[i], kind = read_picture(pictures[i], SIDE, ("PNG", "JPEG"), names[i])
+                jpeg[i] = kind == "JPEG"
 
         in_chunks(decode, len(pictures), workers, "images")
-        return grey, _labels(path, labels), bool(jpeg.any())
-    batches = sorted(path.parent.glob(BATCHES[half] + path.suffix))
+        return grey, labels_of(labels, len(CLASSES), path), bool(jpeg.any())
+    batches = listed(path.parent, BATCHES[half] + path.suffix)
     files.update((batch.name, sha256_file(batch)) for batch in batches)
-    read = _binary if path.suffix == ".bin" else _pickled
+    read = _binary if path.suffix.lower() == ".bin" else _pickled
     planes, labels = zip(*map(read, batches))
     return _grey(np.concatenate(planes)), np.concatenate(labels), False
 
@@ -78,32 +82,11 @@ def _grey(planes: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(rgb).convert("L")).reshape(-1, SIDE, SIDE)
 
 
-def _decode(data: bytes, where: str) -> tuple[np.ndarray, bool]:
-    """One PNG or JPEG file to grey uint8 (32, 32), and whether it was a JPEG."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            if image.size != (SIDE, SIDE) or image.mode not in ("RGB", "L"):
-                kind = "{} x {} {}".format(*image.size, image.mode)
-                raise SourceError(f"{where}: the image is {kind}, expected {SIDE} x {SIDE} RGB or L")
-            return np.asarray(image.convert("L")), image.format == "JPEG"
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise SourceError(f"{where}: not readable PNG or JPEG ({one_line(error)})") from error
-
-
-def _labels(path: Path, labels: Sequence) -> np.ndarray:
-    """Labels as uint8 (n,), each of them checked."""
-    for row, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < CLASSES:
-            raise SourceError(f"{path}: row {row}: label is {label!r}, expected 0..{CLASSES - 1}")
-    return np.array(labels, np.uint8)
-
-
-def _parquet(path: Path, half: str) -> tuple[list[bytes], list[int], list]:
-    """PNG or JPEG files, their rows and labels: from the hub's layout (img {bytes, path}, label), or from one file of
-    both halves (split, label, image_jpeg)."""
-    if path.name == "cifar10.parquet":
+def _parquet(path: Path, half: str, files: dict[str, str], workers: int) -> tuple[list[bytes], list[str], list]:
+    """PNG or JPEG files, their names for messages, their labels: from the hub's layout (img {bytes, path}, label), or
+    from one file of both halves (split, label, image_jpeg)."""
+    files[path.name] = sha256_file(path)
+    if path.name.lower() == "cifar10.parquet":
         columns = read_table(path, ["split", "label", "image_jpeg"])
         rows = [k for k, split in enumerate(columns["split"]) if split == half]
         pictures = columns["image_jpeg"]
@@ -113,7 +96,26 @@ def _parquet(path: Path, half: str) -> tuple[list[bytes], list[int], list]:
         pictures = [img.get("bytes") if isinstance(img, dict) else img for img in columns["img"]]
     if not rows:
         raise SourceError(f"{path}: no images of the {half} half; fetch it again")
-    return [pictures[k] for k in rows], rows, [columns["label"][k] for k in rows]
+    return [pictures[k] for k in rows], [f"{path}: row {k}" for k in rows], [columns["label"][k] for k in rows]
+
+
+def _folders(path: Path, half: str, files: dict[str, str], workers: int) -> tuple[list[bytes], list[str], list]:
+    """The same from one folder for each class, named as in CLASSES or 0 to 9; `path` is the first of them."""
+    contents, names, labels = [], [], []
+    folders = [folder for folder in listed(path.parent, "*") if folder.is_dir()]
+    present = tuple(folder.name for folder in folders)
+    if present not in (CLASSES, tuple("0123456789")):
+        problem = f"the folders are {', '.join(present)[:200]}"
+        raise SourceError(f"{path.parent}: {problem}; expected {', '.join(CLASSES)}, or 0 to 9")
+    for label, folder in enumerate(folders):
+        paths = [path for path in listed(folder, "*") if path.suffix.lower() in PICTURES]
+        if not paths:
+            raise SourceError(f"{folder}: no pictures ({', '.join(PICTURES)}) of this class; add them")
+        pictures, files[f"{half}/{folder.name}"] = read_folder(paths, workers)
+        contents += pictures
+        names += map(str, paths)
+        labels += [label] * len(paths)
+    return contents, names, labels
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +125,7 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not len(data) or len(data) % record:
         raise SourceError(f"{path}: {len(data)} bytes, expected a multiple of {record}; fetch it again")
     data = data.reshape(-1, record)
-    return data[:, 1:], _labels(path, data[:, 0].tolist())
+    return data[:, 1:], labels_of(data[:, 0], len(CLASSES), path)
 
 
 class _Stub:
@@ -171,4 +173,4 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if planes.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
         sizes = f"{planes.shape} with {len(labels)} labels"
         raise SourceError(f"{path}: data is {sizes}, expected (n, 3072) with n; fetch it again")
-    return planes, _labels(path, labels)
+    return planes, labels_of(labels, len(CLASSES), path)

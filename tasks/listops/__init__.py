@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
 from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.listops.expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits, write_tsv
 from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import sha256_file
-from tasks.store.rng import below, stream, uniform
+from tasks.store.formats import ENDINGS
+from tasks.store.rng import below, kernel, stream, uniform
 
 _OPERATOR = 0.25  # probability that a node above max_depth is an operator
 _CHUNK = 4096  # attempts per unit of work
@@ -56,7 +56,7 @@ RECIPES = {
 RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Stack(layers=6, width=512, heads=8, ffn=2048))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw(state, tokens, opened, missing, max_depth, max_args, max_length):
     """Draw one tree into `tokens`; its length, or 0 as soon as it is known to reach max_length.
 
@@ -84,7 +84,7 @@ def _draw(state, tokens, opened, missing, max_depth, max_args, max_length):
         used += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_chunk(seed, chunk, max_depth, max_args, min_length, max_length):
     """Accepted trees of one chunk of attempts, in attempt order: tokens end to end, lengths, labels."""
     tokens = np.empty(_CHUNK * max_length, np.uint16)  # pages never written cost no memory
@@ -164,7 +164,7 @@ ARCHIVES = LRA_RELEASE
 
 def members(data: Data) -> tuple[str, ...]:
     """The raw files in an archive of the LRA release."""
-    return tuple(NAMES.values())
+    return tuple(name + end for name in NAMES.values() for end in ENDINGS)
 
 
 def export(splits: dict[str, Split], folder: Path) -> list[Path]:
@@ -184,9 +184,8 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
     if source not in ("embedded", "generated", "local"):
         raise SourceError(f"source {source!r}: ListOps is on no hub; use --source generated or local")
     paths = find(data_dir)
-    present = data_dir is not None and any(path.exists() for path in paths.values())
-    local = source == "local" or (source == "embedded" and present)
-    splits = read_splits(recipe.data, paths) if local else _generated(recipe.data, workers)
+    local = source == "local" or (source == "embedded" and data_dir is not None and len(paths) > 0)
+    splits = read_splits(recipe.data, paths, data_dir) if local else _generated(recipe.data, workers)
     return Built(
         splits=splits,
         dataset="ListOps",

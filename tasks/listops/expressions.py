@@ -11,22 +11,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
 from tasks.base import SPLITS, Data, SourceError, Split
 from tasks.store.files import atomic_path
-from tasks.store.sources import ROOTS, open_text
+from tasks.store.formats import ENDINGS, label_of, lines
+from tasks.store.rng import kernel
+from tasks.store.sources import ROOTS, listed, taken
 
 # The vocabulary: a symbol's id is its position. `]` is written X; parentheses are dropped, brackets kept.
 SYMBOLS = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "X")
 ZERO, MIN, CLOSE = SYMBOLS.index("0"), SYMBOLS.index("[MIN"), SYMBOLS.index("X")
 _ID = {symbol: i for i, symbol in enumerate(SYMBOLS[:CLOSE]) if i} | {"]": CLOSE}  # as files spell them
-_HEADER = "Source\tTarget\n"
+_HEADER = "Source\tTarget"
 NAMES = {split: f"basic_{split}.tsv" for split in SPLITS}
 FOLDERS = ("", "listops-1000/")  # of --data-dir and of the LRA release
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def evaluate(tokens):
     """Value of an expression (its ids), or -1 if the ids are not exactly one well-formed expression."""
     operators, first, values = np.empty((3, len(tokens)), np.int64)
@@ -66,34 +67,34 @@ def to_text(tokens: np.ndarray) -> str:
 
 
 def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Read a file of the published format, plain or .gz: a list of uint16 id arrays and the uint8 labels.
+    """Read a file of the published format, plain, .gz or .xz: a list of uint16 id arrays and the uint8 labels.
 
     Every row is parsed and evaluated; SourceError names the file and line of the first that does not hold.
     """
-    from tqdm import tqdm
-
+    rows = ((number, line.decode(errors="replace")) for number, line in lines(path))
+    header = next(rows, (1, ""))[1]
+    if header != _HEADER:
+        raise SourceError(f"{path}, line 1: {header[:40]!r} is not {_HEADER!r}; fetch the file again")
     sequences, labels = [], []
-    with open_text(path) as file:
-        if (line := next(file, "")) != _HEADER:
-            raise SourceError(f"{path}, line 1: {line[:40]!r} is not {_HEADER!r}; fetch the file again")
-        for number, line in enumerate(tqdm(file, Path(path).name, unit=" rows", delay=2, disable=None), 2):
-            source, _, target = line.removesuffix("\n").partition("\t")
-            symbols = source.replace("( ", "").replace(" )", "").split(" ")
-            tokens = np.array([_ID.get(symbol, 0) for symbol in symbols], np.uint16)
-            value = evaluate(tokens)
-            malformed = value < 0 or to_text(tokens) != source  # parentheses and spaces, too
-            if malformed or target != str(value):
-                problem = "malformed expression" if malformed else f"label {target[:9]!r} but value {value}"
-                raise SourceError(f"{path}, line {number}: {problem}; fetch the file again")
-            sequences.append(tokens)
-            labels.append(value)
+    for number, row in rows:
+        source, _, target = row.partition("\t")
+        symbols = source.replace("( ", "").replace(" )", "").split(" ")
+        tokens = np.array([_ID.get(symbol, 0) for symbol in symbols], np.uint16)
+        value = evaluate(tokens)
+        if value < 0 or to_text(tokens) != source:  # parentheses and spaces, too
+            raise SourceError(f"{path}, line {number}: malformed expression; fetch the file again")
+        if label_of(target, 10, f"{path}, line {number}") != value:
+            problem = f"label {target} but value {value}"
+            raise SourceError(f"{path}, line {number}: {problem}; fetch the file again")
+        sequences.append(tokens)
+        labels.append(value)
     return sequences, np.array(labels, np.uint8)
 
 
 def write_tsv(path: Path, tokens: list[np.ndarray], labels: np.ndarray) -> None:
     """Write expressions in the published format. SourceError for one that is cut short or not of its label."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
-        file.write(_HEADER)
+        file.write(f"{_HEADER}\n")
         for number, (ids, label) in enumerate(zip(tokens, labels, strict=True), 2):
             if evaluate(ids) != label:
                 problem = f"not a whole expression of value {label}: export uncut data"
@@ -102,22 +103,23 @@ def write_tsv(path: Path, tokens: list[np.ndarray], labels: np.ndarray) -> None:
 
 
 def find(data_dir: Path | None) -> dict[str, Path]:
-    """Where the three files are in data_dir (default: here), or would be: the first folder with any of them."""
-    folders = [Path(data_dir or ".") / root / folder for root in ROOTS for folder in FOLDERS]
-    present = [folder for folder in folders if any((folder / name).exists() for name in NAMES.values())]
-    return {split: (present or folders)[0] / name for split, name in NAMES.items()}
+    """The files of the splits in data_dir (default: here), of the first folder that has any; {} if none has."""
+    for folder in (root + folder for root in ROOTS for folder in FOLDERS):
+        places = {s: [folder + name + end for end in ENDINGS] for s, name in NAMES.items()}
+        files = {s: [path for name in names for path in listed(data_dir or ".", name)] for s, names in places.items()}
+        if any(files.values()):
+            return {split: paths[0] for split, paths in files.items() if paths}
+    return {}
 
 
-def read_splits(data: Data, paths: dict[str, Path]) -> dict[str, Split]:
+def read_splits(data: Data, paths: dict[str, Path], data_dir: Path | None) -> dict[str, Split]:
     """As many examples of each file as `data` asks for, from its top, cut on the right to seq_len."""
-    if missing := [str(path) for path in paths.values() if not path.is_file()]:
-        raise SourceError(f"missing {', '.join(missing)}: add what is missing, or use --source generated")
+    if missing := [name for split, name in NAMES.items() if split not in paths]:
+        problem = f"missing {', '.join(missing)}"
+        raise SourceError(f"{data_dir or Path.cwd()}: {problem}; add what is missing, or use --source generated")
     splits = {}
     for name, path in paths.items():
         tokens, labels = read_tsv(path)
-        size = getattr(data, name) or max(len(labels), 1)
-        if size > len(labels):
-            problem = f"{len(labels)} examples, but the preset takes {size}"
-            raise SourceError(f"{path}: {problem}; give all of them, or use a smaller preset")
+        size = taken(data, name, len(labels), path)
         splits[name] = Split.of([ids[: data.seq_len] for ids in tokens[:size]], labels[:size])
     return splits

@@ -1,10 +1,11 @@
 """What Pathfinder's kernels (tasks/pathfinder/snakes.py) do to pixels."""
 
 import numpy as np
-from numba import njit
+
+from tasks.store.rng import kernel
 
 
-@njit(cache=True)
+@kernel
 def stamp(canvas, shape, y, x):
     """Draw `shape` centred on (y, x) where it is brighter than the canvas."""
     n, half = canvas.shape[0], shape.shape[0] // 2
@@ -14,7 +15,7 @@ def stamp(canvas, shape, y, x):
                 canvas[y + i - half, x + j - half] = shape[i, j]
 
 
-@njit(cache=True)
+@kernel
 def copy(source, target):
     """Copy a square array onto another."""
     for y in range(len(source)):  # numba takes ten seconds to compile target[:] = source
@@ -22,7 +23,7 @@ def copy(source, target):
             target[y, x] = source[y, x]
 
 
-@njit(cache=True)
+@kernel
 def normalise(canvas, image):
     """Scale grey levels so that the brightest is 255."""
     peak = 0.0
@@ -34,7 +35,7 @@ def normalise(canvas, image):
             image[y, x] = np.uint8(canvas[y, x] * gain + 0.5)
 
 
-@njit(cache=True)
+@kernel
 def turn(image, k, y, x):
     """Apply the k-th of the eight symmetries of the square about pixel (y, x); what leaves the image is lost."""
     before, size = image.copy(), len(image)

@@ -8,7 +8,6 @@ starts with folder, file, index and label. Nothing is unpickled, and names must 
 """
 
 import hashlib
-import io
 import re
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import numpy as np
 
 from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import ROOTS, in_chunks, seeded_order
+from tasks.store.formats import label_of, lines, open_bytes, read_picture
+from tasks.store.sources import ROOTS, in_chunks, listed, seeded_order
 
 # By dashes per curve
 FOLDERS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
@@ -27,11 +27,11 @@ def find(data_dir: Path | None, size: int, contour_length: int) -> Path | None:
     """The folder of the LRA release that holds these images, None if data_dir has nothing of this size."""
     if data_dir is None or contour_length not in FOLDERS:
         return None
-    roots = [Path(data_dir) / root / f"pathfinder{size}" for root in ROOTS]
-    if not (present := [root for root in roots if root.is_dir()]):
+    present = [path for root in ROOTS for path in listed(data_dir, f"{root}pathfinder{size}") if path.is_dir()]
+    if not present:
         return None
     folder = present[0] / FOLDERS[contour_length]
-    if not any((folder / "metadata").glob("*.npy")):
+    if not listed(folder, "metadata/*.npy"):
         raise SourceError(f"{folder}/metadata: no .npy files; add them, or leave out --data-dir to generate")
     return folder
 
@@ -47,38 +47,25 @@ def members(size: int, contour_length: int) -> tuple[str, ...]:
 def _rows(path: Path) -> list[tuple[str, str, int]]:
     """(folder, file, label) of each row of a metadata file: text, or a numpy array of strings."""
     try:
-        raw = path.read_bytes()
-        if raw.startswith(b"\x93NUMPY"):
-            table = np.load(io.BytesIO(raw), allow_pickle=False).astype(str).tolist()
+        with open(path, "rb") as file:
+            is_array = file.read(6) == b"\x93NUMPY"
+        if is_array:
+            table = np.load(path, allow_pickle=False).astype(str).tolist()
         else:
-            table = [line.split() for line in raw.decode("ascii").splitlines()]
+            table = [line.decode("ascii").split() for _, line in lines(path)]
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise SourceError(f"{path}: not readable metadata ({one_line(error)}); fetch it again") from error
-    form = re.compile(r"imgs/\d+ sample_\d+\.png \d+ [01]", re.ASCII)
+    form, rows = re.compile(r"imgs/\d+ sample_\d+\.png \d+ \S+", re.ASCII), []
     for number, row in enumerate(table, 1):
         if not isinstance(row, list) or not form.fullmatch(" ".join(row[:4])):
             raise SourceError(f"{path}, row {number}: {str(row)[:60]} is not `imgs/K sample_I.png I 0|1 ...`")
-    return [(folder, file, int(label)) for folder, file, _, label, *_ in table]
-
-
-def _pixels(path: Path, size: int) -> tuple[np.ndarray, bytes]:
-    """Grey levels (size, size) of a PNG file, and its sha256."""
-    from PIL import Image
-
-    try:
-        raw = path.read_bytes()
-        with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
-            if image.size != (size, size):
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            return np.asarray(image.convert("L")), hashlib.sha256(raw).digest()
-    except Exception as error:  # Pillow's errors for malformed files are of many kinds
-        problem = f"not a readable PNG image of {size} x {size} pixels ({one_line(error)})"
-        raise SourceError(f"{path}: {problem}; fetch it again") from error
+        rows.append((row[0], row[1], label_of(row[3], 2, f"{path}, row {number}")))
+    return rows
 
 
 def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
     """Images, labels and hashes of as many files of a release folder as `data` asks for, in seeded order."""
-    metadata = sorted((folder / "metadata").glob("*.npy"))
+    metadata = listed(folder, "metadata/*.npy")
     rows = sorted({row for path in metadata for row in _rows(path) if (folder.name, *row[:2]) not in EMPTY})
     asked = data.test + data.val + max(data.train, 1)
     if asked > len(rows):
@@ -91,7 +78,10 @@ def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray,
 
     def fill(start: int, end: int) -> None:
         for i in range(start, end):
-            images[i], digests[i] = _pixels(folder / rows[i][0] / rows[i][1], size)
+            path = folder / rows[i][0] / rows[i][1]
+            with open_bytes(path) as file:
+                raw = file.read()
+            images[i], digests[i] = read_picture(raw, size, ["PNG"], str(path))[0], hashlib.sha256(raw).digest()
 
     in_chunks(fill, len(rows), workers, "images")
     files = {f"{folder.name}/metadata/{path.name}": sha256_file(path) for path in metadata}

@@ -14,11 +14,10 @@ Arguments that all kernels share:
 """
 
 import numpy as np
-from numba import njit
 
 from tasks.pathfinder.canvas import copy, normalise, stamp, turn
 from tasks.pathfinder.paddles import DEGREES
-from tasks.store.rng import below, stream, uniform
+from tasks.store.rng import below, kernel, stream, uniform
 
 TRIALS = 3  # attempts at placing one paddle
 SNAKE_TRIALS = 5  # attempts at placing one distractor
@@ -26,12 +25,12 @@ TAKEN = 0.3  # occupancy above this is not free
 CLASH = 1.8  # two occupancies that add up to this overlap
 
 
-@njit(cache=True)
+@kernel
 def _inside(n, y, x):
     return 0 <= y < n and 0 <= x < n
 
 
-@njit(cache=True)
+@kernel
 def _clashes(mask, shape, y, x):
     """Does `shape` centred on (y, x) overlap what is occupied?"""
     n, half = mask.shape[0], shape.shape[0] // 2
@@ -42,7 +41,7 @@ def _clashes(mask, shape, y, x):
     return False
 
 
-@njit(cache=True)
+@kernel
 def _free(mask, stencil, taken, blocked, spots):
     """Number of pixels from which the stencil, as far as it is inside, meets nothing; in order, in `spots`.
 
@@ -69,7 +68,7 @@ def _free(mask, stencil, taken, blocked, spots):
     return free
 
 
-@njit(cache=True)
+@kernel
 def _plant(snake, t, heading, y, x):
     """Start a snake with a paddle at tail (y, x); False if it would leave the image."""
     head_y, head_x = y + t.ahead[heading, 0], x + t.ahead[heading, 1]
@@ -78,7 +77,7 @@ def _plant(snake, t, heading, y, x):
     return _inside(t.size, head_y, head_x) and _inside(t.size, pivot_y, pivot_x)
 
 
-@njit(cache=True)
+@kernel
 def _first(snake, t, rng):
     """Start the first target snake in the empty image, off the edge (t.room); False: start again."""
     for _ in range(TRIALS):
@@ -92,7 +91,7 @@ def _first(snake, t, rng):
     return False
 
 
-@njit(cache=True)
+@kernel
 def _second(snake, first, t, rng):
     """Start the second target snake at the seed distance from the first; False: start again."""
     for _ in range(TRIALS):
@@ -102,7 +101,7 @@ def _second(snake, first, t, rng):
     return False
 
 
-@njit(cache=True)
+@kernel
 def _seed(snake, mask, t, taken, blocked, spots, rng):
     """Start a distractor anywhere free; False if no place was free."""
     for _ in range(TRIALS):
@@ -118,7 +117,7 @@ def _seed(snake, mask, t, taken, blocked, spots, rng):
     return False
 
 
-@njit(cache=True)
+@kernel
 def _taken(mask, near, y, x):
     """Highest occupancy within a margin of (y, x)."""
     n, highest = mask.shape[0], 0.0
@@ -129,7 +128,7 @@ def _taken(mask, near, y, x):
     return highest
 
 
-@njit(cache=True)
+@kernel
 def _grow(path, i, mask, t, cumulative, rng):
     """Add paddle i to a snake, and occupy the space of paddle i - 1; False if there is no room."""
     old, new, total, n = path[i - 1], path[i], 0.0, mask.shape[0]
@@ -155,7 +154,7 @@ def _grow(path, i, mask, t, cumulative, rng):
     return False
 
 
-@njit(cache=True)
+@kernel
 def _targets(paths, mask, t, cumulative, rng):
     """Grow the two target snakes by turns into an empty image; False to start again."""
     for row in mask:
@@ -174,7 +173,7 @@ def _targets(paths, mask, t, cumulative, rng):
     return True
 
 
-@njit(cache=True)
+@kernel
 def _distractor(path, mask, before, t, taken, blocked, spots, cumulative, rng):
     """Grow one short snake where there is room; False leaves the mask as it was."""
     for _ in range(SNAKE_TRIALS):
@@ -191,7 +190,7 @@ def _distractor(path, mask, before, t, taken, blocked, spots, cumulative, rng):
     return False
 
 
-@njit(cache=True)
+@kernel
 def _matched(paths):
     """Whether both snakes end at the same offset from where the first one starts, up to turns and mirrors."""
     y, x = paths[0, 0, 1], paths[0, 0, 2]
@@ -200,7 +199,7 @@ def _matched(paths):
     return (dy0 == dy1 and dx0 == dx1) or (dy0 == dx1 and dx0 == dy1)
 
 
-@njit(cache=True)
+@kernel
 def _curves(t, distractors, matched, paths, rng):
     """Draw all snakes of an image: the canvas, float64 (size, size). Fills `paths` with those of the targets."""
     mask, before = np.empty((t.size, t.size)), np.empty((t.size, t.size))
@@ -220,7 +219,7 @@ def _curves(t, distractors, matched, paths, rng):
     return canvas
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draw(seed, start, tables, distractors, matched, images, labels, paths, discs):
     """Draw images start, start + 1, ... of a seed, as many (n) as the arrays to fill are long.
 

@@ -4,6 +4,7 @@ ACL Anthology Network (Radev et al. 2013), as in Long Range Arena (Tay et al. 20
 2.2.3): does one paper cite the other? Both texts are bytes as given, id = byte + 1, cut on the right to
 seq_len; the head sees the two pooled vectors only. LRA's files are `new_aan_pairs.{train,eval,test}.tsv`:
 no header, tab separated, nothing quoted, `label id1 id2 text1 text2`, the label sometimes printed as 1.0.
+A paper may stand in pairs of two splits, as published; the report counts how many do.
 
 The embedded substitute asks whether one Python file of the installed packages imports another: see
 tasks/retrieval/imports.py, also for why neither text tells the label.
@@ -21,7 +22,8 @@ from tasks.base import SPLITS, Built, Data, Meta, Optim, Recipe, SourceError, Sp
 from tasks.retrieval import imports
 from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import sha256_file
-from tasks.store.sources import check_source, find_one, hub_file, open_text, seeded_order
+from tasks.store.formats import ENDINGS, label_of, lines
+from tasks.store.sources import check_source, find_one, hub_file, seeded_order, taken
 
 META = Meta(
     name="retrieval",
@@ -62,10 +64,8 @@ RECIPES["paper-large"] = replace(
 SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}  # of LRA's files
 FILES = {"train": "train", "val": "eval", "test": "test"}  # LRA's names of the splits
 FOLDERS = ("", "retrieval_aan/", "tsv_data/")
-ENDINGS = ("", ".gz", ".xz")
 ARCHIVES = LRA_RELEASE
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
-LABELS = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}
 HUB_REPO, HUB_REVISION = "OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775"
 FITTED = 10_000  # pairs that floors are fitted on, and baselines of the report measured on
 
@@ -166,11 +166,9 @@ def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], 
     squares = imports.squares(corpus, data.seed)
     result, same_package = {}, []
     for name in SPLITS:
-        wanted, present = getattr(data, name), 4 * len(squares[name])
-        if max(wanted, 1) > present:
-            raise SourceError(f"data.{name}={wanted}: there are {present} pairs; lower it (0: all)")
-        whole = squares[name][: -(-(wanted or present) // 4)]  # whole squares, so that files stay balanced
-        pairs = [pair for square in whole for pair in square][: wanted or None]
+        size = taken(data, name, 4 * len(squares[name]), "the corpus")
+        whole = squares[name][: -(-size // 4)]  # whole squares, so that files stay balanced
+        pairs = [pair for square in whole for pair in square][:size]
         names, labels = [f"{a} {b}".encode() for a, b, _ in pairs], np.array([p[2] for p in pairs])
         pairs = [pairs[i] for i in seeded_order(names, labels, data.seed)]
         texts = [corpus.texts[module][: data.seq_len] for a, b, _ in pairs for module in (a, b)]
@@ -185,7 +183,7 @@ def _embedded(data: Data, files: dict, report: dict) -> tuple[dict[str, Pairs], 
 
 def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[dict[str, Pairs], str, str]:
     """Pairs of LRA's files, from data_dir or else from the hub, with dataset name and revision."""
-    result, whole, empty = {}, True, 0
+    result, documents, whole, empty = {}, {}, True, 0
     for name in SPLITS:
         if data_dir is None:
             path = hub_file(HUB_REPO, f"data/aan/new_aan_pairs.{FILES[name]}.tsv", revision=HUB_REVISION)
@@ -196,30 +194,25 @@ def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[
         files[path.name] = sha256_file(path)
         rows = list(_rows(path, data.seq_len))
         labels = np.array([row[0] for row in rows], np.uint8)
-        wanted = getattr(data, name)
-        if max(wanted, 1) > len(rows):
-            raise SourceError(f"data.{name}={wanted}: {path} has {len(rows)} pairs; lower it (0: all)")
         whole &= len(rows) == SIZES[name]
-        order = seeded_order([row[1] for row in rows], labels, data.seed)[: wanted or None]
+        order = seeded_order([row[1] for row in rows], labels, data.seed)[: taken(data, name, len(rows), path)]
         texts = [text for i in order for text in rows[i][2:]]
+        documents[name] = {document for i in order for document in rows[i][1].split(b" ")}
         empty += sum(not text for text in texts)
         result[name] = [text or b" " for text in texts], labels[order]  # a sequence has at least one token
     report["empty texts"] = empty
+    known = documents["test"] & (documents["train"] | documents["val"])
+    report["share of test documents that train or val has, too"] = len(known) / len(documents["test"])
     revision = HUB_REVISION if data_dir is None else "as found in --data-dir"
     return result, "AAN" if whole else "AAN (local pairs)", revision
 
 
 def _rows(path: Path, seq_len: int) -> Iterator[tuple[int, bytes, bytes, bytes]]:
     """(label, ids, text1, text2) of each line; texts are bytes, never decoded, cut to seq_len."""
-    from tqdm import tqdm
-
-    with open_text(path, binary=True) as file:
-        for number, line in enumerate(tqdm(file, path.name, unit=" pairs", delay=2, disable=None), 1):
-            cells = line.rstrip(b"\r\n").split(b"\t")
-            if len(cells) != len(COLUMNS):
-                wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
-                raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
-            if cells[0] not in LABELS:
-                label = cells[0][:40].decode(errors="replace")
-                raise SourceError(f"{path}: line {number}: label is {label!r}, expected 0 or 1")
-            yield LABELS[cells[0]], b" ".join(cells[1:3]), cells[3][:seq_len], cells[4][:seq_len]
+    for number, line in lines(path):
+        cells = line.split(b"\t")
+        if len(cells) != len(COLUMNS):
+            wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
+            raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
+        label = label_of(cells[0], META.classes, f"{path}: line {number}")
+        yield label, b" ".join(cells[1:3]), cells[3][:seq_len], cells[4][:seq_len]

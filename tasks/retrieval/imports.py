@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.base import SPLITS, SourceError
-from tasks.store.sources import distribution
+from tasks.store.sources import distribution, listed
 
 PACKAGES = {  # distribution -> (folder it installs, version the benchmark's numbers are made with)
     "torch": ("torch", "2.13.0"),
@@ -75,7 +75,7 @@ def read(distributions: Sequence[str]) -> Corpus:
     for name in distributions:
         root, versions[name] = _installed(name)
         paths = {}  # by dotted name
-        for path in root.rglob("*.py"):
+        for path in listed(root, "**/*.py"):
             if not _SKIPPED.fullmatch(path.stem) and not SKIPPED_FOLDERS & set(path.relative_to(root).parts):
                 paths[".".join(path.relative_to(root.parent).with_suffix("").parts)] = path
         package = {module: _source(path) for module, path in sorted(paths.items())}

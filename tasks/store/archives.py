@@ -8,13 +8,11 @@ would land outside, link outside or are devices. So does a size: an archive may 
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
+import filecmp
 import re
 import shutil
+import sys
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -23,7 +21,8 @@ from typing import IO
 
 from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
-from tasks.store.sources import ROOTS
+from tasks.store.formats import open_bytes
+from tasks.store.sources import ROOTS, listed
 
 # Bytes that an archive may unpack to: MAX_RATIO for each of its own, but at least FREE_BYTES (the ratio says
 # nothing about a small archive) and at most MAX_BYTES. Texts and pictures stay below a ratio of 10, gzipped
@@ -33,7 +32,6 @@ BLOCK = 512  # bytes; tar's unit, an archive ends with a block of zeros
 # Folders that the published archives unpack to, where tasks look for their files
 UNPACKED = ("", "aclImdb/", "cifar-10-batches-py/", "cifar-10-batches-bin/", "listops-1000/", "tsv_data/")
 LRA_RELEASE = ("lra_release.gz", "lra_release.tar.gz", "lra_release.tar")  # names it is known by
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
 
 
 @contextmanager
@@ -69,7 +67,7 @@ def _archive(task: ModuleType, data: Data, data_dir: Path) -> Path | None:
     if not present:
         return None
     globs = [root + folder + name for name in task.members(data) for root in ROOTS for folder in UNPACKED]
-    return None if any(any(data_dir.glob(pattern)) for pattern in globs) else present[0]
+    return None if any(listed(data_dir, pattern) for pattern in globs) else present[0]
 
 
 class _Unpacked:
@@ -82,9 +80,8 @@ class _Unpacked:
     def read(self, size: int) -> bytes:
         try:
             data = self.file.read(size)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            problem = f"cannot be read ({one_line(error)})"
-            raise SourceError(f"{self.archive}: {problem}; fetch it again") from error
+        except OSError as error:  # `_write` would take it for one of writing
+            raise EOFError(one_line(error)) from error
         if content := data.rstrip(b"\0"):
             self.end = self.count + len(content)
         self.count += len(data)
@@ -101,20 +98,17 @@ class _Unpacked:
 def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
     """Write the members whose names end in one of the patterns `wanted` under `into`.
 
-    A pattern is a path of one or more parts in which `*` and `?` stand for anything but `/`. SourceError,
-    in one line, for an archive that is damaged or not to be trusted; the caller removes what was written.
+    A pattern is a path of one or more parts, in upper or lower case, in which `*` and `?` stand for anything but `/`;
+    `*` stands for no name with a leading dot (see sources.listed). SourceError, in one line, for an archive that is
+    damaged or not to be trusted; the caller removes what was written.
     """
     from tqdm import tqdm
 
-    patterns = (re.escape(name).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for name in wanted)
-    match, size = re.compile(f"(?:.*/)?({'|'.join(patterns)})").fullmatch, archive.stat().st_size
-    bar = tqdm(total=size, desc=archive.name, unit="B", unit_scale=True, delay=2, disable=None)
-    with open(archive, "rb") as raw, bar:
-        start = raw.read(6)
-        raw.seek(0)
-        openers = (opener for magic, opener in _OPENERS.items() if start.startswith(magic))
-        file = next(openers, lambda same: same)(raw)
-        stream = _Unpacked(archive, file, min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * size)))
+    patterns = (re.escape(name).replace(r"\*", r"(?!\.)[^/]*").replace(r"\?", "[^/]") for name in wanted)
+    match, size = re.compile(f"(?:.*/)?({'|'.join(patterns)})", re.I).fullmatch, archive.stat().st_size
+    limit, depths = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * size)), {}
+    with open_bytes(archive) as file, tqdm(desc=archive.name, unit=" files", delay=2, disable=None) as bar:
+        stream = _Unpacked(archive, file, limit)
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 while (member := tar.next()) is not None:
@@ -123,8 +117,8 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
                     _check(archive, member, into)
                     path = match(PurePosixPath(member.name).as_posix())
                     if path and member.isfile():
-                        _write(archive, tar, member, into / path[1])
-                    bar.update(raw.tell() - bar.n)
+                        _write(archive, tar, member, into / path[1], depths)
+                    bar.update()
                 end = tar.offset
             while stream.read(1 << 20):  # the checksum stands at the end
                 pass
@@ -148,14 +142,25 @@ def _check(archive: Path, member: tarfile.TarInfo, into: Path) -> None:
         raise SourceError(f"{archive}: member {name} is refused ({problem}); fetch it from its publisher")
 
 
-def _write(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Write one file; SourceError if it is there already or cannot be written."""
+def _write(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, depths: dict[Path, int]) -> None:
+    """Write one file. Of two that differ, the one that is deeper in lra_release/ stays, as for folders (ROOTS).
+
+    `depths` holds that depth for each file that was written. SourceError if none is deeper, or if it cannot be written.
+    """
+    depth, copy = member.name.split("/").count("lra_release"), target.with_name(f".{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "xb") as file:
+        with open(copy, "wb") as file:
             shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
-    except FileExistsError:
-        raise SourceError(f"{archive}: {target.name} occurs twice; extract the one to use yourself") from None
+        if target in depths and not filecmp.cmp(copy, target, shallow=False):
+            if depth == depths[target]:
+                raise SourceError(f"{archive}: {target.name} occurs twice; extract the one to use yourself")
+            choice = f"of two different {target.name} the one in lra_release/lra_release is read"
+            print(f"{archive}: {choice}", file=sys.stderr)
+        if depth >= depths.get(target, depth):
+            copy.replace(target)
+            depths[target] = depth
+        copy.unlink(missing_ok=True)
     except OSError as error:
         problem = f"{member.name} cannot be written ({one_line(error)})"
         raise SourceError(f"{archive}: {problem}; free space or give another --data") from error

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import importlib.util
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from types import ModuleType
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The message of an exception on one line of at most 200 characters, the same in every run: without addresses."""
+    return re.sub(" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def sha256_file(path: Path) -> str:
@@ -38,6 +39,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # a message names what was asked for
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself must reach the disk too

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -37,14 +38,12 @@ def prepare(
     source: str | None = None,
     data_dir: Path | None = None,
     workers: int = 1,
-    verify: bool = False,
     again: bool = False,
 ) -> tuple[Prepared, bool]:
     """Build `task` at `preset` into out/<task>/<preset>, or reuse what is there. Returns (data, reused).
 
     source      embedded, hub, local or generated; None: local with a `data_dir`, else what the recipe names
     data_dir    folder or archive of raw files; a generated task uses its files there, if there are any
-    verify      hash every byte of what is there, instead of trusting sizes and times
     again       build in any case, and keep the folder that is there as <preset>.1, .2, ...
 
     A folder that is incomplete, does not match its hashes or was made for another recipe or META.version is
@@ -54,15 +53,18 @@ def prepare(
     meta, name, recipe = task.META, task.META.name, task.RECIPES[preset]
     source = source or ("local" if data_dir and not meta.generated else recipe.data.source)
     folder = Path(out) / name / preset
-    origin = {"source": source, "data_dir": str(Path(data_dir).resolve()) if data_dir else None}
+    origin = {"source": source, "data_dir": os.path.realpath(data_dir) if data_dir else None}
     request = {"task": name, "version": meta.version, **asdict(recipe.data), **origin}
     code, parts = source_sha256(task), folder.with_name(f".parts.{preset}")
     with _locked(folder):
-        if not again and (existing := _reusable(folder, request, code, verify)):
+        if not again and (existing := _reusable(folder, request, code)):
             return existing, True
         with archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
             scratch = parts / code[:16]
             built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=scratch)
+        if data_dir and source != "generated" and built.source == "generated":
+            names = ", ".join(task.members(recipe.data) if hasattr(task, "members") else ()) or "no file at all"
+            print(f"the data are generated: --data-dir {data_dir} was searched for {names}", file=sys.stderr)
         for split in SPLITS:
             check(meta, split, built.splits.get(split, Split.of([], [])), recipe.data.seq_len)
         splits, removed, repeated = disjoint(built.splits, meta.towers)
@@ -84,10 +86,10 @@ def prepare(
         return load(folder), False
 
 
-def _reusable(folder: Path, request: dict[str, Any], code: str, verify: bool) -> Prepared | None:
+def _reusable(folder: Path, request: dict[str, Any], code: str) -> Prepared | None:
     """The data in `folder` if they answer the request, None if they have to be built (again)."""
     try:
-        existing = load(folder, full=verify)
+        existing = load(folder)
     except SourceError as error:
         if folder.exists():
             print(f"making it again: {error}", file=sys.stderr)
@@ -160,7 +162,7 @@ def _write(folder: Path, splits: dict[str, Split], manifest: dict[str, Any], kee
         manifest["arrays"] = {p.name: sha256_file(p) for p in sorted(temporary.glob("*.npy"))}
         manifest["sha256"] = seal(manifest)
         with atomic_path(temporary / "manifest.json") as path:
-            path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
         if folder.exists() and keep:
             names = (folder.with_name(f"{folder.name}.{k}") for k in itertools.count(1))
             print(f"kept as {folder.rename(next(n for n in names if not n.exists()))}", file=sys.stderr)

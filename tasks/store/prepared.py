@@ -2,9 +2,6 @@
 
 DATA/<task>/<preset>/ holds, for each split, `<split>.tokens.npy`, `<split>.offsets.npy` and
 `<split>.labels.npy` (see base.Split), and manifest.json. Training reads only that folder.
-
-The file verified.json in the folder holds the sizes and times that the arrays had when their hashes were
-right. Arrays of the same sizes and times are not hashed again.
 """
 
 from __future__ import annotations
@@ -12,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from tasks.base import SPLITS, SourceError, Split
-from tasks.store.files import atomic_path, sha256_file
+from tasks.store.files import sha256_file
 
 SCHEMA = "lra-data/1"
-STAMP = "verified.json"
-SETTLED = 2  # seconds; a file changed within the resolution of its time looks unchanged
 
 
 @dataclass(frozen=True)
@@ -44,15 +37,12 @@ def command(folder: Path, *options: str) -> str:
     return shlex.join([*words, *where, *options])
 
 
-def load(folder: Path, *, full: bool = False) -> Prepared:
-    """Open and verify a prepared folder. Raises SourceError when it is absent, incomplete or altered.
-
-    Arrays are hashed unless their sizes and times are those of the last time; `full` hashes them anyway.
-    """
+def load(folder: Path) -> Prepared:
+    """Open a prepared folder and hash all of it. Raises SourceError when it is absent, incomplete or altered."""
     folder = Path(folder)
     path, remedy = folder / "manifest.json", f"run `{command(folder)}` to make it again"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text("utf-8"))
         if manifest["sha256"] != seal(manifest):
             raise ValueError
         arrays = manifest["arrays"]
@@ -62,44 +52,17 @@ def load(folder: Path, *, full: bool = False) -> Prepared:
         raise SourceError(f"{path} is damaged: {remedy}") from None
     if manifest["schema"] != SCHEMA:
         raise SourceError(f"{path} has schema {manifest['schema']!r}, not {SCHEMA!r}: {remedy}")
-    if full or not _unchanged(folder, manifest):
-        for name, expected in arrays.items():
-            if not (folder / name).is_file():
-                raise SourceError(f"{folder / name} is missing: {remedy}")
-            if (digest := sha256_file(folder / name)) != expected:
-                raise SourceError(f"{folder / name}: sha256 is {digest}, expected {expected}: {remedy}")
-        _remember(folder, manifest)
+    for name, expected in arrays.items():
+        if not (folder / name).is_file():
+            raise SourceError(f"{folder / name} is missing: {remedy}")
+        if (digest := sha256_file(folder / name)) != expected:
+            raise SourceError(f"{folder / name}: sha256 is {digest}, expected {expected}: {remedy}")
 
     def array(split: str, part: str) -> np.ndarray:
         return np.load(folder / f"{split}.{part}.npy", mmap_mode="r", allow_pickle=False)
 
     splits = {s: Split(array(s, "tokens"), array(s, "offsets"), array(s, "labels")) for s in SPLITS}
     return Prepared(manifest, splits)
-
-
-def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Sizes and times of the arrays that the manifest describes."""
-    stats = {name: (folder / name).stat() for name in manifest["arrays"]}
-    sizes_and_times = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"manifest": manifest["sha256"], "arrays": sizes_and_times}
-
-
-def _unchanged(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether the arrays have the sizes and times that they had when their hashes were right."""
-    try:
-        return json.loads((folder / STAMP).read_text()) == _stamp(folder, manifest)
-    except (OSError, ValueError):
-        return False
-
-
-def _remember(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the stamp, unless a file is so new that a later change could have the same time."""
-    with suppress(OSError):  # a folder that cannot be written to is hashed every time
-        stamp = _stamp(folder, manifest)
-        newest = max(time_ns for _, time_ns in stamp["arrays"].values())
-        if time.time() - newest / 1e9 > SETTLED:
-            with atomic_path(folder / STAMP) as path:
-                path.write_text(json.dumps(stamp))
 
 
 def data_identity(manifest: dict[str, Any]) -> str:

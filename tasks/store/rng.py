@@ -4,6 +4,8 @@ Example i of seed s owns the stream `stream(s, i)`, so any worker can make any e
 SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195): 64-bit integer arithmetic only.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
@@ -13,14 +15,25 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 _S11, _S27, _S30, _S31 = np.uint64(11), np.uint64(27), np.uint64(30), np.uint64(31)
 
 
-@njit(cache=True)
+def kernel(function: Callable) -> Callable:
+    """Compile a function by numba, once: kept beside its source, in the user's cache or in NUMBA_CACHE_DIR.
+
+    Where none of them can be written to, each process compiles for itself.
+    """
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no place for a cache
+        return njit(nogil=True)(function)
+
+
+@kernel
 def _mix(z):
     z = (z ^ (z >> _S30)) * _MIX1
     z = (z ^ (z >> _S27)) * _MIX2
     return z ^ (z >> _S31)
 
 
-@njit(cache=True)
+@kernel
 def stream(seed, index):
     """State of the stream of example `index` under `seed`: a uint64 array of one element, advanced in place."""
     state = np.empty(1, np.uint64)
@@ -28,14 +41,14 @@ def stream(seed, index):
     return state
 
 
-@njit(cache=True)
+@kernel
 def uniform(state):
     """Next float64 in [0, 1), 53 random bits."""
     state[0] += _GOLDEN
     return np.float64(_mix(state[0]) >> _S11) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True)
+@kernel
 def below(state, n):
     """Next integer in 0..n-1."""
     return np.int64(uniform(state) * n)

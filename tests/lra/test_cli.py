@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, defaults, and one line with exit code 2 for bad input."""
 
+import io
 import json
 import lzma
 import re
@@ -13,6 +14,7 @@ import pytest
 from lra.cli import main, parser
 from lra.options import PRESETS
 from lra.registry import attention_names, task_names
+from tasks.image.cifar import CLASSES
 from tasks.store.prepared import load
 from tests.conftest import ROOT
 
@@ -127,6 +129,48 @@ def test_mistyped_arguments_are_one_line_with_the_way_out(words, said, capsys):
         main(words)
     line = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2 and line.startswith("error: ") and said in line
+
+
+READERS = ["table", "compare", "plot", "cards", "leaderboard verify", "leaderboard build", "leaderboard serve"]
+READERS += ["gemma table", "gemma plot"]
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", ["absent", "file", "loop"])
+def test_results_that_are_no_folder_are_named_and_nothing_is_made(name, kind, tmp_path, capsys):
+    path = tmp_path / kind
+    if kind == "file":
+        path.write_text("x")
+    elif kind == "loop":
+        path.symlink_to(path)
+    with pytest.raises(SystemExit) as ended:
+        main([*name.split(), f"--results={path}"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and f"--results: {path}: there is no such folder" in line
+    assert path.is_symlink() or path.exists() == (kind == "file")
+
+
+@pytest.mark.parametrize("kind", ["absent", "file", "loop"])
+@pytest.mark.parametrize("words", ["train tiny --attention=softmax --data", "tensorboard --runs", "gemma swap --text"])
+def test_folders_that_cannot_be_read_are_one_line(words, kind, plugins, tmp_path, error_line, tiny_data):
+    path = tmp_path / kind
+    if kind == "file":
+        path.write_text("")
+    elif kind == "loop":
+        path.symlink_to(path)
+    more = ["--attention=softmax", "--model=tiny", f"--data={tiny_data}"] if "gemma" in words else []
+    assert str(path) in error_line(*words.split(), path, *more)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_cannot_spell_a_table_gets_one(encoding, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    assert main(["table", f"--results={ROOT / 'results' / 'reference'}"]) == 0
+    sys.stdout.flush()
+    assert "softmax" in raw.getvalue().decode(encoding) and (
+        "?" in raw.getvalue().decode(encoding) or encoding[0] != "a"
+    )
 
 
 def test_a_command_imports_the_options_of_its_own_room_alone():
@@ -292,7 +336,7 @@ def test_corrupt_image_is_one_line(error_line, tmp_path):
     from PIL import Image
 
     for half in ("train", "test"):
-        for name in ("airplane", "cat"):
+        for name in CLASSES:
             (tmp_path / half / name).mkdir(parents=True)
             Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / half / name / "0001.png")
     path = tmp_path / "train" / "cat" / "0001.png"

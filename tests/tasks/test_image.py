@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,18 @@ def write_hub(folder, half, pictures, labels):
     pyarrow.parquet.write_table(pyarrow.table({"img": img, "label": labels}), path)
 
 
+def write_folders(folder, half, rgb, labels, names=cifar.CLASSES, ends=(".png", ".PNG")):
+    """Endings by turns; beside the pictures stands what is none."""
+    for k, (picture, label) in enumerate(zip(rgb, labels, strict=True)):
+        path = folder / half / names[label] / f"{k}{ends[k % len(ends)]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture))
+        (path.parent / f"._{path.name}").write_bytes(b"Finder")
+    (folder / half / ".ipynb_checkpoints").mkdir()
+    for name in (".DS_Store", "Thumbs.db"):
+        (path.parent / name).write_bytes(b"no picture")
+
+
 def write_one_parquet(folder, kind):
     columns = {"split": [], "label": [], "image_jpeg": []}
     for half, (rgb, labels) in HALVES.items():
@@ -87,6 +100,8 @@ WRITERS = {
     "binary": lambda d, *half: write_binary(d / "cifar-10-batches-bin", *half),
     "inside binary": lambda d, *half: write_binary(d, *half),
     "hub": lambda d, half, rgb, labels: write_hub(d, half, [encoded(x) for x in rgb], labels),
+    "folders": write_folders,
+    "numbered folders": lambda d, *half: write_folders(d, *half, names="0123456789", ends=(".jpg", ".JPEG")),
 }
 
 
@@ -287,8 +302,7 @@ def python_batch(**change):
         (python_batch(data=[[0] * 3072] * 2), "not a CIFAR-10 batch"),
         (python_batch(data=np.zeros((2, 768), np.uint8)), r"\(2, 768\) with 2 labels"),
         (python_batch(labels=[0]), "with 1 labels"),
-        (python_batch(labels=[0, 10]), "row 1: label is 10"),
-        (python_batch(labels=[0, "1"]), "row 1: label is '1'"),
+        (python_batch(labels=[0, 10]), "row 1: label is '10'"),
     ],
 )
 def test_a_malformed_python_batch_is_a_one_line_error(tmp_path, content, message):
@@ -305,7 +319,7 @@ def test_a_malformed_python_batch_is_a_one_line_error(tmp_path, content, message
     [
         (bytes(3072), "3072 bytes, expected a multiple of 3073"),
         (b"", "0 bytes"),
-        (b"\x0a" * 3073, "row 0: label is 10"),
+        (b"\x0a" * 3073, "row 0: label is '10'"),
     ],
 )
 def test_a_malformed_binary_batch_is_a_one_line_error(folder, content, message):
@@ -340,6 +354,24 @@ def test_a_corrupt_or_wrong_image_is_named_by_its_row(tmp_path, picture, message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda half: (half / "cat" / "3.PNG").write_bytes(b"cut"), "test.cat.3.PNG: not readable PNG or JPEG"),
+        (lambda half: (half / "zebra").mkdir(), "test: the folders are .*zebra; expected airplane"),
+        (lambda half: shutil.rmtree(half / "ship"), "test: the folders are .*horse, truck; expected airplane"),
+        (lambda half: shutil.rmtree(half / "airplane"), "test half not found; .*test/airplane"),
+        (lambda half: (half / "frog" / "6.png").rename(half / "frog" / "6.gif"), "test.frog: no pictures"),
+    ],
+)
+def test_folders_of_pictures_hold_every_class(tmp_path, break_it, message):
+    for half, (rgb, labels) in HALVES.items():
+        write_folders(tmp_path, half, rgb, labels)
+    break_it(tmp_path / "test")
+    with pytest.raises(SourceError, match=message):
+        build(tmp_path)
+
+
 def test_truncated_parquet_names_the_file(tmp_path):
     write_one_parquet(tmp_path, "PNG")
     path = tmp_path / "cifar10.parquet"
@@ -349,7 +381,7 @@ def test_truncated_parquet_names_the_file(tmp_path):
 
 
 def test_missing_data_lists_every_name_looked_for(tmp_path):
-    looked_for = r"train half.*cifar-10-batches-py.*cifar10\.parquet"
+    looked_for = r"train half.*cifar-10-batches-py.*cifar10\.parquet.*train/airplane"
     with pytest.raises(SourceError, match=looked_for):
         build(tmp_path)
 

@@ -4,17 +4,22 @@ import gzip
 import io
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from tasks import image, listops, pathfinder, retrieval, text
-from tasks.base import SPLITS
+from tasks.base import SPLITS, SourceError
+from tasks.image import cifar as cifar_module
+from tasks.image.cifar import CLASSES
 from tasks.listops.expressions import write_tsv
 from tasks.store import archives
 from tasks.store.prepare import prepare
@@ -68,6 +73,16 @@ def acl_imdb(folder, rows):
         (folder / half / "unsup" / "0_0.txt").write_text("unlabelled")
 
 
+def pictures(folder, rows):
+    """CIFAR's pictures in a folder for each class."""
+    rng = np.random.default_rng(rows)
+    for half in ("train", "test"):
+        for k in range(rows):
+            path = folder / half / CLASSES[k % 10] / f"{k}.{('png', 'JPG')[k % 2]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+
+
 def cifar(folder, rows, kind):
     """CIFAR's batches, of which there may be fewer."""
     folder.mkdir(parents=True)
@@ -88,6 +103,7 @@ LAYOUTS = {  # name: (task, archive, folder in it, writer)
     "text": (text, "aclImdb_v1.tar.gz", "aclImdb", acl_imdb),
     "python": (image, "cifar-10-python.tar.gz", "cifar-10-batches-py", lambda f, n: cifar(f, n, "py")),
     "binary": (image, "cifar-10-binary.tar.gz", "cifar-10-batches-bin", lambda f, n: cifar(f, n, "bin")),
+    "pictures": (image, "cifar-10-python.tar.gz", "", pictures),
 }
 
 
@@ -228,6 +244,143 @@ def test_a_pickle_that_is_not_cifar_s_is_one_line_and_nothing_runs(tmp_path, err
     packed = archive_of(tmp_path / "raw", tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py")
     line = error_line("prepare", "image", "--preset=smoke", "--data", tmp_path / "out", "--data-dir", packed)
     assert "test_batch: not a CIFAR-10 batch (it names" in line and not (tmp_path / "trace").exists()
+
+
+# What other programs make of the same files
+
+
+def rewrite(folder, names, change):
+    """Change the contents of the text files of a layout."""
+    for path in (path for path in folder.rglob("*") if path.is_file() and re.search(names, str(path))):
+        if not (content := path.read_bytes()).startswith(b"\x93NUMPY"):
+            path.write_bytes(change(content))
+
+
+def companions(folder):
+    """What macOS, Windows and Jupyter leave beside files."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7 Finder")
+            for name in (".DS_Store", "Thumbs.db"):
+                (path.parent / name).write_bytes(b"no data")
+            (path.parent / ".ipynb_checkpoints").mkdir(exist_ok=True)
+            (path.parent / ".ipynb_checkpoints" / path.name).write_bytes(b"an older copy")
+
+
+def upper(folder):
+    """Names of files in upper case."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.rename(path.with_name(path.name.upper()))
+
+
+def packed(folder):
+    """Tables compressed."""
+    for path in list(folder.rglob("*.tsv")):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+
+
+def labelled(content):
+    """Labels of rows as 1.0."""
+    return re.sub(rb"(?m)(^\d|\t\d|(?<=png \d ).|(?<=png \d\d ).)(?=\t|$| 1)", rb"\1.0", content)
+
+
+TEXTS = r"\.tsv$|metadata"
+WRITTEN = {
+    "CRLF": lambda folder: rewrite(folder, TEXTS, lambda content: content.replace(b"\n", b"\r\n")),
+    "byte order mark": lambda folder: rewrite(folder, TEXTS, lambda content: b"\xef\xbb\xbf" + content),
+    "blank last lines": lambda folder: rewrite(folder, TEXTS, lambda content: content + b"\n\r\n"),
+    "no last line end": lambda folder: rewrite(folder, TEXTS, bytes.rstrip),
+    "labels with a decimal": lambda folder: rewrite(folder, TEXTS, labelled),
+    "companions": companions,
+    "upper case": upper,
+    "compressed": packed,
+}
+KINDS = {
+    "listops": {*WRITTEN},
+    "retrieval": {*WRITTEN},
+    "pathfinder": {*WRITTEN} - {"upper case", "compressed"},
+    **dict.fromkeys(["text", "pictures", "python", "binary"], {"companions", "upper case"}),
+}
+
+
+def splits_of(name, folder, monkeypatch):
+    """The arrays of the splits, and the data set's name."""
+    task = small(LAYOUTS[name][0], monkeypatch)
+    built = task.build(task.RECIPES["smoke"], source="local", data_dir=folder, workers=1)
+    return [built.dataset, *(a.tolist() for split in SPLITS for a in vars(built.splits[split]).values())]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_writer_of_the_files_makes_no_difference(tmp_path, monkeypatch, name):
+    _, _, inside, write = LAYOUTS[name]
+    write(tmp_path / "plain" / inside, 47)
+    expected = splits_of(name, tmp_path / "plain", monkeypatch)
+    for kind in sorted(KINDS[name]):
+        shutil.copytree(tmp_path / "plain", tmp_path / kind)
+        WRITTEN[kind](tmp_path / kind)
+        assert splits_of(name, tmp_path / kind, monkeypatch) == expected, kind
+
+
+@pytest.mark.parametrize("differ", [False, True])
+@pytest.mark.parametrize("name", ["listops", "pathfinder"])
+def test_the_release_holds_a_task_twice(tmp_path, monkeypatch, capsys, name, differ):
+    task, archive, inside, write = LAYOUTS[name]
+    inner, last = tmp_path / "raw" / "lra_release" / "lra_release", Path(inside).parts[-(name == "pathfinder") - 1 :]
+    write(inner.joinpath(*last), 47)
+    shutil.copytree(inner.joinpath(*last), inner.parent.joinpath(*last))
+    one = archive_of(tmp_path / "raw" / "lra_release" / "lra_release", tmp_path / archive, "lra_release/lra_release")
+    if differ:
+        outer = inner.parent.joinpath(*last)
+        shutil.rmtree(outer)
+        write(outer, 53)
+    (tmp_path / "packed").mkdir()
+    two = archive_of(tmp_path / "raw", tmp_path / "packed" / archive, ".")
+    small(task, monkeypatch)
+    made = [prepare(task, "smoke", out=tmp_path / str(k), data_dir=path)[0] for k, path in enumerate((one, two))]
+    assert len({data_identity(m.manifest) for m in made}) == 1
+    assert ("of two different" in capsys.readouterr().err) == differ
+    assert splits_of(name, tmp_path / "raw", monkeypatch) == splits_of(name, inner, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["pathfinder", "pictures"])
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "CMYK"])
+def test_pictures_that_eight_bits_do_not_hold_are_refused(tmp_path, monkeypatch, name, mode):
+    LAYOUTS[name][3](tmp_path / LAYOUTS[name][2], 47)
+    path = next(path for path in sorted(tmp_path.rglob("*.png")) if path.stat().st_size)
+    Image.new(mode, (32, 32)).save(path, "JPEG" if mode == "CMYK" else "PNG")
+    with pytest.raises(SourceError, match=f"the image is 32 x 32 {mode}|not readable PNG"):
+        splits_of(name, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("label", [True, "true", 1.5, None, "1.00"])
+@pytest.mark.parametrize("task", [image, text])
+def test_a_label_is_a_whole_number_in_every_table(tmp_path, monkeypatch, task, label):
+    rows = [label] if label is not None else [None, 0]
+    columns = {"label": pyarrow.array(rows)} | ({"text": ["a"] * len(rows)} if task is text else {})
+    columns |= {"img": [{"bytes": b"", "path": ""}] * len(rows)} if task is image else {}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(cifar_module, "read_picture", lambda *_: (np.zeros((32, 32), np.uint8), "PNG"))
+    with pytest.raises(SourceError, match=re.escape(f"row 0: label is {str(label)!r}, expected 0 to")):
+        task.build(small(task, monkeypatch).RECIPES["smoke"], source="local", data_dir=tmp_path, workers=1)
+
+
+@pytest.mark.parametrize("name", ["listops", "pathfinder"])
+def test_a_folder_without_the_files_of_a_generated_task_is_said(tmp_path, monkeypatch, capsys, name):
+    task = small(LAYOUTS[name][0], monkeypatch, train=20, test=9)
+    (tmp_path / "raw").mkdir()
+    prepare(task, "smoke", out=tmp_path / "out", data_dir=tmp_path / "raw")
+    err = capsys.readouterr().err
+    assert f"the data are generated: --data-dir {tmp_path / 'raw'} was searched for" in err
+    assert ("basic_train.tsv" if name == "listops" else "pathfinder32/curv_baseline/metadata/*.npy") in err
+
+
+def test_a_link_to_itself_is_one_line(tmp_path, error_line):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for task in ("text", "listops"):
+        line = error_line("prepare", task, "--preset=smoke", "--data", tmp_path, "--data-dir", tmp_path / "loop")
+        assert f"--data-dir {tmp_path / 'loop'}: no such folder or archive" in line
+    assert str(tmp_path / "loop") in error_line("prepare", "listops", "--preset=smoke", "--data", tmp_path / "loop")
 
 
 # The official files

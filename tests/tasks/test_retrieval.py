@@ -62,6 +62,14 @@ def test_lra_files_are_found_in_each_layout_and_compression(tmp_path, below, end
             assert int(left.removeprefix(b"left ")) % 2 == label and right == b"right words"
 
 
+def test_papers_of_test_that_train_or_val_has_too_are_counted(tmp_path):
+    write_aan(tmp_path, [row(b"1", b"a", b"b"), row(b"0", b"c", b"d")])
+    path = tmp_path / "new_aan_pairs.test.tsv"
+    assert build(tmp_path).report["share of test documents that train or val has, too"] == 1
+    path.write_bytes(row(b"1", b"a", b"e") + row(b"0", b"f", b"g"))
+    assert build(tmp_path).report["share of test documents that train or val has, too"] == 0.25
+
+
 def test_labels_print_with_or_without_a_decimal(tmp_path):
     labels = [b"0", b"0.0", b"1", b"1.0", b"1.0"]
     write_aan(tmp_path, [row(label, b"%d" % k, b"x") for k, label in enumerate(labels)])
@@ -89,8 +97,8 @@ def test_texts_are_cut_on_the_right_and_never_empty(tmp_path):
     [
         (b"1\ta\tb\tonly four\n", "line 3: 4 columns, expected 5"),
         (b"1\ta\tb\tone\ttwo\tthree\n", "line 3: 6 columns, expected 5"),
-        (b"\n", "line 3: 1 columns"),
-        (row(b"2", b"a", b"b"), "line 3: label is '2', expected 0 or 1"),
+        (b"\n" + row(b"1", b"a", b"b"), "line 3: 1 columns"),
+        (row(b"2", b"a", b"b"), "line 3: label is '2', expected 0 to 1"),
         (row(b"label", b"id1", b"id2"), "line 3: label is 'label'"),
     ],
 )
@@ -115,7 +123,7 @@ def test_missing_files_are_named_and_sizes_checked(tmp_path):
     with pytest.raises(SourceError, match="local"):
         build(source="local")
     write_aan(tmp_path)
-    with pytest.raises(SourceError, match="data.val=8: .* has 7 pairs"):
+    with pytest.raises(SourceError, match="data.val=8: .* has 7 examples"):
         build(tmp_path, val=8)
     assert [len(s.labels) for s in build(tmp_path, train=4, val=2, test=7).splits.values()] == [4, 2, 7]
 
@@ -294,7 +302,7 @@ def test_build_is_the_same_for_the_same_seed_alone(corpus, monkeypatch):
         for part in ("tokens", "offsets", "labels"):
             assert np.array_equal(getattr(first.splits[name], part), getattr(again.splits[name], part))
     assert not np.array_equal(first.splits["test"].tokens, other.splits["test"].tokens)
-    with pytest.raises(SourceError, match=r"data.train=99999: there are \d+ pairs"):
+    with pytest.raises(SourceError, match=r"data.train=99999: the corpus has [\d,]+ examples"):
         build(preset="smoke", train=99_999)
 
 

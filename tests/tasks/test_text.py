@@ -152,8 +152,8 @@ def test_asking_for_more_reviews_than_there_are_is_an_error(folder, sizes):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (("fine", 2), "row 13: label is 2"),
-        (("fine", -1), "row 13: label is -1"),
+        (("fine", 2), "row 13: label is '2'"),
+        (("fine", -1), "row 13: label is '-1'"),
         (("", 1), "row 13: text is ''"),
         ((None, 1), "row 13: text is None"),
     ],

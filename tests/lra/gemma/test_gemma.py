@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from lra.__main__ import main
-from lra.gemma import rows, stats, table, tiny
+from lra.gemma import rows, stats, table, tiny, weights
 from lra.gemma.data import documents, pack, split
 from lra.options import BUSY
 from lra.training import checkpoint
@@ -99,6 +99,51 @@ def test_blocks_start_with_bos_and_blocks_of_two_numbers_share_no_document():
     assert all(len(o) == 1 for o in owners.values())
     inner = blocks.tokens[0].tolist().index(2, 1)
     assert not blocks.scored[0, inner - 1] and blocks.scored[0].sum() == 8
+
+
+@pytest.fixture
+def folder_model(tmp_path, recipe):
+    """`folder_model(**special)`: a folder with a model and a tokenizer of single letters and control tokens."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    def save(**special):
+        words = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", *"abcdefghijklmnopqrstuvwxyz <>_"]
+        model = tokenizers.models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<pad>")
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+        control = {"eos_token": "<eos>", "additional_special_tokens": ["<bos>", "<start_of_turn>"], **special}
+        made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **control)
+        made.save_pretrained(tmp_path / "model")
+        config = tiny.config(recipe)
+        config.bos_token_id = None
+        transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+def test_text_that_spells_a_control_token_is_text(folder_model):
+    base = weights.from_folder(folder_model(bos_token="<bos>"), "letters", "local folder")
+    assert base.bos == 2
+    (ids,) = base.encode(["a<bos>b<start_of_turn>"])
+    assert not {2, 3} & set(ids) and len(ids) == len("a<bos>b<start_of_turn>")
+
+
+def test_a_model_without_a_bos_token_is_named(folder_model, tmp_path, error_line):
+    line = error_line("gemma", "weights", f"--model={folder_model()}", f"--data={tmp_path}")
+    assert "names a BOS token" in line and "--model tiny" in line
+
+
+def test_text_with_companions_and_a_byte_order_mark_is_the_same_text(tmp_path):
+    for name, mark in (("plain", ""), ("marked", "\ufeff")):
+        (tmp_path / name).mkdir()
+        for k, ending in enumerate(("txt", "TXT")):
+            (tmp_path / name / f"{k}.{ending}").write_text(f"{mark}review {k} \u00e9", encoding="utf-8")
+            (tmp_path / name / f"._{k}.txt").write_bytes(b"\0\5\x16\7 Finder")
+        (tmp_path / f"{name}.txt").write_text(f"{mark}a\n\n\nb", encoding="utf-8")
+    assert documents(tmp_path / "marked").texts == documents(tmp_path / "plain").texts == ["review 0 é", "review 1 é"]
+    assert documents(tmp_path / "marked.txt").texts == ["a", "b"]
 
 
 def test_too_little_text_names_what_there_is(places, error_line):

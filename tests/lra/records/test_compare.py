@@ -80,6 +80,7 @@ def test_cells_are_counted_and_one_without_a_reference_is_said_to_have_none(tmp_
 
 
 def test_presets_are_chosen_and_nothing_is_written(tmp_path, compared):
+    (tmp_path / "theirs").mkdir()
     runs(tmp_path / "mine", 1360)
     runs(tmp_path / "mine", 1360, preset="paper", data="long")
     before = sorted(tmp_path.rglob("*"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 
 import numpy as np
 
@@ -28,13 +26,6 @@ def edit(folder, **changes):
     path = folder / "manifest.json"
     manifest = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}
     path.write_text(json.dumps(manifest))
-
-
-def age(folder, seconds=60):
-    """Let the arrays have been written a while ago."""
-    then = time.time() - seconds
-    for path in folder.glob("*.npy"):
-        os.utime(path, (then, then))
 
 
 def seeded(tmp_path, name, seed):

@@ -163,6 +163,17 @@ def test_the_same_file_twice_is_refused(refused):
     assert "0_9.txt occurs twice" in refused(pack(*GOOD, ("copy/train/pos/0_9.txt", b"other")))
 
 
+def test_of_two_copies_the_inner_one_is_read(tmp_path, capsys):
+    outer, inner = (("lra_release/" * depth + "x/a.tsv", content) for depth, content in ((1, b"outer"), (2, b"inner")))
+    for order, twice in ((outer, inner), "differ"), ((inner, outer), "differ"), ((inner, (outer[0], b"inner")), ""):
+        (tmp_path / "a.tar").write_bytes(pack(*order))
+        archives.extract(tmp_path / "a.tar", tmp_path / "out", ["x/*.tsv"])
+        assert (tmp_path / "out" / "x" / "a.tsv").read_bytes() == b"inner"
+        assert ("of two different a.tsv the one in lra_release/lra_release" in capsys.readouterr().err) == bool(twice)
+        assert [path.name for path in (tmp_path / "out" / "x").iterdir()] == ["a.tsv"]
+        shutil.rmtree(tmp_path / "out")
+
+
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_an_archive_cut_short_anywhere_is_refused(refused, compress):
     noise = np.random.default_rng(0).bytes(3000)

@@ -1,6 +1,7 @@
 """Files: whole or not at all, and hashes of bytes and of source code."""
 
 import hashlib
+import io
 import shutil
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tasks.store import files
+from tasks.store.rng import kernel
 
 
 def test_sha256_file_is_the_standard_one(tmp_path):
@@ -72,3 +74,19 @@ def test_shared_modules_that_a_source_is_made_of_are_part_of_its_hash(tmp_path, 
     assert files.source_sha256(wall, "bricks.kiln") == whole != own
     (package / "kiln" / "sand.py").write_text("# edited")
     assert files.source_sha256(wall, "bricks.kiln") != whole and files.source_sha256(wall) == own
+
+
+def test_messages_are_the_same_in_every_run(tmp_path):
+    texts = {files.one_line(OSError(f"cannot identify {io.BytesIO(b'')!r}")) for _ in range(3)}
+    assert texts == {"cannot identify <_io.BytesIO object>"}
+    for _ in range(2):
+        with pytest.raises(OSError) as caught, files.atomic_path(tmp_path) as path:
+            path.write_text("x")
+        texts.add(f"{caught.value.strerror}: {caught.value.filename}")
+    assert len(texts) == 2 and str(tmp_path) in "".join(texts)
+
+
+def test_kernels_compile_where_no_cache_can_be_written():
+    scope = {}
+    exec("def twice(x): return 2 * x", scope)  # no source file, so numba has no place beside it
+    assert kernel(scope["twice"])(21) == 42

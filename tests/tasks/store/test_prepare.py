@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -25,7 +24,7 @@ from tasks.store import prepared
 from tasks.store.files import source_sha256
 from tasks.store.prepare import prepare
 from tasks.store.prepared import data_identity, load
-from tests.tasks.store.builders import age, flip, returning, seeded, sequences
+from tests.tasks.store.builders import flip, returning, seeded, sequences
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -59,7 +58,7 @@ def test_same_request_gives_the_same_bytes(task, tmp_path):
     one, _ = prepare(task, "smoke", out=tmp_path / "a", workers=1)
     two, _ = prepare(task, "smoke", out=tmp_path / "b", workers=3)
     assert one.manifest == two.manifest
-    files = [f for f in (tmp_path / "a" / "tiny" / "smoke").iterdir() if f.name != prepared.STAMP]
+    files = list((tmp_path / "a" / "tiny" / "smoke").iterdir())
     assert len(files) == 10
     assert all(f.read_bytes() == (tmp_path / "b" / "tiny" / "smoke" / f.name).read_bytes() for f in files)
 
@@ -112,7 +111,7 @@ def test_interrupted_renewal_keeps_the_old_data(task, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(task.RECIPES, "smoke", replace(recipe, data=replace(recipe.data, seed=1)))
         patch.setattr(preparing, "sha256_file", lambda path: 1 / 0)
-        patch.setattr(preparing, "load", lambda folder, full: before)
+        patch.setattr(preparing, "load", lambda folder: before)
         with pytest.raises(ZeroDivisionError):
             prepare(task, "smoke", out=tmp_path)
     assert load(tmp_path / "tiny" / "smoke").manifest == before.manifest
@@ -157,7 +156,7 @@ def test_the_same_command_after_sigkill_makes_the_same_data(lab, task, tmp_path,
     assert killed.returncode == -signal.SIGKILL and not folder.exists() and hidden(folder) == [".smoke.new"]
     assert main(words) == 0
     assert not hidden(folder)
-    assert load(folder, full=True).manifest == load(lab.data / "tiny" / "smoke").manifest
+    assert load(folder).manifest == load(lab.data / "tiny" / "smoke").manifest
 
 
 def test_two_processes_at_once_make_the_data_once(lab, tmp_path):
@@ -169,7 +168,7 @@ def test_two_processes_at_once_make_the_data_once(lab, tmp_path):
     assert [process.returncode for process in running] == [0, 0], said
     assert sorted("reused" in out for out, _ in said) == [False, True]
     assert sorted(p.name for p in (tmp_path / "tiny").iterdir()) == ["smoke", "smoke.lock"]
-    load(tmp_path / "tiny" / "smoke", full=True)
+    load(tmp_path / "tiny" / "smoke")
 
 
 def test_a_disk_that_is_really_full_is_one_line_and_leaves_nothing(lab, tmp_path):
@@ -184,26 +183,6 @@ def test_a_disk_that_is_really_full_is_one_line_and_leaves_nothing(lab, tmp_path
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/tiny/smoke: cannot be written (") and "free space" in line
     assert done.stdout.split() == ["2", "smoke.lock"]
-
-
-def test_verify_notices_what_size_and_time_hide_and_makes_the_data_again(lab, task, tmp_path, capsys):
-    words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
-    main(words)
-    folder = tmp_path / "tiny" / "smoke"
-    age(folder)
-    load(folder)
-    flip(folder / "test.tokens.npy")
-    age(folder, 60)
-    stamp = json.loads((folder / prepared.STAMP).read_text())
-    for name, (_, time_ns) in stamp["arrays"].items():
-        os.utime(folder / name, ns=(time_ns, time_ns))
-    load(folder)  # the fast path cannot see it
-    capsys.readouterr()
-    assert main([*words, "--verify"]) == 0
-    said = capsys.readouterr()
-    assert "prepared" in said.out and "test.tokens.npy: sha256 is" in said.err
-    assert main([*words, "--verify"]) == 0
-    assert "reused, every hash verified" in capsys.readouterr().out
 
 
 # Sharing

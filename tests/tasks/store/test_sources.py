@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from tasks.base import Data, SourceError
-from tasks.store import sources
+from tasks.store import formats, sources
 
 
 def parquet(path, **columns):
@@ -122,32 +122,34 @@ def test_absent_package_says_how_to_install_it():
 
 
 @pytest.mark.parametrize(("suffix", "opener"), [(".txt", open), (".gz", gzip.open), (".xz", lzma.open)])
-def test_open_text_reads_plain_gz_and_xz_with_newline_as_the_only_line_end(tmp_path, suffix, opener):
+def test_lines_of_any_writer_are_the_same(tmp_path, suffix, opener):
     path = tmp_path / f"a{suffix}"
-    with opener(path, "wb") as file:
-        file.write("é\r1\n2\r\n".encode())
-    with sources.open_text(path) as file:
-        assert list(file) == ["é\r1\n", "2\r\n"]
+    for mark in (b"", b"\xef\xbb\xbf"):
+        for end in (b"\n", b"\r\n"):
+            for rest in (b"", end, end * 3):
+                with opener(path, "wb") as file:
+                    file.write(mark + end.join([b"\xe9\r1", b"", b"2 "]) + rest)
+                assert list(formats.lines(path)) == [(1, b"\xe9\r1"), (2, b""), (3, b"2 ")]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
 def test_truncated_text_is_an_error_that_names_the_file(tmp_path, suffix, compress):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(compress(bytes(range(65, 91)) * 999)[:-20])
-    with pytest.raises(SourceError, match="a.*cannot be read") as caught, sources.open_text(path) as file:
+    with pytest.raises(SourceError, match="a.*cannot be read") as caught, formats.open_bytes(path) as file:
         file.read()
     one_line(caught)
 
 
 def test_read_table_of_parquet_returns_the_columns_asked_for(tmp_path):
     path = parquet(tmp_path / "a.parquet", text=["x", "y"], label=[0, 1], other=[2, 3])
-    assert sources.read_table(path, ["label", "text"]) == {"label": [0, 1], "text": ["x", "y"]}
+    assert formats.read_table(path, ["label", "text"]) == {"label": [0, 1], "text": ["x", "y"]}
 
 
 def test_missing_parquet_column_is_named_with_those_present(tmp_path):
     path = parquet(tmp_path / "a.parquet", review=["x"], label=[0])
     with pytest.raises(SourceError, match="no column text; it has review, label") as caught:
-        sources.read_table(path, ["text", "label"])
+        formats.read_table(path, ["text", "label"])
     one_line(caught)
 
 
@@ -157,14 +159,18 @@ def test_truncated_parquet_is_a_one_line_error(tmp_path, keep):
     content = path.read_bytes()
     path.write_bytes(content[: keep if keep >= 1 or keep == 0 else int(len(content) * keep)])
     with pytest.raises(SourceError, match=r"a\.parquet: not readable") as caught:
-        sources.read_table(path, ["text"])
+        formats.read_table(path, ["text"])
     one_line(caught)
 
 
-def test_read_table_of_csv_keeps_quoted_newlines_and_commas(tmp_path):
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("rest", ["", "\n", "\r\n\r\n"])
+@pytest.mark.parametrize("text", ['a, ""b""\nc', "x" * 131_073, "y" * 3_000_000, "\r\n\u2028\x1f\U0001f600", " ", "NA"])
+def test_read_table_of_csv_keeps_the_text_as_it_is(tmp_path, mark, rest, text):
     path = tmp_path / "a.csv"
-    path.write_text('label,text\n1,"a, ""b""\nc"\n0,d\n', newline="")
-    assert sources.read_table(path, ["text", "label"]) == {"text": ['a, "b"\nc', "d"], "label": ["1", "0"]}
+    path.write_text(f'{mark}text,label,more\n"{text}",1,\nd,0,{rest}', newline="", encoding="utf-8")
+    expected = {"text": [text.replace('""', '"'), "d"], "label": ["1", "0"]}
+    assert formats.read_table(path, ["text", "label"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,7 @@ def test_read_table_of_csv_keeps_quoted_newlines_and_commas(tmp_path):
 def test_malformed_csv_is_a_one_line_error(tmp_path, content, message):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(SourceError, match=message) as caught:
-        sources.read_table(tmp_path / "a.csv", ["text"])
+        formats.read_table(tmp_path / "a.csv", ["text"])
     one_line(caught)
 
 
