@@ -12,10 +12,10 @@ import torch
 from lra import registry
 from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
-from lra.records.record import predictions_path, read_record, record_path
+from lra.records.record import Execution, predictions_path, read_record, record_path
 from lra.training import config, distributed
 from lra.training.report import header, missing_seeds, outcome, report
-from lra.training.train import Interrupted, run_folder
+from lra.training.train import Interrupted, check_unfinished, run_folder
 from lra.training.train import train as train_run
 from lra.training.trainer import Where
 from tasks.store.files import sha256_file
@@ -23,18 +23,21 @@ from tasks.store.prepared import load
 
 
 def train(args: Namespace) -> int:
-    """`train`: resolve, train, record. Exit code 85 when stopped with a checkpoint."""
+    """`train`: resolve, train, record. Exit code 1 when the run failed, 85 when it was stopped with a checkpoint."""
     overrides = config.overrides(args.sets, args.steps)
     where = execution(args)
     task = registry.load_task(args.task)
     config.load_preset(task, args.preset)
     prepared = load(args.data / args.task / args.preset)
     cell = args.task, args.preset, args.attention, args.seed
-    run = config.resolve(*cell, prepared.manifest, overrides, args.val_rule)
+    how = Execution(where.precision, where.compiled, distributed.world_size())
+    run = config.resolve(*cell, prepared.manifest, overrides, args.val_rule, how)
     path = record_path(args.results, args.task, args.attention, run.digest, args.seed)
     state, edited = config.standing(run, path)
     if state == "changed" and not args.again:
         raise UsageError(edited)
+    if state == "missing" or args.again:
+        check_unfinished(args.runs, run)
     optim = run.recipe.train
     with distributed.process_group(where.device, optim.batch, optim.accumulate) as (world, device):
         where = replace(where, world=world, device=device)
@@ -52,13 +55,14 @@ def train(args: Namespace) -> int:
             if world.is_main:
                 print(stopped, file=sys.stderr)
             return STOPPED
-    if world.is_main:
-        record = read_record(path)
-        if new:
-            print(report(record, path, run_folder(args.runs, run)))
-        else:
-            print(f"already done: {path}; --again trains the cell anew\n{outcome(record, path)}")
-    return 0
+    if not world.is_main:
+        return 0
+    record = read_record(path)
+    if new:
+        print(report(record, path, run_folder(args.runs, run)))
+    else:
+        print(f"already done: {path}; --again trains the cell anew\n{outcome(record, path)}")
+    return int(record["status"] != "ok")
 
 
 def set_aside(path: Path) -> None:
@@ -74,9 +78,12 @@ def execution(args: Namespace) -> Where:
     """Device, precision and compilation, checked."""
     set_threads(args.threads)
     device = pick_device(args.device)
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
     if args.debug and distributed.world_size() > 1:  # the first that stops would leave the others waiting
         raise UsageError("--debug looks into one process: leave it out, or torchrun")
-    return Where(device, precision, args.compile, args.debug)
+    return Where(device, precision(args), args.compile, args.debug)
+
+
+def precision(args: Namespace) -> str:
+    """--precision; auto is bf16 on cuda, else fp32."""
+    auto = "bf16" if pick_device(args.device).type == "cuda" else "fp32"
+    return auto if args.precision == "auto" else args.precision

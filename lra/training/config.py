@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from lra.options import UsageError, construct, unknown
-from lra.records.record import cell_digest, read_record
+from lra.records.record import Execution, cell_digest, read_record
 from lra.registry import attention_class, attention_module, budget_options, build_attention, load_task
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
@@ -39,13 +39,19 @@ class Run:
     val_rule: str
     seed: int
     manifest: dict[str, Any]  # of the prepared data
+    execution: Execution = Execution()
 
     @property
     def digest(self) -> str:
-        """sha256 over task, data, recipe, overrides, validation rule and attention."""
+        """sha256 over task, data, recipe, overrides, validation rule, attention and execution."""
         data, method = data_identity(self.manifest), (self.attention, self.attention_config)
         recipe = asdict(self.recipe), self.overrides, self.val_rule
-        return cell_digest(self.meta.name, self.meta.version, data, *recipe, *method)
+        return cell_digest(self.meta.name, self.meta.version, data, *recipe, *method, self.execution)
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples that a process takes at a time, in training and in evaluation."""
+        return self.recipe.train.batch // (self.recipe.train.accumulate * self.execution.processes)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -78,10 +84,11 @@ class Run:
         """The command that repeats this run."""
         sets = "".join(f" --set {k}={v}" for k, v in self.overrides.items())
         rule = "" if self.val_rule == "held-out" else f" --val-rule {self.val_rule}"
-        return (
-            f"python -m lra train {self.meta.name} --attention {self.attention} --preset {self.preset} "
-            f"--seed {self.seed}{sets}{rule}"
-        )
+        precision, compiled, processes = self.execution
+        rule += (f" --precision {precision}" if precision != "fp32" else "") + " --compile" * compiled
+        start = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
+        cell = f"{self.meta.name} --attention {self.attention} --preset {self.preset} --seed {self.seed}"
+        return f"{start} -m lra train {cell}{sets}{rule}"
 
 
 def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
@@ -131,7 +138,14 @@ def stored_options(config: Any) -> dict[str, Any]:
 
 
 def resolve(
-    task: str, preset: str, attention: str, seed: int, manifest: dict, overrides: dict, val_rule="held-out"
+    task: str,
+    preset: str,
+    attention: str,
+    seed: int,
+    manifest: dict,
+    overrides: dict,
+    val_rule: str = "held-out",
+    execution: Execution = Execution(),
 ) -> Run:
     """Check everything a run needs before it starts. Raises UsageError, one line."""
     module = load_task(task)
@@ -152,7 +166,7 @@ def resolve(
     }
     recipe = dataclasses.replace(recipe, encoder=after["encoder"], train=after["train"])
     options = stored_options(after["attention"])
-    run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest)
+    run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest, execution)
     _check(run)
     return run
 
@@ -186,8 +200,9 @@ def _check(run: Run) -> None:
         raise UsageError(str(error).splitlines()[0]) from error
 
 
-def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "changed"], str]:
-    """Whether the run's record at `path` is missing, done, or of a source that was edited since; and what was edited.
+def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "failed", "changed"], str]:
+    """Whether the run's record at `path` is missing, done, of a run that failed, or of a source that was edited since;
+    and why it failed, or what was edited.
 
     A record without the hash of a source counts as unchanged. So does a file that is no record: whoever reads it
     says what is wrong with it.
@@ -203,6 +218,6 @@ def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "changed"
     names = {"task": f"task {run.meta.name}", "model": f"attention {run.attention}"}
     edited = [names[k] for k, sha256 in recorded.items() if sha256 not in (None, sources[k])]
     if not edited:
-        return "done", ""
+        return ("done", "") if record["status"] == "ok" else ("failed", str(record["status"]))
     what = f"the source of {' and of '.join(edited)} has changed since {path}"
     return "changed", f"{what}: --again trains the cell anew and keeps the old record beside it"

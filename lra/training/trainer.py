@@ -20,21 +20,17 @@ from lra.training import checkpoint
 from lra.training.batches import Batches, collate, example_lengths
 from lra.training.config import Run
 from lra.training.distributed import gradient_sync
-from lra.training.evaluate import Counts, Where, attention_report, autocast, evaluate, to_device
+from lra.training.evaluate import Counts, Diverged, Where, attention_report, autocast, evaluate, to_device
 from lra.training.log import RunLog
 from lra.training.optim import build_optimizer, learning_rate, micro_batches
 from lra.training.provenance import PROBE_BATCH, PROBE_STEPS, cell_sections
 from tasks.base import Batch, Optim
 from tasks.store.prepared import Prepared
 
-REPORT = 4  # validation examples the attention report looks at
+REPORT = 4  # validation examples that the attention report looks at, at most
 WEIGHTS = "model.safetensors"
 # Of an optimizer step: mean loss, number correct, gradient norm before clipping
 Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class Diverged(Exception):
-    """The loss stopped being finite."""
 
 
 @dataclass
@@ -179,8 +175,8 @@ class Trainer(Training):
         if counts.n_correct > p.best_correct:
             p.best_correct, p.best_step = counts.n_correct, p.step
             self.best = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
-        longest = int(example_lengths(val, towers)[:REPORT].max())
-        first = collate(val, towers, np.arange(min(REPORT, len(val.labels))), longest)
+        lengths = example_lengths(val, towers)[: min(REPORT, self.run.micro_batch)]
+        first = collate(val, towers, np.arange(len(lengths)), int(lengths.max()))
         report = attention_report(self.model, to_device(first, self.where.device))
         scalars = {"val/loss": counts.loss, "val/acc": counts.n_correct / counts.n}
         return scalars | {f"attn/{name}": value for name, value in report.items()}
@@ -191,9 +187,9 @@ class Trainer(Training):
         return self.evaluate("test")
 
     def evaluate(self, split: str) -> Counts:
-        """Counts over a split, in batches twice the training size."""
-        data, towers = self.prepared.splits[split], self.run.meta.towers
-        return evaluate(self.model, data, towers, batch=2 * self.optim.batch, name=split, where=self.where)
+        """Counts over a split."""
+        data, towers, size = self.prepared.splits[split], self.run.meta.towers, self.run.micro_batch
+        return evaluate(self.model, data, towers, batch=size, name=split, where=self.where)
 
     def outcome(self, tested: Counts, folder: Path) -> dict[str, Any]:
         """Raw counts and the probe; whoever reads the record computes accuracies."""
