@@ -183,7 +183,7 @@ def calibrate(results: Path) -> str:
     large = [s._replace(batch=4 * s.batch) for s in samples(1, seed=3)][:MEMORY]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
         *start, peaks = np.array(list(fresh.map(two_steps, large))).T
-    counts, seconds = np.array([s.work().step for s in fitted + held_out]), measure(fitted + held_out)
+    counts, seconds = np.array([s.work().counts for s in fitted + held_out]), measure(fitted + held_out)
     old, new = slice(len(fitted)), slice(len(fitted), None)
     prices = {name: fit(counts[old], seconds[old], columns) for name, columns in MODELS.items()}
     errors = {name: spread(priced(counts[new], p), seconds[new]) for name, p in prices.items()}
