@@ -124,7 +124,7 @@ def command(run: config.Run, args: Namespace, threads: int) -> list[str]:
     words += ["--preset", run.preset, "--seed", str(run.seed), "--val-rule", run.val_rule]
     words += [word for k, v in run.overrides.items() for word in ("--set", f"{k}={v}")]
     words += ["--device", args.device, "--precision", run.execution.precision, "--threads", str(threads)]
-    words += [f"--{switch}" for switch in ("compile", "debug", "again") if getattr(args, switch)]
+    words += [f"--{switch}" for switch in ("compile", "again") if getattr(args, switch)]
     return words + ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
 
 

@@ -1,10 +1,10 @@
-"""`train`, from its options to its output."""
+"""`prepare` and `train`, from their options to their output."""
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,23 +14,38 @@ from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
 from lra.records.record import Execution, predictions_path, read_record, record_path
 from lra.training import config, distributed
-from lra.training.report import header, missing_seeds, outcome, report
+from lra.training.evaluate import Where
+from lra.training.report import data, header, missing_seeds, outcome, report
 from lra.training.train import Interrupted, check_unfinished, run_folder
 from lra.training.train import train as train_run
-from lra.training.trainer import Where
 from tasks.store.files import sha256_file
+from tasks.store.prepare import prepare as prepare_task
 from tasks.store.prepared import load
+
+
+def prepare(args: Namespace) -> None:
+    """`prepare`: build or reuse, and say what is there."""
+    task = registry.load_task(args.task)
+    config.load_preset(task, args.preset)
+    if args.export and not hasattr(task, "export"):
+        raise UsageError(f"--export {args.export}: {args.task} has no published format to write")
+    origin = {"source": args.source, "data_dir": args.data_dir, "out": args.data}
+    how = {"workers": args.workers or os.cpu_count() or 1, "verify": args.verify, "again": args.again}
+    prepared, reused = prepare_task(task, args.preset, **origin, **how)
+    done = ("reused, every hash verified" if args.verify else "reused") if reused else "prepared"
+    print(f"{args.data / args.task / args.preset}: {done}\n{data(prepared.manifest)}")
+    if args.export:
+        print("exported: " + ", ".join(map(str, task.export(prepared.splits, args.export))))
 
 
 def train(args: Namespace) -> int:
     """`train`: resolve, train, record. Exit code 1 when the run failed, 85 when it was stopped with a checkpoint."""
+    set_threads(args.threads)
+    device, how = pick_device(args.device), Execution(precision(args), args.compile, distributed.world_size())
     overrides = config.overrides(args.sets, args.steps)
-    where = execution(args)
-    task = registry.load_task(args.task)
-    config.load_preset(task, args.preset)
+    config.load_preset(registry.load_task(args.task), args.preset)
     prepared = load(args.data / args.task / args.preset)
     cell = args.task, args.preset, args.attention, args.seed
-    how = Execution(where.precision, where.compiled, distributed.world_size())
     run = config.resolve(*cell, prepared.manifest, overrides, args.val_rule, how)
     path = record_path(args.results, args.task, args.attention, run.digest, args.seed)
     state, edited = config.standing(run, path)
@@ -39,16 +54,15 @@ def train(args: Namespace) -> int:
     if state == "missing" or args.again:
         check_unfinished(args.runs, run)
     optim = run.recipe.train
-    with distributed.process_group(where.device, optim.batch, optim.accumulate) as (world, device):
-        where = replace(where, world=world, device=device)
+    with distributed.process_group(device, optim.batch, optim.accumulate) as (world, device):
         if world.is_main:
-            threads = torch.get_num_threads()
-            print(f"{header(run)}\n  runs on    {device}, {where.precision}, {threads} threads")
+            print(f"{header(run)}\n  runs on    {device}, {how.precision}, {torch.get_num_threads()} threads")
             if note := missing_seeds(path, args.seed):
                 print(note, file=sys.stderr)
             if args.again:
                 set_aside(path)
         world.barrier()
+        where = Where(device, how.precision, how.compiled, world)
         try:
             _, new = train_run(run, prepared, results=args.results, runs=args.runs, where=where)
         except Interrupted as stopped:
@@ -72,15 +86,6 @@ def set_aside(path: Path) -> None:
         path.replace(earlier)
         if predictions_path(path).exists():
             predictions_path(path).replace(predictions_path(earlier))
-
-
-def execution(args: Namespace) -> Where:
-    """Device, precision and compilation, checked."""
-    set_threads(args.threads)
-    device = pick_device(args.device)
-    if args.debug and distributed.world_size() > 1:  # the first that stops would leave the others waiting
-        raise UsageError("--debug looks into one process: leave it out, or torchrun")
-    return Where(device, precision(args), args.compile, args.debug)
 
 
 def precision(args: Namespace) -> str:

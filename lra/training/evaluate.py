@@ -30,7 +30,6 @@ class Where:
     device: torch.device
     precision: str = "fp32"  # or bf16 autocast
     compiled: bool = False
-    debug: bool = False  # look for values that are not finite wherever an attention is called
     world: World = ALONE  # the processes of the run
 
     @property
@@ -95,15 +94,13 @@ def evaluate(model: nn.Module, split: Split, towers: int, batch: int, where: Whe
 @torch.no_grad()
 def capture(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, tuple, torch.Tensor]]:
     """(attention, (q, k, v, mask), out) of each layer, in evaluation mode, on a batch."""
-    captured: list[tuple[nn.Module, tuple, torch.Tensor]] = []
-    hooks = [a.register_forward_hook(lambda *seen: captured.append(seen)) for a in model.encoder.attentions]
-    training = model.training
-    model.eval()
-    model(batch.tokens_BTN, batch.mask_BTN)
+    calls, training = [], model.training
+    hooks = [a.register_forward_hook(lambda *call: calls.append(call)) for a in model.encoder.attentions]
+    model.eval()(batch.tokens_BTN, batch.mask_BTN)
     model.train(training)
     for hook in hooks:
         hook.remove()
-    return captured
+    return calls
 
 
 @torch.no_grad()

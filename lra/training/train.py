@@ -22,10 +22,10 @@ from lra.records.record import Execution, predictions_path, record_path, write_l
 from lra.training import checkpoint
 from lra.training.config import Run
 from lra.training.distributed import ALONE, World
-from lra.training.evaluate import Counts
+from lra.training.evaluate import Counts, Diverged, Where
 from lra.training.log import LOG, Display, RunLog
 from lra.training.provenance import build_record
-from lra.training.trainer import WEIGHTS, Diverged, Trainer, Training, Where
+from lra.training.trainer import WEIGHTS, Trainer, Training
 from tasks.store.files import remove_temporaries
 from tasks.store.prepared import Prepared
 
@@ -132,11 +132,7 @@ def fit(training: Training, folder: Path, log: RunLog | None) -> None:
             save(t, folder)
         start = time.perf_counter()
         while p.step < t.steps:
-            try:
-                pending.append(t.step(p.step))
-            except Diverged:  # with --debug
-                p.seconds += time.perf_counter() - start
-                raise
+            pending.append(t.step(p.step))
             p.step += 1
             display.step()
             due = p.step % t.eval_every == 0 or p.step == t.steps

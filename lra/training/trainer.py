@@ -20,7 +20,7 @@ from lra.training import checkpoint
 from lra.training.batches import Batches, collate, example_lengths
 from lra.training.config import Run
 from lra.training.distributed import gradient_sync
-from lra.training.evaluate import Counts, Diverged, Where, attention_report, autocast, evaluate, to_device
+from lra.training.evaluate import Counts, Where, attention_report, autocast, evaluate, to_device
 from lra.training.log import RunLog
 from lra.training.optim import build_optimizer, learning_rate, micro_batches
 from lra.training.provenance import PROBE_BATCH, PROBE_STEPS, cell_sections
@@ -131,9 +131,6 @@ class Trainer(Training):
         self.memory = PeakMemory(where.device)
         self.model = run.build_model()
         self.model.to(where.device).train()
-        if where.debug:
-            for layer, attention in enumerate(self.model.encoder.attentions):
-                attention.register_forward_hook(check_finite(layer, self))
         self.forward = where.world.data_parallel(torch.compile(self.model) if where.compiled else self.model)
         where.world.reseed(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
@@ -222,18 +219,6 @@ class Trainer(Training):
 def validation_split(run: Run) -> str:
     """Validation data; the test split takes its place only under the `legacy` rule, which the record names."""
     return "test" if run.val_rule == "legacy" else "val"
-
-
-def check_finite(layer: int, trainer: Trainer):
-    """A hook that raises Diverged, naming what of an attention's inputs and output is not finite, and when."""
-
-    def check(attention, inputs, out):
-        for name, x in (*zip("qkv", inputs, strict=False), ("the output", out)):
-            if not x.isfinite().all():
-                where = f"of {attention.name} in layer {layer} at step {trainer.progress.step + 1}"
-                raise Diverged(f"{name} {where} is not finite")
-
-    return check
 
 
 def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim, precision: str) -> Step:

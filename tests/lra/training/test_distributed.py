@@ -119,13 +119,6 @@ def test_only_rank_zero_is_the_main_process_and_keeps_its_random_generator():
         assert torch.equal(torch.get_rng_state(), before) == World(rank, 3).is_main == (rank == 0)
 
 
-def test_debug_of_several_processes_is_refused_as_the_first_to_stop_would_leave_the_others_waiting(
-    lab, monkeypatch, error_line
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--debug looks into one process" in error_line(*lab.words("--debug"))
-
-
 def test_batch_that_does_not_split_is_refused_with_the_nearest_that_does(lab, monkeypatch, error_line):
     monkeypatch.setenv("WORLD_SIZE", "3")
     line = error_line(*lab.words("--set=train.accumulate=2"))
