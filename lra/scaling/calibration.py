@@ -194,7 +194,6 @@ def calibrate(results: Path) -> str:
     machine = Machine(prices["both"], start_seconds, int(start_bytes), int(fixed), float(slack))
     command = "python -m lra cost --calibrate"
     measured = {"machine": machine._asdict(), "prices": prices, "held_out_errors": errors}
-    measured["configurations"] = {"fitted": len(fitted), "held_out": len(held_out), "memory": len(large)}
     rows = [[name, *(f"{100 * error:.1f}" for error in e.values())] for name, e in errors.items()]
     text = f"""# What a training step costs
 

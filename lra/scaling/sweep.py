@@ -34,39 +34,27 @@ def sweep(args: Namespace) -> int:
     if args.executor == "slurm" and args.precision == "auto":
         raise UsageError("--executor slurm takes --precision fp32 or bf16: auto asks a device that is not known yet")
     jobs, unprepared = grid(args)
-    missing, changed, diverged = to_run(jobs, args.again)
+    cells = {"missing": [], "done": [], "failed": [], "changed": []}
+    for job in jobs:
+        state, why = config.standing(job.run, job.record)
+        cells["missing" if state == "changed" and args.again else state].append((job, why))
+    missing, changed = [job for job, _ in cells["missing"]], cells["changed"]
     done, edited = len(jobs) - len(missing) - len(changed), f", {len(changed)} changed" if changed else ""
     print(f"{len(jobs)} cells, {done} done, {len(missing)} to run{edited}")
     if not missing and not unprepared and not changed:
         print("nothing to do: every record is there")
     outcome = execute(missing, args) if missing else Outcome()
-    for line in changed:
-        print(f"changed: {line}", file=sys.stderr)
-    for job, why in diverged + outcome.failed:
-        print(f"failed: {job}: {why}", file=sys.stderr)
-    for name, error in unprepared.items():
-        print(f"failed: {name}: no data: {error}", file=sys.stderr)
+    problems = [("changed", *cell) for cell in changed]
+    problems += [("failed", *cell) for cell in cells["failed"] + outcome.failed]
+    problems += [("failed", name, f"no data: {error}") for name, error in unprepared.items()]
+    for kind, what, why in problems:
+        print(f"{kind}: {what}: {why}", file=sys.stderr)
     for job in outcome.held:
         print(f"left alone: {job}: another process is at it", file=sys.stderr)
     if outcome.stopped:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return STOPPED
-    return 1 if outcome.failed or diverged or unprepared or changed else BUSY if outcome.held else 0
-
-
-def to_run(jobs: list[Job], again: bool) -> tuple[list[Job], list[str], list[tuple[Job, str]]]:
-    """Jobs without a record, with `again` also those whose source was edited; without it a line for each of these;
-    and the jobs whose record says that they failed, with the reason."""
-    missing, changed, failed = [], [], []
-    for job in jobs:
-        state, why = config.standing(job.run, job.record)
-        if state == "failed":
-            failed.append((job, why))
-        elif state == "changed" and not again:
-            changed.append(f"{job}: {why}")
-        elif state != "done":
-            missing.append(job)
-    return missing, changed, failed
+    return 1 if problems else BUSY if outcome.held else 0
 
 
 def execute(jobs: list[Job], args: Namespace) -> Outcome:
@@ -132,6 +120,5 @@ def start(job: Job, args: Namespace, threads: int) -> subprocess.Popen:
     """The process of one job, its output at the end of the job's log."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a") as log:
-        return subprocess.Popen(
-            command(job.run, args, threads), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        how = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        return subprocess.Popen(command(job.run, args, threads), **how)

@@ -44,9 +44,9 @@ class Run:
     @property
     def digest(self) -> str:
         """sha256 over task, data, recipe, overrides, validation rule, attention and execution."""
-        data, method = data_identity(self.manifest), (self.attention, self.attention_config)
+        task = self.meta.name, self.meta.version, data_identity(self.manifest)
         recipe = asdict(self.recipe), self.overrides, self.val_rule
-        return cell_digest(self.meta.name, self.meta.version, data, *recipe, *method, self.execution)
+        return cell_digest(*task, *recipe, self.attention, self.attention_config, self.execution)
 
     @property
     def micro_batch(self) -> int:
@@ -114,8 +114,7 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
 def group_of(option: str) -> str:
     """The group that an option of --set belongs to: what is no option of train or encoder is the attention's."""
     groups = {"train": Optim, "encoder": Stack}
-    names = {group: {f.name for f in dataclasses.fields(cls)} for group, cls in groups.items()}
-    return next((group for group in names if option in names[group]), "attention")
+    return next((name for name, cls in groups.items() if option in cls.__annotations__), "attention")
 
 
 def load_preset(task: ModuleType, preset: str) -> Recipe:
@@ -150,20 +149,15 @@ def resolve(
     """Check everything a run needs before it starts. Raises UsageError, one line."""
     module = load_task(task)
     recipe = load_preset(module, preset)
-    groups: dict[str, dict[str, str]] = {g: {} for g in GROUPS}
-    for key, value in overrides.items():
-        group, option = key.split(".", 1)
-        groups[group][option] = value
     defaults = attention_class(attention).Config(**default_options(attention, recipe))
     before = {"attention": defaults, "encoder": recipe.encoder, "train": recipe.train}
-    after = {g: construct(type(b), groups[g], where=g, base=b) for g, b in before.items()}
-    # What is set to the value it has anyway is no override, and 2e-3 is 0.002: one run has one digest.
-    changed = {
-        f"{g}.{option}": str(getattr(after[g], option))
-        for g in GROUPS
-        for option in sorted(groups[g])
-        if getattr(after[g], option) != getattr(before[g], option)
-    }
+    after, changed = {}, {}
+    for group, old in before.items():
+        values = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{group}.")}
+        after[group] = new = construct(type(old), values, where=group, base=old)
+        # What is set to the value it has anyway is no override, and 2e-3 is 0.002: one run has one digest.
+        differ = [option for option in sorted(values) if getattr(new, option) != getattr(old, option)]
+        changed |= {f"{group}.{option}": str(getattr(new, option)) for option in differ}
     recipe = dataclasses.replace(recipe, encoder=after["encoder"], train=after["train"])
     options = stored_options(after["attention"])
     run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest, execution)

@@ -399,6 +399,16 @@ def test_logit_that_is_not_finite_in_the_test_alone_fails_the_run(lab, monkeypat
     assert lab.train()["status"] == "failed: logits of 23 of 23 test examples are not finite"
 
 
+def test_run_goes_on_where_the_system_refuses_to_reset_its_memory_peak(lab, monkeypatch):
+    def write_text(path, *args, original=Path.write_text, **options):
+        if path.name == "clear_refs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert lab.train()["cost"]["peak_bytes"] is None
+
+
 # What a cell is
 
 
