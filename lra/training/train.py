@@ -239,7 +239,7 @@ def restore(training: Training, path: Path) -> None:
     training.best = checkpoint.under("best", tensors)
     training.progress = type(training.progress)(**state["progress"])
     training.progress.resumed += 1
-    set_random_states(checkpoint.under(f"rng.{training.where.world.rank}", tensors))
+    set_random_states(checkpoint.under(f"rng.{training.where.world.rank}", tensors), training.where.device)
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -250,7 +250,8 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Put back what `random_states` gave."""
-    for kind, state in states.items():
-        (torch if kind == "cpu" else torch.get_device_module(kind)).set_rng_state(state)
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave, as far as this device has such generators."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])

@@ -436,7 +436,9 @@ def test_random_states_of_an_accelerator_are_saved_and_put_back(monkeypatch):
     monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
     kept = lra.training.train.random_states(torch.device("mps"))
     before = torch.rand(3)
-    lra.training.train.set_random_states(kept)
+    lra.training.train.set_random_states(kept, torch.device("cpu"))  # where the run goes on without an accelerator
+    assert torch.equal(torch.rand(3), before) and len(states) == 1
+    lra.training.train.set_random_states(kept, torch.device("mps"))
     assert torch.equal(torch.rand(3), before) and len(states) == 2 and states[1] is kept["mps"]
 
 
