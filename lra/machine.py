@@ -52,7 +52,7 @@ def cpu_name() -> str:
 class PeakMemory:
     """Peak bytes above what was in use when the meter was started: device memory on cuda, else resident memory.
 
-    `read()` returns None where the system cannot tell (resident peaks need Linux's /proc).
+    `read()` returns None where the system cannot tell (resident peaks need Linux's /proc, and leave to write there).
     """
 
     def __init__(self, device: torch.device):
@@ -60,11 +60,12 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5", "utf-8")  # resets the high-water mark, see proc(5)
-            self.start = _status("VmRSS")
         else:
-            self.start = None
+            try:
+                Path("/proc/self/clear_refs").write_text("5", "utf-8")  # resets the high-water mark, see proc(5)
+                self.start = _status("VmRSS")
+            except OSError:  # not there, or refused
+                self.start = None
 
     def read(self) -> int | None:
         """Bytes."""

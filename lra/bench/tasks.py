@@ -35,7 +35,8 @@ def bench_tasks(args: Namespace) -> None:
     with tqdm(total=len(tasks) * len(names) * (1 + args.rounds), disable=None, unit="step") as bar:
         for task, data in prepared.items():
             bar.set_description(task)
-            runs = {name: config.resolve(task, args.preset, name, 0, data.manifest, {}) for name in names}
+            how = {"manifest": data.manifest, "overrides": {}, "execution": where.execution}
+            runs = {name: config.resolve(task, args.preset, name, 0, **how) for name in names}
             points += measure(runs, data, where, args.rounds, bar.update)
     text = f"""# A training step of the {args.preset} preset
 

@@ -19,11 +19,11 @@ from lra.machine import PeakMemory, StopSignals
 from lra.options import UsageError
 from lra.records.record import finite, write_record
 from lra.training import checkpoint
-from lra.training.evaluate import autocast
+from lra.training.evaluate import Diverged, autocast
 from lra.training.log import RunLog
 from lra.training.optim import learning_rate
 from lra.training.train import Interrupted, carry_out
-from lra.training.trainer import Diverged, Progress, Training, Where
+from lra.training.trainer import Progress, Training, Where
 from models.gemma import bridge
 from models.gemma.loss import Head, cross_entropy
 from models.gemma.transfer import PROJECTIONS, Transfer, layer_parameters

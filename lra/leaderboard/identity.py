@@ -9,7 +9,7 @@ from typing import Any
 
 from lra import registry
 from lra.options import UsageError
-from lra.records.record import cell_digest, record_path
+from lra.records.record import Execution, cell_digest, record_path
 from lra.records.schema import Rejected
 from tasks.base import Optim, Recipe, Stack
 from tasks.store.prepared import SCHEMA as DATA_SCHEMA
@@ -45,7 +45,7 @@ def identity(record: dict[str, Any]) -> Path:
     """The path of a well-formed record under its tree. Raises Rejected.
 
     data hash = sha256 of the splits' hashes, task, data set, source
-    digest    = sha256 of task, data hash, recipe, overrides, validation rule, attention
+    digest    = sha256 of task, data hash, recipe, overrides, validation rule, attention, execution
     """
     task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
     as_run, data_hash = asdict(recipe(record)), data_identity(manifest(record))
@@ -53,6 +53,7 @@ def identity(record: dict[str, Any]) -> Path:
         why = "by the task, data set and splits beside it"
         raise Rejected(f"data.manifest_sha256 must be {data_hash}, {why}")
     how, method = (training["overrides"], data["val_rule"]), (model["attention"], model["attention_config"])
-    digest = cell_digest(task["name"], task["version"], data_hash, as_run, *how, *method)
+    execution = Execution.of(training)
+    digest = cell_digest(task["name"], task["version"], data_hash, as_run, *how, *method, execution)
     path = record_path(Path(), task["name"], model["attention"], digest, training["seed"])
     return path.relative_to("records")

@@ -46,6 +46,8 @@ def reproduce(args: Namespace) -> int:
     except (schema.Rejected, schema.Unchecked) as error:
         raise UsageError(f"{args.record}: {error}") from error
     training = record["training"]
+    if (processes := training["world_size"]) > 1:
+        raise UsageError(f"{args.record} was made by {processes} processes, and reproduce is one: torchrun its command")
     device = pick_device(record["cost"]["device"] if args.device == "auto" else args.device)
     execution = Where(device, training["precision"], training["compile"])
     print(header(run))

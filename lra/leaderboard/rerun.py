@@ -20,7 +20,7 @@ from lra.leaderboard.consistency import Places, places, prepared_data
 from lra.leaderboard.identity import manifest
 from lra.machine import environment, pick_device
 from lra.options import UsageError
-from lra.records.record import read_predictions, read_record, record_path
+from lra.records.record import Execution, read_predictions, read_record, record_path
 from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
 from lra.training.config import Run
@@ -46,7 +46,7 @@ def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None 
     if ":" in name and not places.trust:
         raise Unchecked(f"attention {name!r} is outside code: read it, then give --trust to import it")
     _affordable(record)
-    how = training["overrides"], record["data"]["val_rule"]
+    how = training["overrides"], record["data"]["val_rule"], Execution.of(training)
     try:
         known = known or manifest(record)
         return config.resolve(task["name"], task["preset"], name, training["seed"], known, *how)
@@ -141,8 +141,8 @@ def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tupl
     """A well-formed record's weights on its test split: counts, and the share of equal predictions."""
     run, prepared, classifier = saved_model(path, record, places)
     where = Where(pick_device(places.device), record["training"]["precision"])
-    batch, test = 2 * run.recipe.train.batch, prepared.splits["test"]
-    counts = evaluate(classifier, test, run.meta.towers, batch=batch, where=where, name="test")
+    test = prepared.splits["test"]
+    counts = evaluate(classifier, test, run.meta.towers, batch=run.micro_batch, where=where, name="test")
     stored = np.frombuffer(read_predictions(path, record), np.uint8)
     if len(stored) != counts.n:
         raise Rejected(f"{len(stored)} predictions for {counts.n} test examples")

@@ -15,7 +15,7 @@ from typing import Any
 from lra.options import PRESETS, unknown
 from lra.records import measured
 from lra.records.markup import flat
-from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, iterate_records, report_skipped
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, iterate_records, report_skipped
 from lra.records.stats import Uncertain, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
@@ -30,7 +30,7 @@ def row_name(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One task on one data set at one length. Records share a column if their examples are the same."""
+    """One task on one data set at one length. Records share a column if their examples and execution are the same."""
 
     task: str
     substitute: bool
@@ -38,21 +38,23 @@ class Column:
     version: int
     seq_len: int
     data: str  # sha256 over the content hashes of the splits
+    execution: tuple[str, ...] = ()  # words of Execution
 
     @property
     def order(self) -> tuple:
         """Sort key: the five tasks first, in their usual order; substitutes after the real set."""
         place = TASKS.index(self.task) if self.task in TASKS else len(TASKS)
-        return place, self.task, self.substitute, self.dataset, self.version, self.seq_len, self.data
+        data = self.substitute, self.dataset, self.version, self.seq_len, self.data
+        return place, self.task, *data, self.execution
 
     @property
     def parts(self) -> list[str]:
-        """Task; data set, if its name adds something; length."""
+        """Task; data set, if its name adds something; length; execution."""
         dataset = self.dataset
         if self.substitute and "substitute" not in dataset.lower():
             dataset = f"substitute: {dataset}"
         datasets = [] if dataset.lower() == self.task.lower() else [dataset]
-        return [self.task, *datasets, f"{self.seq_len:,} tokens"]
+        return [self.task, *datasets, f"{self.seq_len:,} tokens", *self.execution]
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,8 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
     n_test = int((result or {"n_test": data["splits"]["test"]["n"]})["n_test"])
     n_correct = int(result["n_correct"]) if record["status"] == "ok" else None
     wilson(n_correct or 0, n_test)  # raises ValueError unless the counts are a proportion
-    ratio, processes = float(model["n_params_ratio_to_softmax"]), training["world_size"]
+    ratio, execution = float(model["n_params_ratio_to_softmax"]), Execution.of(training)
     hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
-    execution = [training["precision"], training["compile"] and "compiled"]
-    execution += [processes > 1 and f"{processes} processes"]
     points = (result or {}).get("curve", ())
     return Entry(
         path=path,
@@ -126,6 +126,7 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
             version=int(task["version"]),
             seq_len=int(task["seq_len"]),
             data=hashlib.sha256(hashes.encode()).hexdigest(),
+            execution=execution.words,
         ),
         floors={str(k): float(v) for k, v in data["floors"].items()},
         attention=str(model["attention"]),
@@ -140,7 +141,7 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
         n_test=n_test,
         params_ratio=ratio,
         peak_bytes=None if cost.get("peak_bytes") is None else int(cost["peak_bytes"]),
-        machine=", ".join(str(part) for part in hardware + execution if part),
+        machine=", ".join(dict.fromkeys(map(str, filter(None, (*hardware, execution.precision, *execution.words))))),
         dirty=bool(record["suite"]["git_dirty"]),
         status=str(record["status"]),
         command=str(record.get("command", "")),

@@ -32,8 +32,9 @@ def _preset(table: Table) -> list[Block]:
 
 
 def column_names(table: Table) -> dict[Column, str]:
-    """Task and whether it is a substitute; of two columns that would read the same, the hash of their data, too."""
-    names = {c: flat(c.task) + (" (substitute)" if c.substitute else "") for c in table.columns}
+    """Task, substitute or not, execution; of two columns that would read the same, the hash of their data, too."""
+    marks = {c: ["substitute"] * c.substitute + [*c.execution] for c in table.columns}
+    names = {c: flat(c.task) + (f" ({', '.join(m)})" if m else "") for c, m in marks.items()}
     texts = list(names.values())
     return {c: n if texts.count(n) == 1 else f"{n} {c.data[:8]}" for c, n in names.items()}
 

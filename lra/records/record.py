@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lra import __version__
 from lra.options import UsageError
@@ -34,6 +34,29 @@ LARGEST = 4 << 20  # bytes of a record or of packed predictions; committed ones 
 SECTIONS = ("schema", "suite", "task", "data", "model", "training", "result", "cost", "env", "status")
 
 
+class Execution(NamedTuple):
+    """What else a cell is: its rounding and, of a method that adapts to data, the data that rank 0 sees."""
+
+    precision: str = "fp32"
+    compiled: bool = False
+    processes: int = 1
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What differs from one eager fp32 process, such as ("bf16", "2 processes")."""
+        parts = {self.precision: self.precision != "fp32", "compiled": self.compiled}
+        parts[f"{self.processes} processes"] = self.processes > 1
+        return tuple(word for word, differs in parts.items() if differs)
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {'compiled' if self.compiled else 'eager'}, processes: {self.processes}"
+
+    @staticmethod
+    def of(training: dict[str, Any]) -> Execution:
+        """From the training section of a record."""
+        return Execution(training["precision"], training["compile"], training["world_size"])
+
+
 def cell_digest(
     task: str,
     version: int,
@@ -43,8 +66,12 @@ def cell_digest(
     val_rule: str,
     attention: str,
     config: dict[str, Any],
+    execution: Execution,
 ) -> str:
-    """sha256 that names a cell of the benchmark: task, data, recipe, overrides, validation rule and attention."""
+    """sha256 that names a cell: task, data, recipe, overrides, validation rule, attention, execution.
+
+    The default execution adds nothing, so that records of before it counted keep their digest.
+    """
     parts = {
         "task": [task, version],
         "data": data,
@@ -53,6 +80,8 @@ def cell_digest(
         "val_rule": val_rule,
         "attention": [attention, config],
     }
+    if execution != Execution():
+        parts["execution"] = execution
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

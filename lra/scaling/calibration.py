@@ -183,7 +183,7 @@ def calibrate(results: Path) -> str:
     large = [s._replace(batch=4 * s.batch) for s in samples(1, seed=3)][:MEMORY]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
         *start, peaks = np.array(list(fresh.map(two_steps, large))).T
-    counts, seconds = np.array([s.work().step for s in fitted + held_out]), measure(fitted + held_out)
+    counts, seconds = np.array([s.work().counts for s in fitted + held_out]), measure(fitted + held_out)
     old, new = slice(len(fitted)), slice(len(fitted), None)
     prices = {name: fit(counts[old], seconds[old], columns) for name, columns in MODELS.items()}
     errors = {name: spread(priced(counts[new], p), seconds[new]) for name, p in prices.items()}
@@ -194,7 +194,6 @@ def calibrate(results: Path) -> str:
     machine = Machine(prices["both"], start_seconds, int(start_bytes), int(fixed), float(slack))
     command = "python -m lra cost --calibrate"
     measured = {"machine": machine._asdict(), "prices": prices, "held_out_errors": errors}
-    measured["configurations"] = {"fitted": len(fitted), "held_out": len(held_out), "memory": len(large)}
     rows = [[name, *(f"{100 * error:.1f}" for error in e.values())] for name, e in errors.items()]
     text = f"""# What a training step costs
 

@@ -1,8 +1,8 @@
 """Seconds and memory of a run before it starts: `predict`, and `python -m lra cost`.
 
-A step is counted (count.py) and priced (calibration.py): one CPU thread, fp32, eager. A run is its steps, its
-validations, the test, and the probe of the record. For a GPU the prices are those of its data sheet: a bound, not a
-measurement.
+A step and an evaluation are counted (count.py) and priced (calibration.py): one CPU thread, fp32, eager. A run is its
+steps, its validations, the test, and the probe of the record. For a GPU the prices are those of its data sheet: a
+bound, not a measurement.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from lra import registry
@@ -21,8 +22,9 @@ from lra.scaling import calibration
 from lra.scaling.calibration import Machine, planned_manifest
 from lra.scaling.count import Uncountable, Work, count
 from lra.training import config
-from lra.training.batches import Batches
+from lra.training.batches import Batches, evaluation_widths
 from lra.training.provenance import PROBE_BATCH, PROBE_STEPS
+from lra.training.trainer import validation_split
 from tasks.base import SPLITS
 from tasks.store.prepared import Prepared, load
 
@@ -49,30 +51,42 @@ class Prediction(NamedTuple):
 
 def predict(run: config.Run, machine: Machine, prepared: Prepared | None = None) -> Prediction:
     """Seconds at the mean width of the batches, bytes at the largest. Without data every sequence is taken to be as
-    long as the longest. Raises Uncountable."""
-    optim, splits = run.recipe.train, run.manifest["splits"]
-    mean = longest = splits["train"]["max_length"]
+    long as the longest. Raises Uncountable.
+
+    seconds = start + (steps + probe) * accumulate * (micro-batch in training)
+                    + (batches of all validations and of the test) * (micro-batch in evaluation)
+    """
+    optim, validations = run.recipe.train, -(-run.recipe.train.steps // run.recipe.train.eval_every)
+    val, test = (evaluated(run, prepared, name) for name in (validation_split(run), "test"))
+    widths = {False: np.append(np.tile(val, validations), test)}  # by whether it is training
+    widths[True] = np.array([run.manifest["splits"]["train"]["max_length"]])
     if prepared is not None:
-        widths = Batches(prepared.splits["train"], run.meta.towers, size=optim.batch, seed=run.seed).widths()
-        mean, longest = round(widths.mean()), int(widths.max())
-    padded = splits["train"]["mean_length"] < splits["train"]["max_length"]
-    micro = optim.batch // optim.accumulate
-    work = work_of(run, micro, mean, padded)
-    peak = work.peak if mean == longest else work_of(run, micro, longest, padded).peak
-    step = optim.accumulate * machine.seconds(work.step)
-    steps = optim.steps + PROBE_STEPS * PROBE_BATCH / optim.batch
-    evaluated = -(-optim.steps // optim.eval_every) * splits["val"]["n"] + splits["test"]["n"]
-    seconds = machine.start_seconds + steps * step + evaluated / micro * machine.seconds(work.forward)
-    return Prediction(seconds, machine.bytes(peak), step)
+        widths[True] = Batches(prepared.splits["train"], run.meta.towers, size=optim.batch, seed=run.seed).widths()
+    mean = {training: round(w.mean()) for training, w in widths.items()}
+    pairs = {(width, training) for training, w in widths.items() for width in (mean[training], int(w.max()))}
+    works = {pair: work_of(run, *pair) for pair in pairs}
+    step, evaluation = (machine.seconds(works[mean[training], training].counts) for training in (True, False))
+    steps = optim.accumulate * (optim.steps + PROBE_STEPS * PROBE_BATCH / optim.batch)
+    seconds = machine.start_seconds + steps * step + len(widths[False]) * evaluation
+    return Prediction(seconds, machine.bytes(max(work.peak for work in works.values())), optim.accumulate * step)
 
 
-def work_of(run: config.Run, batch: int, width: int, padded: bool) -> Work:
-    """`count`; a large batch follows from two smaller ones, because all counts are a constant plus a slope times the
-    batch."""
-    large = max(2, TOKENS // width)
+def evaluated(run: config.Run, prepared: Prepared | None, name: str) -> np.ndarray:
+    """Tokens that each batch of a split's evaluation is padded to."""
+    if prepared is not None:
+        return evaluation_widths(prepared.splits[name], run.meta.towers, size=run.micro_batch)
+    split = run.manifest["splits"][name]
+    return np.full(-(-split["n"] // run.micro_batch), split["max_length"])
+
+
+def work_of(run: config.Run, width: int, training: bool) -> Work:
+    """`count` of a micro-batch; a large one follows from two smaller ones, because all counts are a constant plus a
+    slope times the batch."""
+    large, batch, train = max(2, TOKENS // width), run.micro_batch, run.manifest["splits"]["train"]
+    how = {"width": width, "padded": train["mean_length"] < train["max_length"], "training": training}
     if batch <= large:
-        return count(run, batch=batch, width=width, padded=padded)
-    works = (count(run, batch=size, width=width, padded=padded) for size in (large // 2, large))
+        return count(run, batch=batch, **how)
+    works = (count(run, batch=size, **how) for size in (large // 2, large))
     factor = (batch - large) / (large - large // 2)
     return Work(*(b + factor * (b - a) for a, b in zip(*works, strict=True)))
 

@@ -1,6 +1,6 @@
-"""Counts of one training step: operations, FLOPs, bytes read and written, memory. Nothing is computed.
+"""Counts of a training step or an evaluation: operations, FLOPs, bytes read and written, memory. Nothing is computed.
 
-The step of lra/training/trainer.py runs on fake tensors, which have a shape and no numbers. A dispatch mode sees every
+What lra/training/trainer.py does runs on fake tensors, which have a shape and no numbers. A dispatch mode sees every
 operation of the forward pass, the backward pass and the optimizer. The count follows the code: an attention from
 outside this repository is counted too.
 """
@@ -35,32 +35,34 @@ class Uncountable(Exception):
 
 
 class Work(NamedTuple):
-    """Counts of a whole step and of its forward pass, by COLUMNS; and the most bytes that live at one time."""
+    """Counts by COLUMNS, and the most bytes that live at one time."""
 
-    step: np.ndarray
-    forward: np.ndarray
+    counts: np.ndarray
     peak: float
 
 
-def count(run: Run, *, batch: int, width: int, padded: bool) -> Work:
-    """The work of one fp32 step on `batch` examples of `width` tokens; `padded`: with a mask. Raises Uncountable."""
+def count(run: Run, *, batch: int, width: int, padded: bool, training: bool = True) -> Work:
+    """The work of one fp32 step on `batch` examples of `width` tokens, or of their evaluation; `padded`: with a mask.
+    Raises Uncountable."""
     counter, fake, optim = Counter(), FakeTensorMode(), replace(run.recipe.train, accumulate=1)
     try:
         with FakeCopyMode(fake):
-            model = copy.deepcopy(run.build_model().train())
+            model = copy.deepcopy(run.build_model().train(training))
         counter.hold(*model.parameters(), *model.buffers())
-        model.register_forward_hook(lambda *_: setattr(counter, "forward", counter.total.copy()))
         # PyTorch clips the gradients of fake tensors one by one unless told that it may take them together.
         with patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True), fake:
             tokens_BTN = torch.zeros(batch, run.meta.towers, width, dtype=torch.int64)
             mask_BTN = torch.ones(tokens_BTN.shape, dtype=torch.bool) if padded else None
             labels_B = torch.zeros(batch, dtype=torch.int64)
             batch_of_zeros = Batch(tokens_BTN, mask_BTN, labels_B)
-            with counter:
-                update(model, build_optimizer(model, optim), batch_of_zeros, optim, "fp32")
+            with counter, torch.set_grad_enabled(training):
+                if training:
+                    update(model, build_optimizer(model, optim), batch_of_zeros, optim, "fp32")
+                else:
+                    model(tokens_BTN, mask_BTN)
     except Exception as error:  # code from outside may read numbers, or fail as it will in training
         raise Uncountable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    return Work(counter.total, counter.forward, counter.peak)
+    return Work(counter.total, counter.peak)
 
 
 class Counter(TorchDispatchMode):
@@ -68,7 +70,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.total = self.forward = np.array([1.0, 0, 0, 0, 0])  # by COLUMNS
+        self.total = np.array([1.0, 0, 0, 0, 0])  # by COLUMNS
         self.alive: dict[int, weakref.ref] = {}
         self.now = self.peak = 0
 

@@ -60,10 +60,10 @@ def bf16(device: torch.device) -> bool:
 def kernels(device: torch.device) -> str:
     """What multiplies fp32 matrices and what computes softmax attention on the device."""
     q = torch.zeros(1, 1, 8, 8, device=device)
-    names = {0: "unfused", 1: "fused (flash)", 2: "fused (memory-efficient)", 3: "fused (cuDNN)", 4: "fused"}
     choice = torch._fused_sdp_choice(q, q, q) if device.type in ("cpu", "cuda") else None
     products = "oneDNN" if by_onednn(q) else "PyTorch's own"
-    return f"products {products}, softmax attention {names.get(choice, 'PyTorch decides')}"
+    softmax = {None: "PyTorch decides", 0: "unfused"}.get(choice, "fused")
+    return f"products {products}, softmax attention {softmax}"
 
 
 def compiler() -> str:

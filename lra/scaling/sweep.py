@@ -10,11 +10,12 @@ from itertools import product
 from lra import registry
 from lra.machine import available_memory, cores, pick_device
 from lra.options import BUSY, STOPPED, UsageError
-from lra.records.record import record_path
+from lra.records.record import Execution, record_path
 from lra.scaling import cluster
 from lra.scaling.calibration import Machine
 from lra.scaling.jobs import Job, Outcome, Pool, needs
 from lra.training import config
+from lra.training.commands import precision
 from lra.training.train import run_folder
 from tasks.base import SourceError
 from tasks.store.prepare import prepare
@@ -30,37 +31,30 @@ def sweep(args: Namespace) -> int:
     """
     if args.time_limit and args.executor != "here":
         raise UsageError("--time-limit is for --executor here; --job-minutes limits a job")
+    if args.executor == "slurm" and args.precision == "auto":
+        raise UsageError("--executor slurm takes --precision fp32 or bf16: auto asks a device that is not known yet")
     jobs, unprepared = grid(args)
-    missing, changed = to_run(jobs, args.again)
+    cells = {"missing": [], "done": [], "failed": [], "changed": []}
+    for job in jobs:
+        state, why = config.standing(job.run, job.record)
+        cells["missing" if state == "changed" and args.again else state].append((job, why))
+    missing, changed = [job for job, _ in cells["missing"]], cells["changed"]
     done, edited = len(jobs) - len(missing) - len(changed), f", {len(changed)} changed" if changed else ""
     print(f"{len(jobs)} cells, {done} done, {len(missing)} to run{edited}")
     if not missing and not unprepared and not changed:
         print("nothing to do: every record is there")
     outcome = execute(missing, args) if missing else Outcome()
-    for line in changed:
-        print(f"changed: {line}", file=sys.stderr)
-    for job, why in outcome.failed:
-        print(f"failed: {job}: {why}", file=sys.stderr)
-    for name, error in unprepared.items():
-        print(f"failed: {name}: no data: {error}", file=sys.stderr)
+    problems = [("changed", *cell) for cell in changed]
+    problems += [("failed", *cell) for cell in cells["failed"] + outcome.failed]
+    problems += [("failed", name, f"no data: {error}") for name, error in unprepared.items()]
+    for kind, what, why in problems:
+        print(f"{kind}: {what}: {why}", file=sys.stderr)
     for job in outcome.held:
         print(f"left alone: {job}: another process is at it", file=sys.stderr)
     if outcome.stopped:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return STOPPED
-    return 1 if outcome.failed or unprepared or changed else BUSY if outcome.held else 0
-
-
-def to_run(jobs: list[Job], again: bool) -> tuple[list[Job], list[str]]:
-    """Jobs without a record, with `again` also those whose source was edited; without it a line for each of these."""
-    missing, changed = [], []
-    for job in jobs:
-        state, why = config.standing(job.run, job.record)
-        if state == "changed" and not again:
-            changed.append(f"{job}: {why}")
-        elif state != "done":
-            missing.append(job)
-    return missing, changed
+    return 1 if problems else BUSY if outcome.held else 0
 
 
 def execute(jobs: list[Job], args: Namespace) -> Outcome:
@@ -85,6 +79,7 @@ def grid(args: Namespace) -> tuple[list[Job], dict[str, Exception]]:
     overrides = config.overrides(args.sets, args.steps)
     for name in tasks:
         config.load_preset(registry.load_task(name), args.preset)
+    how = Execution(precision(args), args.compile)
     available, unprepared = {}, {}
     for name in tasks:
         try:
@@ -95,8 +90,7 @@ def grid(args: Namespace) -> tuple[list[Job], dict[str, Exception]]:
         raise next(iter(unprepared.values()))
     jobs = []
     for seed, (name, prepared), attention in product(range(args.seeds), available.items(), attentions):
-        what = name, args.preset, attention, seed, prepared.manifest, overrides, args.val_rule
-        run = config.resolve(*what)
+        run = config.resolve(name, args.preset, attention, seed, prepared.manifest, overrides, args.val_rule, how)
         record = record_path(args.results, name, attention, run.digest, seed)
         jobs.append(Job(run, record, run_folder(args.runs, run) / "train.log", prepared))
     return jobs, unprepared
@@ -117,8 +111,8 @@ def command(run: config.Run, args: Namespace, threads: int) -> list[str]:
     words = [sys.executable, "-m", "lra", "train", run.meta.name, "--attention", run.attention]
     words += ["--preset", run.preset, "--seed", str(run.seed), "--val-rule", run.val_rule]
     words += [word for k, v in run.overrides.items() for word in ("--set", f"{k}={v}")]
-    words += ["--device", args.device, "--precision", args.precision, "--threads", str(threads)]
-    words += [f"--{switch}" for switch in ("compile", "debug", "again") if getattr(args, switch)]
+    words += ["--device", args.device, "--precision", run.execution.precision, "--threads", str(threads)]
+    words += [f"--{switch}" for switch in ("compile", "again") if getattr(args, switch)]
     return words + ["--data", str(args.data), "--results", str(args.results), "--runs", str(args.runs)]
 
 
@@ -126,6 +120,5 @@ def start(job: Job, args: Namespace, threads: int) -> subprocess.Popen:
     """The process of one job, its output at the end of the job's log."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a", encoding="utf-8") as log:
-        return subprocess.Popen(
-            command(job.run, args, threads), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        how = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        return subprocess.Popen(command(job.run, args, threads), **how)

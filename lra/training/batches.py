@@ -53,11 +53,19 @@ class Batches:
 
 def evaluation_batches(split: Split, towers: int, *, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example exactly once, in order of length: (example numbers, batch)."""
+    longest = int(example_lengths(split, towers).max())
+    return ((chosen, collate(split, towers, chosen, longest)) for chosen in _by_length(split, towers, size))
+
+
+def evaluation_widths(split: Split, towers: int, *, size: int) -> np.ndarray:
+    """Tokens that each evaluation batch is padded to."""
     lengths = example_lengths(split, towers)
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        yield chosen, collate(split, towers, chosen, int(lengths.max()))
+    return np.array([padded(lengths[chosen[-1]], lengths.max()) for chosen in _by_length(split, towers, size)])
+
+
+def _by_length(split: Split, towers: int, size: int) -> list[np.ndarray]:
+    order = np.argsort(example_lengths(split, towers), kind="stable")
+    return np.split(order, range(size, len(order), size))
 
 
 def example_lengths(split: Split, towers: int) -> np.ndarray:

@@ -53,14 +53,11 @@ def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if header["sha256"] != _digest(tensors, header["state"]):
+            if header.get("sha256") != _digest(tensors, header.get("state", "")):
                 raise ValueError("its content does not match its sha256")
             return tensors, json.loads(header["state"])
-    except KeyError as error:
-        reason = f"its header has no {error}"
     except (SafetensorError, OSError, ValueError) as error:
-        reason = one_line(error)
-    raise Damaged(f"checkpoint {path} is damaged ({reason})")
+        raise Damaged(f"checkpoint {path} is damaged ({one_line(error)})") from None
 
 
 def _digest(tensors: Tensors, state: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from lra.options import UsageError, construct, unknown
-from lra.records.record import cell_digest, read_record
+from lra.records.record import Execution, cell_digest, read_record
 from lra.registry import attention_class, attention_module, budget_options, build_attention, load_task
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
@@ -39,13 +39,19 @@ class Run:
     val_rule: str
     seed: int
     manifest: dict[str, Any]  # of the prepared data
+    execution: Execution = Execution()
 
     @property
     def digest(self) -> str:
-        """sha256 over task, data, recipe, overrides, validation rule and attention."""
-        data, method = data_identity(self.manifest), (self.attention, self.attention_config)
+        """sha256 over task, data, recipe, overrides, validation rule, attention and execution."""
+        task = self.meta.name, self.meta.version, data_identity(self.manifest)
         recipe = asdict(self.recipe), self.overrides, self.val_rule
-        return cell_digest(self.meta.name, self.meta.version, data, *recipe, *method)
+        return cell_digest(*task, *recipe, self.attention, self.attention_config, self.execution)
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples that a process takes at a time, in training and in evaluation."""
+        return self.recipe.train.batch // (self.recipe.train.accumulate * self.execution.processes)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -78,10 +84,11 @@ class Run:
         """The command that repeats this run."""
         sets = "".join(f" --set {k}={v}" for k, v in self.overrides.items())
         rule = "" if self.val_rule == "held-out" else f" --val-rule {self.val_rule}"
-        return (
-            f"python -m lra train {self.meta.name} --attention {self.attention} --preset {self.preset} "
-            f"--seed {self.seed}{sets}{rule}"
-        )
+        precision, compiled, processes = self.execution
+        rule += (f" --precision {precision}" if precision != "fp32" else "") + " --compile" * compiled
+        start = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
+        cell = f"{self.meta.name} --attention {self.attention} --preset {self.preset} --seed {self.seed}"
+        return f"{start} -m lra train {cell}{sets}{rule}"
 
 
 def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
@@ -107,8 +114,7 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
 def group_of(option: str) -> str:
     """The group that an option of --set belongs to: what is no option of train or encoder is the attention's."""
     groups = {"train": Optim, "encoder": Stack}
-    names = {group: {f.name for f in dataclasses.fields(cls)} for group, cls in groups.items()}
-    return next((group for group in names if option in names[group]), "attention")
+    return next((name for name, cls in groups.items() if option in cls.__annotations__), "attention")
 
 
 def load_preset(task: ModuleType, preset: str) -> Recipe:
@@ -131,28 +137,30 @@ def stored_options(config: Any) -> dict[str, Any]:
 
 
 def resolve(
-    task: str, preset: str, attention: str, seed: int, manifest: dict, overrides: dict, val_rule="held-out"
+    task: str,
+    preset: str,
+    attention: str,
+    seed: int,
+    manifest: dict,
+    overrides: dict,
+    val_rule: str = "held-out",
+    execution: Execution = Execution(),
 ) -> Run:
     """Check everything a run needs before it starts. Raises UsageError, one line."""
     module = load_task(task)
     recipe = load_preset(module, preset)
-    groups: dict[str, dict[str, str]] = {g: {} for g in GROUPS}
-    for key, value in overrides.items():
-        group, option = key.split(".", 1)
-        groups[group][option] = value
     defaults = attention_class(attention).Config(**default_options(attention, recipe))
     before = {"attention": defaults, "encoder": recipe.encoder, "train": recipe.train}
-    after = {g: construct(type(b), groups[g], where=g, base=b) for g, b in before.items()}
-    # What is set to the value it has anyway is no override, and 2e-3 is 0.002: one run has one digest.
-    changed = {
-        f"{g}.{option}": str(getattr(after[g], option))
-        for g in GROUPS
-        for option in sorted(groups[g])
-        if getattr(after[g], option) != getattr(before[g], option)
-    }
+    after, changed = {}, {}
+    for group, old in before.items():
+        values = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{group}.")}
+        after[group] = new = construct(type(old), values, where=group, base=old)
+        # What is set to the value it has anyway is no override, and 2e-3 is 0.002: one run has one digest.
+        differ = [option for option in sorted(values) if getattr(new, option) != getattr(old, option)]
+        changed |= {f"{group}.{option}": str(getattr(new, option)) for option in differ}
     recipe = dataclasses.replace(recipe, encoder=after["encoder"], train=after["train"])
     options = stored_options(after["attention"])
-    run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest)
+    run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest, execution)
     _check(run)
     return run
 
@@ -186,8 +194,9 @@ def _check(run: Run) -> None:
         raise UsageError(str(error).splitlines()[0]) from error
 
 
-def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "changed"], str]:
-    """Whether the run's record at `path` is missing, done, or of a source that was edited since; and what was edited.
+def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "failed", "changed"], str]:
+    """Whether the run's record at `path` is missing, done, of a run that failed, or of a source that was edited since;
+    and why it failed, or what was edited.
 
     A record without the hash of a source counts as unchanged. So does a file that is no record: whoever reads it
     says what is wrong with it.
@@ -203,6 +212,6 @@ def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "changed"
     names = {"task": f"task {run.meta.name}", "model": f"attention {run.attention}"}
     edited = [names[k] for k, sha256 in recorded.items() if sha256 not in (None, sources[k])]
     if not edited:
-        return "done", ""
+        return ("done", "") if record["status"] == "ok" else ("failed", str(record["status"]))
     what = f"the source of {' and of '.join(edited)} has changed since {path}"
     return "changed", f"{what}: --again trains the cell anew and keeps the old record beside it"

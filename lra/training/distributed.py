@@ -1,7 +1,8 @@
 """One run on several processes (`torchrun -m lra train`): data parallel training.
 
-Each process holds the whole model and takes its shard of every batch; gradients are averaged. With one process the
-methods of World do nothing, so the code that calls them has one path.
+Each process holds the whole model and takes its shard of every batch; gradients are averaged. A method that adapts to
+data is fitted to the shard of rank 0, so the number of processes is part of the cell (`Execution`). With one process
+the methods of World do nothing, so the code that calls them has one path.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from lra.options import UsageError
 from tasks.base import Batch
 
 MEET = 10  # steps between two looks of all ranks at whether one was asked to stop
+PATIENCE = timedelta(hours=6)  # of the ranks that wait for rank 0, which takes the probe on one CPU thread
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def process_group(device: torch.device, batch: int, accumulate: int) -> Iterator
     # The functions of this module have the group for a default argument. Imported after the group is made, as by
     # DistributedDataParallel, they keep the group's threads alive until the process exits, and may abort it there.
     importlib.import_module("torch.distributed.nn")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), size), device
         dist.barrier()  # rank 0 still evaluates and writes when the others are done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -12,20 +13,29 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from lra.records.record import Execution
 from lra.training.batches import evaluation_batches
 from lra.training.distributed import ALONE, World
 from tasks.base import Batch, Split
 
 
+class Diverged(Exception):
+    """A loss or a logit is not finite: the run failed."""
+
+
 @dataclass(frozen=True)
 class Where:
-    """How a run is executed: nothing here changes what is measured, except by rounding."""
+    """How a run is executed."""
 
     device: torch.device
     precision: str = "fp32"  # or bf16 autocast
     compiled: bool = False
-    debug: bool = False  # look for values that are not finite wherever an attention is called
     world: World = ALONE  # the processes of the run
+
+    @property
+    def execution(self) -> Execution:
+        """What of it is part of the cell."""
+        return Execution(self.precision, self.compiled, self.world.size)
 
 
 @dataclass(frozen=True)
@@ -54,40 +64,43 @@ def autocast(device: torch.device, precision: str):
 def evaluate(model: nn.Module, split: Split, towers: int, batch: int, where: Where, name="") -> Counts:
     """Every example of `split` once: none dropped, none twice. The model is left in the mode it was in.
 
-    The ranks of a world share the batches, and each returns the counts of all.
+    The ranks of a world share the batches, and each returns the counts of all. Losses and classes are read from the
+    device once, at the end. Raises Diverged when a logit is not finite: the example has no class then.
     """
     training = model.training
     model.eval()
     total = len(split.labels)
-    predictions = np.zeros(total, np.uint8)
-    loss = 0.0
-    bar = tqdm(total=total, desc=f"evaluating {name}", unit="ex", disable=None, leave=False, delay=2)
-    batches = evaluation_batches(split, towers, size=batch)
-    for chosen, examples in islice(batches, where.world.rank, None, where.world.size):
-        examples = to_device(examples, where.device)
-        with autocast(where.device, where.precision):
-            logits_BC = model(examples.tokens_BTN, examples.mask_BTN)
-        loss += F.cross_entropy(logits_BC.float(), examples.labels_B, reduction="sum").item()
-        predictions[chosen] = logits_BC.argmax(-1).cpu().numpy()
-        bar.update(len(chosen))
-    bar.close()
+    examples, losses, classes = [np.zeros(0, np.int64)], [], []
+    batches = islice(evaluation_batches(split, towers, size=batch), where.world.rank, None, where.world.size)
+    with tqdm(total=total, desc=f"evaluating {name}", unit="ex", disable=None, leave=False, delay=2) as bar:
+        for chosen, part in batches:
+            part = to_device(part, where.device)
+            with autocast(where.device, where.precision):
+                logits_BC = model(part.tokens_BTN, part.mask_BTN)
+            examples.append(chosen)
+            losses.append(F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum"))
+            classes.append(logits_BC.argmax(-1).where(logits_BC.isfinite().all(-1), -1))
+            bar.update(len(chosen))
     model.train(training)
+    predictions = np.zeros(total, np.int64)
+    predictions[np.concatenate(examples)] = [k for part in classes for k in part.tolist()]
+    loss = math.fsum(x.item() for x in losses)
     loss, predictions = (sum(where.world.all_gather(x)) for x in (loss, predictions))
-    return Counts(loss / total, int((predictions == split.labels).sum()), total, predictions)
+    if failed := int((predictions < 0).sum()):
+        raise Diverged(f"logits of {failed} of {total} {name} examples are not finite")
+    return Counts(loss / total, int((predictions == split.labels).sum()), total, predictions.astype(np.uint8))
 
 
 @torch.no_grad()
 def capture(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, tuple, torch.Tensor]]:
     """(attention, (q, k, v, mask), out) of each layer, in evaluation mode, on a batch."""
-    captured: list[tuple[nn.Module, tuple, torch.Tensor]] = []
-    hooks = [a.register_forward_hook(lambda *seen: captured.append(seen)) for a in model.encoder.attentions]
-    training = model.training
-    model.eval()
-    model(batch.tokens_BTN, batch.mask_BTN)
+    calls, training = [], model.training
+    hooks = [a.register_forward_hook(lambda *call: calls.append(call)) for a in model.encoder.attentions]
+    model.eval()(batch.tokens_BTN, batch.mask_BTN)
     model.train(training)
     for hook in hooks:
         hook.remove()
-    return captured
+    return calls
 
 
 @torch.no_grad()

@@ -23,23 +23,15 @@ from tasks.store.files import atomic_path, one_line
 
 LOG = "log.jsonl"
 INTERVAL = 10.0  # seconds between two lines of a run without a terminal
-LAYOUT = {  # one tag a chart, so that each line is a run: TensorBoard lays the attentions over one another
-    "learning": {
-        "validation accuracy": ["Multiline", ["val/acc"]],
-        "validation loss": ["Multiline", ["val/loss"]],
-        "training loss": ["Multiline", ["train/loss"]],
-        "gradient norm": ["Multiline", ["opt/grad_norm"]],
-    },
-    "attention": {
-        "error against exact softmax": ["Multiline", ["attn/approx_err"]],
-        "effective rank": ["Multiline", ["attn/eff_rank"]],
-        "redraws": ["Multiline", ["attn/redraws"]],
-    },
-    "cost": {
-        "steps per second": ["Multiline", ["perf/steps_per_s"]],
-        "peak memory, MB": ["Multiline", ["perf/peak_mem_mb"]],
-    },
+CHARTS = {
+    "learning": {"validation accuracy": "val/acc", "validation loss": "val/loss", "training loss": "train/loss"}
+    | {"gradient norm": "opt/grad_norm"},
+    "attention": {"error against exact softmax": "attn/approx_err", "effective rank": "attn/eff_rank"}
+    | {"redraws": "attn/redraws"},
+    "cost": {"steps per second": "perf/steps_per_s", "peak memory, MB": "perf/peak_mem_mb"},
 }
+# One tag a chart, so that each line is a run: TensorBoard lays the attentions over one another.
+LAYOUT = {part: {title: ["Multiline", [tag]] for title, tag in tags.items()} for part, tags in CHARTS.items()}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -16,13 +16,12 @@ TRAINING = (
     option("--val-rule", "legacy: select on the test split", ("held-out", "legacy"), "held-out"),
     option("--precision", "bf16: autocast; auto: bf16 on cuda, else fp32", ("auto", "fp32", "bf16"), "auto"),
     option("--compile", "torch.compile the model (needs a C++ compiler on a CPU)", bool),
-    option("--debug", "stop where an attention first gets or gives a value that is not finite", bool),
     THREADS,
 )
 
 COMMANDS = {
     "prepare": Command(
-        "lra.training.prepare:prepare",
+        "lra.training.commands:prepare",
         (
             TASK,
             PRESET,

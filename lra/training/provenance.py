@@ -46,25 +46,13 @@ def build_record(
 
 def cell_sections(run: Run) -> dict[str, Any]:
     """The record's task, data and model, from the configuration, the data and the seed alone."""
-    model, manifest = model_facts(run), run.manifest
-    return {
-        "task": {
-            "name": run.meta.name,
-            "version": run.meta.version,
-            "preset": run.preset,
-            "protocol": protocol(run, model["n_params_ratio_to_softmax"]),
-            "seq_len": run.recipe.data.seq_len,
-            "dataset": manifest["dataset"],
-            "substitute": manifest["substitute"],
-            "source_sha256": run.sources["task"],
-        },
-        "data": {
-            **{key: manifest[key] for key in ("source", "revision", "splits", "floors")},
-            "manifest_sha256": data_identity(manifest),
-            "val_rule": run.val_rule,
-        },
-        "model": model | {"source_sha256": run.sources["model"]},
-    }
+    model, manifest, sources = model_facts(run), run.manifest, run.sources
+    task = {"name": run.meta.name, "version": run.meta.version, "preset": run.preset}
+    task |= {"protocol": protocol(run, model["n_params_ratio_to_softmax"]), "seq_len": run.recipe.data.seq_len}
+    task |= {"dataset": manifest["dataset"], "substitute": manifest["substitute"], "source_sha256": sources["task"]}
+    data = {key: manifest[key] for key in ("source", "revision", "splits", "floors")}
+    data |= {"manifest_sha256": data_identity(manifest), "val_rule": run.val_rule}
+    return {"task": task, "data": data, "model": model | {"source_sha256": sources["model"]}}
 
 
 def protocol(run: Run, parameter_ratio: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run prints before and after it: its configuration, and what it came to."""
+"""What is printed of data, and before and after a run: its configuration, and what it came to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from lra.training.config import Run
 from lra.training.train import WEIGHTS
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"  # the authors' records
+
+
+def data(m: dict[str, Any]) -> str:
+    """A manifest for people."""
+    sizes = ", ".join(f"{name} {split['n']:,}" for name, split in m["splits"].items())
+    longest = max(split["max_length"] for split in m["splits"].values())
+    lines = [f"  {m['dataset']} ({m['source']}, {m['revision']}): {sizes}; up to {longest} tokens"]
+    if m["duplicates_removed"]:
+        dropped = ", ".join(f"{n} from {name}" for name, n in m["duplicates_removed"].items())
+        lines.append(f"  duplicates across splits removed: {dropped}")
+    if repeated := m.get("duplicates_within"):  # manifests of before it was counted have none
+        lines.append("  repeated within: " + ", ".join(f"{n} in {name}" for name, n in repeated.items()))
+    floors = ", ".join(f"{name} {100 * v:.1f}" for name, v in m["floors"].items())
+    lines.append(f"  floors, % of test: {floors}")
+    facts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in m["report"].items()}
+    return "\n".join(lines + ["  " + ", ".join(f"{name} {fact}" for name, fact in facts.items())] * bool(facts))
 
 
 def header(run: Run) -> str:

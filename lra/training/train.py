@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from filelock import FileLock, Timeout
 
 from lra.machine import StopSignals
 from lra.options import Held, UsageError
-from lra.records.record import predictions_path, record_path, write_labels, write_record
+from lra.records.record import Execution, predictions_path, record_path, write_labels, write_record
 from lra.training import checkpoint
 from lra.training.config import Run
 from lra.training.distributed import ALONE, World
-from lra.training.evaluate import Counts
+from lra.training.evaluate import Counts, Diverged, Where
 from lra.training.log import LOG, Display, RunLog
 from lra.training.provenance import build_record
-from lra.training.trainer import WEIGHTS, Diverged, Trainer, Training, Where
+from lra.training.trainer import WEIGHTS, Trainer, Training
 from tasks.store.files import remove_temporaries
 from tasks.store.prepared import Prepared
 
@@ -41,6 +41,7 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
 
     Raises what `carry_out` raises.
     """
+    run = replace(run, execution=where.execution)
     path = record_path(results, run.meta.name, run.attention, run.digest, run.seed)
 
     def publish(record: dict[str, Any], counts: Counts | None) -> None:
@@ -80,11 +81,10 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
             with RunLog(folder, hparams, step) if world.is_main else nullcontext() as log:
                 try:
                     fit(training, folder, log)
-                except Diverged as error:
-                    failure = str(error)
-                peak = training.memory.read()
-                if failure is None:
+                    peak = training.memory.read()
                     tested = training.test()
+                except Diverged as error:
+                    peak, failure = training.memory.read(), str(error)
                 if log:
                     result = training.outcome(tested, folder) if failure is None else None
                     status = "ok" if failure is None else f"failed: {failure}"
@@ -102,11 +102,23 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
 
 def run_folder(runs: Path, run: Run) -> Path:
     """runs/<task>/<attention>/<preset>/seed<k>. A run that differs from its preset (overrides, other data than
-    the preset's own source) adds its digest to <preset>."""
+    the preset's own source) adds a digest to <preset>, and +bf16+compiled+2-processes where its execution differs."""
     own = run.manifest["source"] in ("generated", run.recipe.data.source)
     plain = own and not run.overrides and run.val_rule == "held-out"
-    preset = run.preset if plain else f"{run.preset}-{run.digest[:8]}"
-    return Path(runs) / run.meta.name / run.attention.replace(":", "-") / preset / f"seed{run.seed}"
+    preset = run.preset if plain else f"{run.preset}-{replace(run, execution=Execution()).digest[:8]}"
+    name = "+".join((preset, *run.execution.words)).replace(" ", "-")
+    return Path(runs) / run.meta.name / run.attention.replace(":", "-") / name / f"seed{run.seed}"
+
+
+def check_unfinished(runs: Path, run: Run) -> None:
+    """Raise UsageError where this run was stopped in another precision, compiled or not, or with more or fewer
+    processes: nothing is resumed in another way."""
+    own = run_folder(runs, run)
+    recipe = own.parent.name.partition("+")[0]
+    for path in sorted(own.parents[1].glob(f"*/{own.name}/{CHECKPOINTS[0]}")):
+        if path.parent != own and path.parents[1].name.partition("+")[0] == recipe:
+            before = Execution(*checkpoint.load(path)[1].get("execution", ()))
+            raise UsageError(f"{path} is of {before}, not of {run.execution}: finish that run, or remove it")
 
 
 def fit(training: Training, folder: Path, log: RunLog | None) -> None:
@@ -120,11 +132,7 @@ def fit(training: Training, folder: Path, log: RunLog | None) -> None:
             save(t, folder)
         start = time.perf_counter()
         while p.step < t.steps:
-            try:
-                pending.append(t.step(p.step))
-            except Diverged:  # with --debug
-                p.seconds += time.perf_counter() - start
-                raise
+            pending.append(t.step(p.step))
             p.step += 1
             display.step()
             due = p.step % t.eval_every == 0 or p.step == t.steps
@@ -181,16 +189,17 @@ def validate(training: Training, log: RunLog | None, display: Display) -> None:
 
 
 def save(training: Training, folder: Path) -> None:
-    """Everything a bitwise continuation needs; the sampler's position is the step itself."""
-    world, device = training.where.world, training.where.device
+    """All that a run needs to go on: on a CPU to the same bits; a GPU adds in an order of its own, up to rounding.
+
+    The sampler's position is the step itself.
+    """
+    world = training.where.world
     groups = {"model": training.tensors(), "best": training.best}
     groups["optim"] = checkpoint.optimizer_tensors(training.optimizer)
-    generators = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(device)
-    groups |= {f"rng.{rank}": states for rank, states in enumerate(world.all_gather(generators))}
+    states = world.all_gather(random_states(training.where.device))
+    groups |= {f"rng.{rank}": generators for rank, generators in enumerate(states)}
     tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
-    state = {"digest": training.digest, "seed": training.seed, "world_size": world.size}
+    state = {"digest": training.digest, "seed": training.seed, "execution": training.where.execution}
     state["progress"], state["sources"] = asdict(training.progress), training.sources
     newest, previous = (folder / name for name in CHECKPOINTS)
     if world.is_main:
@@ -221,19 +230,28 @@ def restore(training: Training, path: Path) -> None:
     """Put the state of a checkpoint back. Raises Damaged, or UsageError when it is another run's."""
     tensors, state = checkpoint.load(path)
     if state["digest"] != training.digest:
-        way_out = "remove it, or give another --runs"
-        raise UsageError(f"{path} was made with another recipe or other data: {way_out}")
+        why = "was made with another recipe, other data or another execution"
+        raise UsageError(f"{path} {why}: remove it, or give another --runs")
     if state.get("sources", training.sources) != training.sources:
         raise UsageError(f"{path} was made with another source of the attention or the task: remove it")
-    world, processes = training.where.world, state["world_size"]
-    if processes != world.size:
-        raise UsageError(f"{path} was made by {processes} processes, not {world.size}: go on with as many")
     training.load(checkpoint.under("model", tensors))
     checkpoint.restore_optimizer(training.optimizer, checkpoint.under("optim", tensors))
     training.best = checkpoint.under("best", tensors)
     training.progress = type(training.progress)(**state["progress"])
     training.progress.resumed += 1
-    states = checkpoint.under(f"rng.{world.rank}", tensors)
+    set_random_states(checkpoint.under(f"rng.{training.where.world.rank}", tensors), training.where.device)
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the CPU's generator and of the device's own (cuda, mps), by kind of device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave, as far as this device has such generators."""
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], training.where.device)
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])

@@ -27,14 +27,10 @@ from lra.training.provenance import PROBE_BATCH, PROBE_STEPS, cell_sections
 from tasks.base import Batch, Optim
 from tasks.store.prepared import Prepared
 
-REPORT = 4  # validation examples the attention report looks at
+REPORT = 4  # validation examples that the attention report looks at, at most
 WEIGHTS = "model.safetensors"
 # Of an optimizer step: mean loss, number correct, gradient norm before clipping
 Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class Diverged(Exception):
-    """The loss stopped being finite."""
 
 
 @dataclass
@@ -135,9 +131,6 @@ class Trainer(Training):
         self.memory = PeakMemory(where.device)
         self.model = run.build_model()
         self.model.to(where.device).train()
-        if where.debug:
-            for layer, attention in enumerate(self.model.encoder.attentions):
-                attention.register_forward_hook(check_finite(layer, self))
         self.forward = where.world.data_parallel(torch.compile(self.model) if where.compiled else self.model)
         where.world.reseed(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
@@ -179,8 +172,8 @@ class Trainer(Training):
         if counts.n_correct > p.best_correct:
             p.best_correct, p.best_step = counts.n_correct, p.step
             self.best = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
-        longest = int(example_lengths(val, towers)[:REPORT].max())
-        first = collate(val, towers, np.arange(min(REPORT, len(val.labels))), longest)
+        lengths = example_lengths(val, towers)[: min(REPORT, self.run.micro_batch)]
+        first = collate(val, towers, np.arange(len(lengths)), int(lengths.max()))
         report = attention_report(self.model, to_device(first, self.where.device))
         scalars = {"val/loss": counts.loss, "val/acc": counts.n_correct / counts.n}
         return scalars | {f"attn/{name}": value for name, value in report.items()}
@@ -191,9 +184,9 @@ class Trainer(Training):
         return self.evaluate("test")
 
     def evaluate(self, split: str) -> Counts:
-        """Counts over a split, in batches twice the training size."""
-        data, towers = self.prepared.splits[split], self.run.meta.towers
-        return evaluate(self.model, data, towers, batch=2 * self.optim.batch, name=split, where=self.where)
+        """Counts over a split."""
+        data, towers, size = self.prepared.splits[split], self.run.meta.towers, self.run.micro_batch
+        return evaluate(self.model, data, towers, batch=size, name=split, where=self.where)
 
     def outcome(self, tested: Counts, folder: Path) -> dict[str, Any]:
         """Raw counts and the probe; whoever reads the record computes accuracies."""
@@ -226,18 +219,6 @@ class Trainer(Training):
 def validation_split(run: Run) -> str:
     """Validation data; the test split takes its place only under the `legacy` rule, which the record names."""
     return "test" if run.val_rule == "legacy" else "val"
-
-
-def check_finite(layer: int, trainer: Trainer):
-    """A hook that raises Diverged, naming what of an attention's inputs and output is not finite, and when."""
-
-    def check(attention, inputs, out):
-        for name, x in (*zip("qkv", inputs, strict=False), ("the output", out)):
-            if not x.isfinite().all():
-                where = f"of {attention.name} in layer {layer} at step {trainer.progress.step + 1}"
-                raise Diverged(f"{name} {where} is not finite")
-
-    return check
 
 
 def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim, precision: str) -> Step:

@@ -34,6 +34,7 @@ def put(
     speed=None,
     peak=None,
     threads=2,
+    precision="fp32",
     failed=None,
     dirty=False,
 ):
@@ -50,7 +51,7 @@ def put(
                  "val_rule": val_rule, "floors": floors or {"majority": 0.169}},
         "model": {"attention": attention, "attention_config": config, "encoder": {"width": 64},
                   "n_params": 110474, "n_params_ratio_to_softmax": params},
-        "training": {"seed": seed, "precision": "fp32", "compile": False, "world_size": 1,
+        "training": {"seed": seed, "precision": precision, "compile": False, "world_size": 1,
                      "recipe": {"lr": lr}, "budget": 64, "overrides": overrides},
         "result": None if failed else {"n_correct": correct, "n_test": n},
         "cost": {"device": "cpu", "peak_bytes": peak, "softmax_same_machine": {"step_time_ratio": 77.0, "pairs": 5}},
@@ -58,7 +59,7 @@ def put(
         "status": f"failed: {failed}" if failed else "ok",
         "command": f"python -m lra train {task} --attention {attention} --seed {seed}",
     }  # fmt: skip
-    identity = repr((task, preset, data, source, val_rule, overrides, config, lr, attention))
+    identity = repr((task, preset, data, source, val_rule, overrides, config, lr, attention, precision))
     digest = hashlib.sha256(identity.encode()).hexdigest()
     path = record_path(results, task, attention, digest, seed)
     write_record(path, record, None)

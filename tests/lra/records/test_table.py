@@ -12,6 +12,7 @@ import pytest
 
 from lra.options import UsageError
 from lra.records import published
+from lra.records.compact import column_names
 from lra.records.markup import Bold, Bullets, Grid, Heading, Text, html_fragment, latex, markdown, refresh_block
 from lra.records.record import SCHEMA
 from lra.records.table import blocks, build, render, to_csv, write
@@ -47,6 +48,17 @@ def test_substitute_data_never_shares_a_column_with_the_real_set(tmp_path):
     assert (real, digits) == ("image<br>CIFAR-10<br>100 tokens", "image<br>substitute: digits<br>100 tokens")
     assert [c.split()[0] for c in table["softmax"].values()] == ["25.0", "75.0"]
     assert [c.split()[0] for c in table["performer"].values()] == ["–", "50.0"]
+
+
+def test_fp32_and_bf16_stand_in_columns_of_their_own_and_fp32_is_averaged(tmp_path):
+    for task in FIVE:
+        put(tmp_path, task, correct=1000)
+    put(tmp_path, correct=3000, precision="bf16")
+    row = grid(render(tmp_path, "md"))["softmax"]
+    assert [row[f"listops<br>100 tokens{way}"].split()[0] for way in ("", "<br>bf16")] == ["25.0", "75.0"]
+    (table,) = build(tmp_path)
+    assert len(table.averaged) == 5 and not any(column.execution for column in table.averaged)
+    assert list(column_names(table).values())[:2] == ["listops", "listops (bf16)"]
 
 
 def test_substitute_of_the_same_name_still_has_its_own_column(tmp_path):

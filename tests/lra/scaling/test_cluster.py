@@ -91,6 +91,8 @@ def test_slurm_gets_one_array_with_the_parameters_of_the_command_line(lab, tmp_p
 
 def test_what_is_missing_or_unknown_is_one_line(lab, error_line, monkeypatch):
     words = ["sweep", "--tasks=tiny", "--attentions=constant", "--preset=smoke", *lab.places]
+    assert "--precision fp32 or bf16" in error_line(*words, "--executor=slurm")
+    words.append("--precision=fp32")
     assert "KEY=VALUE" in error_line(*words, "--executor=slurm", "--slurm=gpu")
     assert "--executor slurm" in error_line(*words, "--executor=slurm", "--slurm=colour=red")
     monkeypatch.setitem(sys.modules, "submitit", None)

@@ -11,6 +11,8 @@ from lra.scaling import calibration, cost
 from lra.scaling.calibration import COLUMNS, Machine, Sample, planned_manifest, planned_run
 from lra.scaling.count import Counter, count
 from lra.scaling.jobs import smaller
+from lra.training.config import resolve
+from tasks.store.prepared import load
 from tests.conftest import ROOT
 
 SIZES = {"encoder.width": "20", "encoder.ffn": "28", "encoder.max_len": "67", "train.batch": "3"}
@@ -27,19 +29,20 @@ def test_step_without_numbers_counts_what_a_real_step_does(attention):
     step, real = sample(attention).stepper(), Counter()
     with real:
         step()
-    counted = sample(attention).work().step
+    counted = sample(attention).work().counts
     assert dict(zip(COLUMNS, counted, strict=True)) == dict(zip(COLUMNS, real.total, strict=True))
     assert all(counted[:4] > 0)
 
 
 def test_flops_of_the_forward_pass_are_those_of_the_formula():
-    work = sample(padded=False).work()
-    flops = COLUMNS.index("flops")
+    s, flops = sample(padded=False), COLUMNS.index("flops")
+    forward = count(s.run, batch=3, width=67, padded=False, training=False)
     B, N, E, F, C = 3, 67, 20, 28, 10
     layer = 2 * B * N * (4 * E * E + 2 * E * F) + 4 * B * N * N * E
     head = 2 * B * (E * F + F * C)
-    assert work.forward[flops] == 2 * layer + head
-    assert work.step[flops] > 3 * work.forward[flops] - head  # backward: twice the products, or more
+    assert forward.counts[flops] == 2 * layer + head
+    assert s.work().counts[flops] > 3 * forward.counts[flops] - head  # backward: twice the products, or more
+    assert forward.peak < s.work().peak
 
 
 def test_memory_is_parameters_gradients_and_two_moments_and_grows_with_the_batch():
@@ -63,7 +66,7 @@ def test_large_batches_follow_from_small_ones(monkeypatch):
     run = sample(batch=48).run
     predicted = cost.predict(run, MACHINE)
     direct = count(run, batch=48, width=67, padded=False)
-    assert predicted.step_seconds == pytest.approx(MACHINE.seconds(direct.step), rel=0.02)
+    assert predicted.step_seconds == pytest.approx(MACHINE.seconds(direct.counts), rel=0.02)
     assert predicted.bytes == pytest.approx(MACHINE.bytes(direct.peak), rel=0.02)
 
 
@@ -76,6 +79,26 @@ def test_prediction_grows_with_steps_and_accumulation_trades_memory_for_operatio
     )
     split = cost.predict(sample(batch=12, **{"train.accumulate": "4"}).run, MACHINE)
     assert split.bytes < once.bytes and split.step_seconds > once.step_seconds
+
+
+def test_prediction_counts_every_validation_and_the_test_in_micro_batches():
+    run = sample(batch=12, **{"train.accumulate": "4", "train.steps": "6", "train.eval_every": "2"}).run
+    seldom = replace(run, recipe=replace(run.recipe, train=replace(run.recipe.train, eval_every=6)))
+    often, once = (cost.predict(r, MACHINE).seconds for r in (run, seldom))
+    forward = MACHINE.seconds(count(run, batch=3, width=67, padded=False, training=False).counts)
+    batches = -(-64 // 3)  # of validation and of test
+    assert often - once == pytest.approx(2 * batches * forward)
+    steps = (6 + 20 * 4 / 12) * cost.predict(run, MACHINE).step_seconds
+    assert once == pytest.approx(MACHINE.start_seconds + steps + 2 * batches * forward)
+
+
+def test_memory_is_that_of_the_evaluation_where_its_sequences_are_longer(lab):
+    prepared = load(lab.data / "tiny" / "smoke")  # 13 tokens in training, 37 in the test
+    shape = {"encoder.layers": "1", "encoder.width": "2", "encoder.ffn": "128"}
+    run = resolve("tiny", "smoke", "softmax", 0, prepared.manifest, shape)
+    longest = count(run, batch=8, width=37, padded=True, training=False).peak
+    assert longest > count(run, batch=8, width=13, padded=True).peak
+    assert cost.predict(run, MACHINE, prepared).bytes == MACHINE.bytes(longest)
 
 
 def test_fit_finds_prices_that_are_there_and_none_below_zero():

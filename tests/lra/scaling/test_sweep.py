@@ -249,11 +249,14 @@ def test_second_sweep_moves_on_while_the_first_is_at_a_cell(sweep, lab, capsys):
     assert "another process is training this cell" in log and log.splitlines()[-1].startswith("test ")
 
 
-def test_nan_loss_is_no_reason_to_stop(sweep, lab, capsys):
-    assert sweep("--set=train.lr=1e30", attentions="constant,softmax") == 0
+def test_nan_loss_is_no_reason_to_stop_and_the_exit_code_tells_of_it_every_time(sweep, lab, capsys):
+    assert sweep("--set=train.lr=1e30", attentions="constant,softmax") == 1
     status = [json.loads(path.read_text())["status"] for path in lab.records()]
     assert len(status) == 2 and all(s.startswith("failed: loss is not finite at step ") for s in status)
-    assert capsys.readouterr().out.count("failed: loss is not finite") == 2
+    assert capsys.readouterr().err.count("failed: loss is not finite") == 2
+    assert sweep("--set=train.lr=1e30", attentions="constant,softmax") == 1
+    out, err = capsys.readouterr()
+    assert "2 done, 0 to run" in out and err.count("failed: loss is not finite") == 2
 
 
 def test_processes_do_not_outlive_a_sweep_that_fails(sweep, processes, monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lra.options import PRESETS, UsageError
+from lra.records.record import Execution
 from lra.registry import attention_names, load_task, task_names
 from lra.training.config import default_options, overrides, resolve
 from lra.training.provenance import protocol
@@ -153,6 +154,7 @@ def test_digest_differs_in_everything_that_changes_the_result(resolved):
         resolved("attention.num_features=6", attention="performer"),
         resolved(change=other_data),
         resolved(change=lambda m: m.update(version=2)),
+        *(replace(resolved(), execution=Execution(*way)) for way in (["bf16"], ["fp32", True], ["fp32", False, 2])),
     ]
     assert len({run.digest for run in runs}) == len(runs)
 
@@ -170,6 +172,10 @@ def test_setting_that_changes_nothing_leaves_the_run_what_it_was(resolved):
 def test_command_repeats_the_run(resolved):
     run = resolved("train.lr=2e-3", attention="performer", seed=3, val_rule="legacy")
     words = run.command.split()
+    ways = {Execution("bf16", True): "python -m lra train {} --precision bf16 --compile",
+            Execution(processes=4): "torchrun --nproc-per-node 4 -m lra train {}"}  # fmt: skip
+    for way, command in ways.items():
+        assert replace(run, execution=way).command == command.format(" ".join(words[4:]))
     assert words[:5] == ["python", "-m", "lra", "train", "tiny"]
     from lra.cli import parser
 

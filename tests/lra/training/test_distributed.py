@@ -19,13 +19,13 @@ EXACT = ("--set=encoder.dropout=0", "--threads=1")
 # Threads of the process group that outlive it may abort a rank as it exits. One that was joined is listed until the
 # kernel has taken it down, so it gets the time.
 THREADS_AT_EXIT = """
-import atexit, os, time
+import atexit, os, pathlib, time
 def threads():
     for _ in range(200):
         if (number := len(os.listdir("/proc/self/task"))) == 1:
             break
         time.sleep(0.05)
-    print("threads", number)
+    pathlib.Path("FOLDER", "threads" + os.environ["RANK"]).write_text(str(number))
 atexit.register(threads)
 """
 
@@ -61,17 +61,17 @@ def finished(process):
 
 
 def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
-    options = {"attention": "performer"} | ({"extra": THREADS_AT_EXIT} if Path("/proc/self/task").exists() else {})
-    out = finished(torchrun(*EXACT, "--set=train.accumulate=2", **options))
-    assert out.count("threads 1\n") == 2 * ("extra" in options)
+    extra = THREADS_AT_EXIT.replace("FOLDER", str(tmp_path)) if Path("/proc/self/task").exists() else ""
+    out = finished(torchrun(*EXACT, "--set=train.accumulate=2", attention="performer", extra=extra))
+    assert [path.read_text() for path in tmp_path.glob("threads*")] == ["1", "1"] * bool(extra)
     (path,) = lab.records()
     two = json.loads(path.read_text())
     weights = load_file(lab.folder("model.safetensors") / "model.safetensors")
-    assert two["training"]["world_size"] == 2
+    assert two["training"]["world_size"] == 2 and two["command"].startswith("torchrun --nproc-per-node 2 -m lra train")
     assert out.count("tiny / performer / smoke") == out.count("test ") == 1  # rank 0 alone prints
     lab.results, lab.runs = tmp_path / "alone", tmp_path / "runs-alone"
     one = lab.train(*EXACT, attention="performer")
-    assert one["training"]["world_size"] == 1
+    assert one["training"]["world_size"] == 1 and path.parent.name != lab.records()[0].parent.name  # another cell
     for a, b in zip(one["result"]["curve"], two["result"]["curve"], strict=True):
         assert a[:2] == b[:2] and a[3:] == b[3:]
         assert a[2] == pytest.approx(b[2], rel=1e-5)
@@ -117,13 +117,6 @@ def test_only_rank_zero_is_the_main_process_and_keeps_its_random_generator():
     for rank in range(3):
         World(rank, 3).reseed(5)
         assert torch.equal(torch.get_rng_state(), before) == World(rank, 3).is_main == (rank == 0)
-
-
-def test_debug_of_several_processes_is_refused_as_the_first_to_stop_would_leave_the_others_waiting(
-    lab, monkeypatch, error_line
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--debug looks into one process" in error_line(*lab.words("--debug"))
 
 
 def test_batch_that_does_not_split_is_refused_with_the_nearest_that_does(lab, monkeypatch, error_line):
