@@ -8,7 +8,7 @@ from argparse import Namespace
 from itertools import product
 
 from lra import registry
-from lra.machine import available_memory, cores, pick_device
+from lra.machine import available_memory, cores, pick_device, set_threads
 from lra.options import BUSY, STOPPED, UsageError
 from lra.records.record import record_path
 from lra.scaling import cluster
@@ -30,6 +30,8 @@ def sweep(args: Namespace) -> int:
     """
     if args.time_limit and args.executor != "here":
         raise UsageError("--time-limit is for --executor here; --job-minutes limits a job")
+    if args.executor == "here":
+        set_threads(args.threads)
     jobs, unprepared = grid(args)
     missing, changed = to_run(jobs, args.again)
     done, edited = len(jobs) - len(missing) - len(changed), f", {len(changed)} changed" if changed else ""
