@@ -60,8 +60,7 @@ def build(args: Namespace) -> int:
 def show_table(args: Namespace) -> int:
     """`table`: from the records alone. Exit code 1 if a file was left out; the rest is shown all the same."""
     skipped: list[str] = []
-    form = "compact" if args.compact else args.format
-    text = table.render(args.results, form, args.preset, skipped.append, reproductions(args.results))
+    text = table.render(args.results, args.format, args.preset, skipped.append, reproductions(args.results))
     if args.write:
         table.write(args.write, text)
     else:
@@ -183,7 +182,7 @@ def _floor(name: str, value: float) -> dict[str, Any]:
 
 def _score(cell: Cell) -> dict[str, Any]:
     """Accuracy in percent, with its interval and seeds."""
-    seeds = f"{len(cell.ok)} of {max(cell.seeds, len(cell.runs))}"
+    seeds = f"{len(cell.ok)} of {cell.seeds}"
     failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
     if not cell.ok:
         return {"accuracy": None, "bounds": (), "dots": (), "seeds": seeds, "failed": failed}

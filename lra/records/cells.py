@@ -159,10 +159,14 @@ def _flatten(prefix: str, value: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one row in one column. `seeds`: the most seeds that a default row of the column has."""
+    """The runs of one row in one column, by seed."""
 
     runs: tuple[Entry, ...]
-    seeds: int
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds the cell should have: seeds are 0, 1, ..., so the largest tells. Other cells do not count."""
+        return self.runs[-1].seed + 1
 
     @property
     def ok(self) -> list[Entry]:
@@ -172,7 +176,7 @@ class Cell:
     @property
     def complete(self) -> bool:
         """Whether no seed is missing or failed."""
-        return len(self.ok) == len(self.runs) >= self.seeds
+        return len(self.ok) == self.seeds
 
     @property
     def accuracies(self) -> list[float]:
@@ -209,11 +213,7 @@ class Table:
         runs = defaultdict(list)
         for e in sorted(self.entries, key=lambda e: e.seed):
             runs[e.row, e.column].append(e)
-        seeds: dict[Column, int] = defaultdict(int)
-        for ((*_, label), column), entries in runs.items():
-            if not label:
-                seeds[column] = max(seeds[column], len(entries))
-        return {key: Cell(tuple(entries), seeds[key[1]]) for key, entries in runs.items()}
+        return {key: Cell(tuple(entries)) for key, entries in runs.items()}
 
     def cell(self, attention: str, column: Column) -> Cell | None:
         """The cell of an attention's default row."""
