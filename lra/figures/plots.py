@@ -25,7 +25,7 @@ from lra.records import measured
 from lra.records.cells import Cell, Column, Table, build, row_name
 from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
-from lra.records.record import report_skipped
+from lra.records.record import report_all
 from lra.records.significance import compare_all
 from lra.records.stats import ALPHA, average, holm, mean_sd
 
@@ -41,9 +41,7 @@ def plot(args: Namespace) -> int:
     skipped: list[str] = []
     for path in draw(args.results, build(args.results, report=skipped.append), args.all):
         print(path)
-    for line in skipped:
-        report_skipped(line)
-    return 1 if skipped else 0
+    return report_all(skipped)
 
 
 def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> list[Path]:

@@ -42,7 +42,6 @@ METHODS = {  # colour and marker of each; a figure without room for all takes th
 PALETTE, MARKERS = zip(*list(METHODS.values())[2:], strict=True)
 SERIES = 8  # lines in one panel; more cannot be told apart
 LONGEST = 28  # characters of a name in a figure
-HANDLE = 3.5  # length of a line in a legend that has to show a pattern of dashes, in letters
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,

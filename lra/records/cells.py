@@ -77,7 +77,6 @@ class Entry:
     dirty: bool
     status: str
     command: str
-    protocol: str
     device: str
     curve: tuple[tuple[int, float], ...]  # (step, validation accuracy)
 
@@ -144,7 +143,6 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
         dirty=bool(record["suite"]["git_dirty"]),
         status=str(record["status"]),
         command=str(record.get("command", "")),
-        protocol=str(task["protocol"]),
         device=str(cost.get("gpu") or cost.get("device")),
         curve=tuple((int(step), correct / n) for step, split, _, correct, n in points if split == "val"),
     )

@@ -23,7 +23,7 @@ from lra.options import UsageError
 from lra.records import compact
 from lra.records.cells import Cell, build, row_name
 from lra.records.markup import MISSING, Grid, flat, markdown
-from lra.records.record import read_record, report_skipped
+from lra.records.record import read_record, report_all
 from lra.records.stats import Estimate, equivalence, margin, mean_sd
 
 EQUAL, WITHIN, UNCLEAR, DIFFERENT, NONE = "=", "≈", "?", "≠", "–"
@@ -60,9 +60,7 @@ def compare(args: Namespace) -> int:
         print(markdown([Grid(header, tuple(rows))]))
     shares = [f"{marks.count(m)} {words} ({m})" for m, words in MEANINGS.items() if m in marks or m in ALWAYS]
     print(f"{len(marks)} cells beside {args.reference}: {', '.join(shares)}")
-    for line in skipped:
-        report_skipped(line)
-    return 1 if skipped else 0
+    return report_all(skipped)
 
 
 Accuracies = list[float | None]  # of seeds, as fractions; None: the run failed
