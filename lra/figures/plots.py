@@ -178,8 +178,7 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
     columns = table.averaged or table.columns
     points = {}
     for row in rows:
-        cells = [table.cells.get((row, column)) for column in columns]
-        if all(cell and cell.complete for cell in cells):
+        if cells := table.whole(row, columns):
             speed, memory = map(_geometric, zip(*map(table.efficiency, cells), strict=True))
             if speed and memory:
                 points[row[1]] = speed, memory, average([cell.estimate for cell in cells])

@@ -48,10 +48,8 @@ class Column:
     @property
     def parts(self) -> list[str]:
         """Task; data set, if its name adds something; length."""
-        dataset = self.dataset
-        if self.substitute and "substitute" not in dataset.lower():
-            dataset = f"substitute: {dataset}"
-        datasets = [] if dataset.lower() == self.task.lower() else [dataset]
+        mark = "substitute: " if self.substitute and "substitute" not in self.dataset.lower() else ""
+        datasets = [mark + self.dataset] if mark or self.dataset.lower() != self.task.lower() else []
         return [self.task, *datasets, f"{self.seq_len:,} tokens"]
 
 
@@ -217,11 +215,16 @@ class Table:
         """The cell of an attention's default row."""
         return next((self.cells.get((r, column)) for r in self.rows if r[1:] == (attention, ())), None)
 
+    def whole(self, row: Row, columns: Sequence[Column]) -> list[Cell]:
+        """The cells of a row in these columns if all are there, complete and of equally many seeds; else none."""
+        cells = [self.cells.get((row, column)) for column in columns]
+        whole = all(cell and cell.complete for cell in cells) and len({cell.seeds for cell in cells}) == 1
+        return cells if whole else []
+
     def efficiency(self, cell: Cell) -> tuple[float | None, float | None]:
         """Speed by `bench tasks` and median peak memory, relative to softmax; None: not measured."""
-        peaks = self._softmax_peaks
-        runs = [e for e in cell.ok if e.peak_bytes and e.setting in peaks]
-        memory = [e.peak_bytes / median(peaks[e.setting]) for e in runs]
+        runs = [e for e in cell.ok if e.peak_bytes and e.setting in self._softmax_peaks]
+        memory = [e.peak_bytes / median(self._softmax_peaks[e.setting]) for e in runs]
         return self.speeds.get(cell.runs[0].path.parent.name), median(memory) if memory else None
 
     @cached_property

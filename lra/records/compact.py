@@ -97,5 +97,5 @@ def _sentences(table: Table, compared: dict[Key, Comparison]) -> list[str]:
     if any(e.open for e in table.entries):
         sentences.append(f"†: outside {PROTOCOL}.")
     if changed := sum(1 for row in table.rows if row[2]):
-        sentences.append(f"{changed} rows with changed options: table --format long shows them.")
+        sentences.append(f"Rows with changed options: {changed}, shown by table --format long.")
     return sentences

@@ -121,8 +121,7 @@ def _preset(table: Table, reproduced: Mapping[Path, object]) -> list[Block]:
     compared = compare_all(table)
     for row in table.rows:
         cells = [_cell(table.cells.get((row, c)), compared.get((row, c, "softmax"))) for c in table.columns]
-        whole = [table.cells.get((row, c)) for c in table.averaged]
-        estimates = [cell.estimate for cell in whole if cell and cell.complete]
+        estimates = [cell.estimate for cell in table.whole(row, table.averaged)]
         rows.append((row_name(row), *cells, *_average(table, estimates)))
     header = ("attention", *(headers[c] for c in table.columns))
     remarks = (*footnote(compared), *_remarks(table, compared), *_reproductions(table, reproduced))

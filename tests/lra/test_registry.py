@@ -155,7 +155,7 @@ def test_adding_an_attention_is_one_file(lab, tmp_path, monkeypatch, capsys):
     assert record["model"]["attention_config"] == {"by": 2}
     assert main(["evaluate", str(lab.records()[0]), "--device=cpu", *lab.places]) == 0
     capsys.readouterr()
-    assert main(["table", "--results", str(lab.results)]) == 0
+    assert main(["table", "--format=long", "--results", str(lab.results)]) == 0
     assert "brand\\_new" in capsys.readouterr().out.replace("brand_new", "brand\\_new")
 
 
