@@ -44,7 +44,7 @@ status=0
 "$PY" -m lra sweep --preset "$preset" --attentions "$attentions" --seeds "$seeds" --data "$data" --results "$results" \
   ${extra[@]+"${extra[@]}"} || status=$?
 case $status in 0 | 1 | 75) ;; *) exit $status ;; esac           # 1: the table shows what failed; 75: another runs the rest
-"$PY" -m lra table --results "$results" --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
+"$PY" -m lra table --results "$results" --format long --write "$results/TABLE.md" || status=$?  # 1: it names a file it left out
 "$PY" -m lra leaderboard build --results "$results" || status=$?
 if [[ -n $gemma ]]; then  # left out where --tasks or --attentions ask for a part; a tiny model in smoke, else 270M (253 MB)
   base=(--model gemma-3-270m --precision bf16)
@@ -55,6 +55,6 @@ if [[ -n $gemma ]]; then  # left out where --tasks or --attentions ask for a par
   "$PY" -m lra gemma table --results "$results" && "$PY" -m lra gemma plot --results "$results" || status=$?
 fi
 echo "all tables: $results/TABLE.md; figures: $results/index.html; learning curves: $PY -m lra tensorboard --start"
-"$PY" -m lra table --results "$results" --preset "$preset" --compact || status=$?
+"$PY" -m lra table --results "$results" --preset "$preset" || status=$?
 "$PY" -m lra compare --results "$results" --preset "$preset" || status=$?
 exit $status

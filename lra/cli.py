@@ -37,12 +37,15 @@ ROOMS = {  # command: the package whose options.py has its options, and its line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. Bad input is one line on stderr and 2."""
+    """Run one command; returns the exit code. Bad input is one line on stderr and 2; no command, the list of them."""
     words = sys.argv[1:] if arguments is None else arguments
     args, rest = parser(words[:1]).parse_known_args(words)
     command = vars(args).pop("parser")
     if rest:
         command.error(unrecognized(command, words, rest))
+    if args.run is None:
+        command.print_help(sys.stderr)
+        return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         # In a log, too, an error comes after what was printed. Not every terminal can spell a table.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
@@ -86,7 +89,8 @@ class Parser(argparse.ArgumentParser):
 def parser(called: Iterable[str] = ROOMS) -> Parser:
     """The parser of all commands; those of `called` alone have options, and only their rooms are imported."""
     top = Parser(prog="python -m lra", description="A Long Range Arena suite.")
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    top.set_defaults(run=None, parser=top)
+    commands = top.add_subparsers(metavar="COMMAND")
     for name, (room, line) in ROOMS.items():
         sub = commands.add_parser(name, help=line, description=line)
         if name not in called:
@@ -95,7 +99,8 @@ def parser(called: Iterable[str] = ROOMS) -> Parser:
         if name in described:
             fill(sub, described[name])
             continue
-        actions = sub.add_subparsers(metavar="ACTION", required=True)
+        sub.set_defaults(run=None, parser=sub)
+        actions = sub.add_subparsers(metavar="ACTION")
         for words, command in described.items():
             family, _, action = words.partition(" ")
             if family == name:

@@ -35,8 +35,9 @@ def show(args: Namespace) -> None:
 
 
 def attention_line(name: str) -> str:
-    """The paper of an attention, from its docstring, and the traits it claims."""
-    cls = attention_class(name)
-    paper = re.search(r"arXiv (\d{4}\.\d{4,5})", f"{cls.__doc__} {attention_module(name).__doc__}")
+    """An attention in the first line of its docstring, its paper, and the traits it claims."""
+    cls, text = attention_class(name), attention_module(name).__doc__ or ""
+    paper = re.search(r"arXiv \d{4}\.\d{4,5}", f"{cls.__doc__} {text}")
     traits = [trait for trait in TRAITS if trait != "reads_qk" and getattr(cls, trait)]
-    return f"{'arXiv ' + paper[1] if paper else '':<17} {', '.join(traits)}"
+    about = [*text.strip().splitlines(), ""][0].rstrip(".")
+    return f"{about} [{'; '.join([*([paper[0]] if paper else []), ', '.join(traits)])}]"

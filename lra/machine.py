@@ -118,7 +118,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of matrix products; 0 leaves PyTorch's choice."""
+    """CPU threads of matrix products; 0 leaves PyTorch's choice. Raises UsageError for more than there are cores."""
+    if threads > cores():
+        raise UsageError(f"--threads {threads}: this process may use {cores()} CPU cores; give at most {cores()}")
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)

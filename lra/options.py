@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -96,6 +97,17 @@ def size(text: str) -> int:
     return int(number) * 1000 ** " KMGT".index(unit or " ")
 
 
+def writable(text: str) -> Path:
+    """An argparse type: a folder that files can be written to, or that can be made."""
+    path = Path(text)
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {path}: {error.strerror}: {nearest}") from None
+
+
 class Command(NamedTuple):
     """A command of the command line: its code as module:function, its options, its line in --help."""
 
@@ -117,6 +129,12 @@ def option(name: str, help: str, kind: Any = str, default: Any = None, **more: A
     return name, {"help": help, "default": default, **facts, **more}
 
 
+def written(place: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The option of a folder, for a command that writes to it: one that cannot be written to is refused at once."""
+    name, facts = place
+    return name, facts | {"type": writable, "default": str(facts["default"])}  # argparse converts a text alone
+
+
 # Options that commands of several rooms share.
 
 PRESETS = {
@@ -136,6 +154,7 @@ DEVICE = option("--device", "auto, cpu, cuda or mps", default="auto")
 THREADS = option("--threads", "CPU threads; 0 = PyTorch's choice", at_least(0), 0)
 PORT = option("--port", "on 127.0.0.1; 0 = any that is free", at_least(0, 65535), 8000)
 PLACES = (DATA, RESULTS, RUNS, DEVICE)
+WRITTEN = (DATA, written(RESULTS), written(RUNS), DEVICE)
 TRUST = option("--trust", "import the attention package.module:Class of a record: code of its author", bool)
 
 COMMANDS = {

@@ -118,7 +118,10 @@ def error_line(capsys):
 
     def run(*words) -> str:
         capsys.readouterr()
-        code = main([str(word) for word in words])
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as ended:  # argparse's own
+            code = ended.code
         err = capsys.readouterr().err
         assert code == 2, err
         (line,) = err.splitlines()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from lra.options import DATA, DEVICE, PRESET, THREADS, Command, at_least, option, writable
 
-from lra.options import DATA, DEVICE, PRESET, THREADS, Command, at_least, option
-
-REPORT = option("--results", "folder whose bench/ gets the report", Path, Path("results"))
+REPORT = option("--results", "folder whose bench/ gets the report", writable, "results")
 SIZE = option("--features", "features, landmarks, projected positions or window M", at_least(1), 256)
 PRECISION = option("--precision", "bf16: autocast", ("fp32", "bf16"), "fp32")
 NAMES = "comma-separated names, softmax among them"

@@ -29,7 +29,6 @@ EXAMPLES = 5  # shown as text, the first of train
 CHARACTERS = 400  # shown of one example
 SHEET = (10, 6)  # columns and rows of a contact sheet, the first pictures of train
 TOKENS = ("shortest", "median", "mean", "longest")
-BINS = 20  # of a histogram of lengths
 GREYS = " .:-=+*#%@"
 FROM_CARDS = "../results/reference/data"  # the folder of the figures as tasks/DATA.md links to it
 
@@ -80,20 +79,16 @@ def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
     facts["duplicates_removed"] = m["duplicates_removed"]
     _, _, facts["duplicates_within"] = disjoint(prepared.splits, registry.load_task(m["task"]).META.towers)
     lengths = {name: np.diff(split.offsets) for name, split in prepared.splits.items()}
-    longest = max(int(each.max()) for each in lengths.values())
-    edges = np.unique(np.linspace(0, longest, BINS + 1).round().astype(int)) + 1
     facts["splits"] = {}
     for name, each in lengths.items():
         tokens = {"shortest": int(each.min()), "median": float(np.median(each))}
         tokens |= {"mean": round(float(each.mean()), 1), "longest": int(each.max())}
-        counts, _ = np.histogram(each, edges)
         labels = prepared.splits[name].labels
         facts["splits"][name] = {
             "n": len(labels),
             "sha256": m["splits"][name]["sha256"],
             "labels": np.bincount(labels).tolist(),
             "tokens": tokens,
-            "histogram": [[int(a), int(b) - 1, int(n)] for a, b, n in zip(edges, edges[1:], counts)],
         }
     return facts
 

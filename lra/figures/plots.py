@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lra.figures import style
-from lra.figures.labels import label_ends, place_labels
+from lra.figures.labels import label_ends
 from lra.figures.style import color, drawing, listed, short
 from lra.options import PRESETS
 from lra.records import measured
 from lra.records.cells import Cell, Column, Table, build, row_name
 from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
-from lra.records.record import report_skipped
+from lra.records.record import report_all
 from lra.records.significance import compare_all
 from lra.records.stats import ALPHA, average, holm, mean_sd
 
@@ -41,9 +41,7 @@ def plot(args: Namespace) -> int:
     skipped: list[str] = []
     for path in draw(args.results, build(args.results, report=skipped.append), args.all):
         print(path)
-    for line in skipped:
-        report_skipped(line)
-    return 1 if skipped else 0
+    return report_all(skipped)
 
 
 def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> list[Path]:
@@ -180,8 +178,7 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
     columns = table.averaged or table.columns
     points = {}
     for row in rows:
-        cells = [table.cells.get((row, column)) for column in columns]
-        if all(cell and cell.complete for cell in cells):
+        if cells := table.whole(row, columns):
             speed, memory = map(_geometric, zip(*map(table.efficiency, cells), strict=True))
             if speed and memory:
                 points[row[1]] = speed, memory, average([cell.estimate for cell in cells])
@@ -189,19 +186,17 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
         return None
     figure, axes = style.subplots(width=7.2, height=4.6)
     for method, (speed, memory, mean) in points.items():
-        axes.plot([speed, speed], [100 * mean.low, 100 * mean.high], color=color(method), linewidth=1)
-        disc = {"s": 260 * memory, "color": color(method), "alpha": 0.7, "linewidths": 0}
-        axes.scatter([speed], [100 * mean.value], **disc)
-    axes.margins(0.3, 0.2)
+        look, height = {"color": color(method), "linewidth": 1}, [100 * mean.low, 100 * mean.high, 100 * mean.value]
+        axes.plot([speed] * 3, height, label=f"{short(method)}, {memory:.2f}×", **look)  # its name leads to the mean
+        axes.scatter([speed], height[-1:], s=260 * memory, color=color(method), alpha=0.7, linewidths=0)
+    axes.margins(0.15, 0.1)
     speed = "speed relative to softmax (bench tasks; geometric mean over tasks)"
     tasks = f"{len(columns)} task{'s' * (len(columns) > 1)}"
     height = f"test accuracy, %, mean of {tasks}, 95% interval"
     style.log_axes(axes, y="linear", xlabel=speed, ylabel=height)
     axes.set_title(f"area, ×: peak memory relative to softmax{_more(table, rows)}", fontsize=8)
     style.message(figure, _tradeoff(table, columns, points))
-    middles = [(speed, 100 * mean.value) for speed, _, mean in points.values()]
-    texts = [f"{short(method)}, {memory:.2f}×" for method, (_, memory, _) in points.items()]
-    place_labels(axes, middles, texts, [9 * memory**0.5 for _, memory, _ in points.values()])
+    label_ends(axes)
     return figure
 
 

@@ -42,7 +42,6 @@ METHODS = {  # colour and marker of each; a figure without room for all takes th
 PALETTE, MARKERS = zip(*list(METHODS.values())[2:], strict=True)
 SERIES = 8  # lines in one panel; more cannot be told apart
 LONGEST = 28  # characters of a name in a figure
-HANDLE = 3.5  # length of a line in a legend that has to show a pattern of dashes, in letters
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -81,16 +80,19 @@ def method_of(name: str) -> str:
 
 def color(name: str) -> str:
     """The colour of a method as #rrggbb; a method without one of its own gets one from the hash of its name."""
-    method = method_of(name)
-    return METHODS[method][0] if method in METHODS else PALETTE[_hash(method) % len(PALETTE)]
+    return _color_and_marker(name)[0]
 
 
 def marker(name: str) -> str:
     """The marker of a method, in matplotlib's letters."""
+    return _color_and_marker(name)[1]
+
+
+def _color_and_marker(name: str) -> tuple[str, str]:
     method = method_of(name)
-    if method in METHODS:
-        return METHODS[method][1]
-    return MARKERS[_hash(method) // len(PALETTE) % len(MARKERS)]
+    number = int.from_bytes(hashlib.sha256(method.encode()).digest()[:8], "big")
+    other = PALETTE[number % len(PALETTE)], MARKERS[number // len(PALETTE) % len(MARKERS)]
+    return METHODS.get(method, other)
 
 
 def look(name: str) -> dict[str, object]:
@@ -130,10 +132,6 @@ def listed(names: Iterable[str], longest: int = LONGEST) -> str:
     """Names as a sentence lists them: "a, b and c"."""
     *others, last = (short(name, longest) for name in names)
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _hash(method: str) -> int:
-    return int.from_bytes(hashlib.sha256(method.encode()).digest()[:8], "big")
 
 
 def drawing() -> AbstractContextManager:
@@ -185,10 +183,9 @@ def log_axes(axes: Axes, base: float = 10, y: str = "log", **labels: str) -> Non
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Write PATH.svg and PATH.png, each atomically: the same figure gives the same bytes, without a date.
 
-    Returns the two paths. A suffix .svg or .png of `path` is dropped.
+    Returns the two paths.
     """
-    name = Path(path).name.removesuffix(".svg").removesuffix(".png")
-    svg, png = (Path(path).with_name(name + suffix) for suffix in (".svg", ".png"))
+    svg, png = Path(f"{path}.svg"), Path(f"{path}.png")
     with drawing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # another script: boxes in the PNG alone
         with atomic_path(svg) as temporary:

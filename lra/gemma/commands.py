@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from lra.gemma import adapter
 from lra.gemma.data import Blocks, documents, pack, split
-from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references
+from lra.gemma.experiment import Experiment, Method, check_options, evaluate, method, plug_in, references
 from lra.gemma.finetune import finetune as finetune_one
 from lra.gemma.finetune import trainable
 from lra.gemma.spectra import spectra
@@ -132,8 +133,8 @@ class Setting:
                 setattr(args, name, sizes[args.model != "tiny"])
         if hasattr(args, "features"):
             self.features = [int(m) for m in args.features.split(",")]
-            for spec in args.attention:
-                method(spec, self.features[0], layers=())
+            for spec, m in product(args.attention, self.features):
+                check_options(method(spec, m, layers=()), args.length)
         self.recipe = recipe(args) if hasattr(args, "train") else {}
         self.args, self.device, self.command = args, pick_device(args.device), command(args)
         set_threads(args.threads)

@@ -166,6 +166,14 @@ def method(spec: str, features: int, **where: Any) -> Method:
     return Method(name, stored_options(options), **where)
 
 
+def check_options(method: Method, length: int) -> None:
+    """Raises UsageError for options that no model can have, before one is loaded: on a head of Gemma's width."""
+    try:
+        build_attention(method.attention, heads=1, head_dim=256, max_len=length, **method.config)
+    except ValueError as error:
+        raise UsageError(f"--attention {method.attention}: {error}") from error
+
+
 @dataclass(frozen=True)
 class BlockScores:
     """Sums over the scored tokens of each block."""

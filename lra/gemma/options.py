@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lra.options import DEVICE, THREADS, Command, at_least, folder, option
+from lra.options import DEVICE, THREADS, Command, at_least, folder, option, writable
 
 
 def above_zero(kind: type, several: bool = False):
@@ -36,8 +36,8 @@ BASE = (
     THREADS,
     DEVICE,
     DATA,
-    option("--results", "folder of records", Path, Path("results")),
-    option("--runs", "folder of TensorBoard logs, checkpoints, adapters", Path, Path("runs")),
+    option("--results", "folder of records", writable, "results"),
+    option("--runs", "folder of TensorBoard logs, checkpoints, adapters", writable, "runs"),
 )
 METHOD = (
     option("--attention", "a name of `list attentions`, or NAME,OPTION=VALUE,...", list, required=True),

@@ -12,6 +12,7 @@ LEVELS = (
     "0 form and identity, 1 agrees with itself, 2 first losses repeated (needs --data), "
     "3 saved weights evaluated (needs --data and --runs), 4 equivalent to somebody else's runs"
 )
+FORMS = "compact: accuracies of the default runs; long: every row, remarks, costs; tex: as long; csv: a line per record"
 THREADS_TRIED = "CPU threads, e.g. 1,2: one run each, compared; the first becomes the counter-record"
 
 COMMANDS = {
@@ -31,8 +32,7 @@ COMMANDS = {
         "lra.leaderboard.page:show_table",
         (
             READ,
-            option("--format", "tex: with booktabs; csv: a line per record", ("md", "tex", "csv"), "md"),
-            option("--compact", "accuracies of the default runs alone, in narrow Markdown", bool),
+            option("--format", FORMS, ("compact", "long", "tex", "csv"), "compact"),
             PRESETS_SHOWN,
             option("--write", "a file; of a Markdown file, what is between its results markers", Path),
         ),

@@ -21,7 +21,7 @@ from lra.options import UsageError
 from lra.records import measured, published, table
 from lra.records.cells import Cell, Table, row_name
 from lra.records.markup import Block, Bullets, Grid, Heading, Text, flat, html_fragment
-from lra.records.record import report_skipped
+from lra.records.record import PROTOCOL, report_all
 from lra.records.stats import mean_sd
 from tasks.store.files import atomic_path
 
@@ -54,26 +54,18 @@ def build(args: Namespace) -> int:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(path)
-    return _reported(skipped)
+    return report_all(skipped)
 
 
 def show_table(args: Namespace) -> int:
     """`table`: from the records alone. Exit code 1 if a file was left out; the rest is shown all the same."""
     skipped: list[str] = []
-    form = "compact" if args.compact else args.format
-    text = table.render(args.results, form, args.preset, skipped.append, reproductions(args.results))
+    text = table.render(args.results, args.format, args.preset, skipped.append, reproductions(args.results))
     if args.write:
         table.write(args.write, text)
     else:
         print(text, end="")
-    return _reported(skipped)
-
-
-def _reported(skipped: list[str]) -> int:
-    """Name the files that were left out; the exit code."""
-    for line in skipped:
-        report_skipped(line)
-    return 1 if skipped else 0
+    return report_all(skipped)
 
 
 def serve(args: Namespace) -> None:
@@ -162,7 +154,7 @@ def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, V
     return {
         "name": row_name(key),
         "color": "currentColor" if color(key[1]) == INK else color(key[1]),
-        "protocol": flat(" / ".join(sorted({"open" if e.open else e.protocol for e in cell.runs}))),
+        "protocol": flat(" / ".join(sorted({"open" if e.open else PROTOCOL for e in cell.runs}))),
         "device": flat(" / ".join(sorted({e.device for e in cell.runs}))),
         "params": max(e.params_ratio for e in cell.runs),
         "speed": speed,
@@ -183,7 +175,7 @@ def _floor(name: str, value: float) -> dict[str, Any]:
 
 def _score(cell: Cell) -> dict[str, Any]:
     """Accuracy in percent, with its interval and seeds."""
-    seeds = f"{len(cell.ok)} of {max(cell.seeds, len(cell.runs))}"
+    seeds = f"{len(cell.ok)} of {cell.seeds}"
     failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
     if not cell.ok:
         return {"accuracy": None, "bounds": (), "dots": (), "seeds": seeds, "failed": failed}

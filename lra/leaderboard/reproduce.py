@@ -19,7 +19,7 @@ from lra.machine import pick_device, set_threads
 from lra.options import UsageError
 from lra.records import schema
 from lra.records.record import read_labels, read_predictions, read_record, write_labels, write_record
-from lra.records.stats import margin, mcnemar, paired_bootstrap
+from lra.records.stats import margin, mcnemar, paired
 from lra.training.report import header
 from lra.training.train import Interrupted, train
 from lra.training.trainer import Where
@@ -120,7 +120,7 @@ def _details(a: dict, stored: bytes, b: dict, fresh: bytes, apart: int | None, r
     split = a["data"]["splits"]["test"]
     labels = np.frombuffer(read_labels(results, split["labels_sha256"], split["n"]), np.uint8)
     old, new = x == labels, y == labels
-    gap, p = paired_bootstrap(new, old), mcnemar(int((new & ~old).sum()), int((old & ~new).sum()))
+    gap, p = paired(new[None], old[None]), mcnemar(int((new & ~old).sum()), int((old & ~new).sum()))
     parts.append(f"{first['n_correct']} correct became {second['n_correct']}")
     value, low, high = (100 * x for x in (gap.value, gap.low, gap.high))
     parts.append(f"{value:+.2f} points [{low:+.2f}, {high:+.2f}], McNemar p {p:.3g}")

@@ -27,7 +27,7 @@ from lra.training.config import Run
 from lra.training.evaluate import Counts, Where, evaluate
 from lra.training.provenance import model_facts, protocol
 from lra.training.train import run_folder
-from lra.training.trainer import probe
+from lra.training.trainer import WEIGHTS, probe
 from tasks.store.prepared import Prepared
 
 LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte
@@ -124,7 +124,7 @@ def saved_model(path: Path, record: dict[str, Any], places: Places) -> tuple[Run
     prepared = prepared_data(record, places)
     run = run_of(record, places, prepared.manifest)
     folder = run_folder(places.runs, run)
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     if not file.exists():
         own = record_path(places.results, run.meta.name, run.attention, run.digest, run.seed)
         command = run.command + (" --again" if own.exists() else "")
@@ -149,6 +149,17 @@ def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tupl
     return counts, float((stored == counts.predictions).mean())
 
 
+def weights_of(record: dict[str, Any], places: Places) -> str:
+    """Which saved weights stand for a well-formed record, and whether its own run made them, as far as is known."""
+    run = run_of(record, places)
+    file = run_folder(places.runs, run) / WEIGHTS
+    own = record_path(places.results, run.meta.name, run.attention, run.digest, run.seed)
+    if not own.exists():
+        return f"{file}: no record at {own} says which run made them"
+    repetition = f"another run of the same cell and seed, {own}: not the weights of the record"
+    return f"{file}: made by {'the run of the record' if read_record(own) == record else repetition}"
+
+
 def _affordable(record: dict[str, Any]) -> None:
     """Raise Rejected for sizes whose model would fill the memory, before anything of them is built."""
     e, options = record["model"]["encoder"], record["model"]["attention_config"]
@@ -169,10 +180,11 @@ def show(args: Namespace) -> int:
 
     Exit code 1 where fewer than AGREE of the predictions are the same.
     """
-    record = read_record(args.record)
+    record, where = read_record(args.record), places(args)
     try:
         check(record)
-        counts, agree = evaluate_weights(args.record, record, places(args))
+        counts, agree = evaluate_weights(args.record, record, where)
+        print(f"weights {weights_of(record, where)}")
     except (Rejected, Unchecked) as error:
         raise UsageError(f"{args.record}: {error}") from error
     r = record["result"]

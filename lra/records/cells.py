@@ -50,10 +50,8 @@ class Column:
     @property
     def parts(self) -> list[str]:
         """Task; data set, if its name adds something; length; execution."""
-        dataset = self.dataset
-        if self.substitute and "substitute" not in dataset.lower():
-            dataset = f"substitute: {dataset}"
-        datasets = [] if dataset.lower() == self.task.lower() else [dataset]
+        mark = "substitute: " if self.substitute and "substitute" not in self.dataset.lower() else ""
+        datasets = [mark + self.dataset] if mark or self.dataset.lower() != self.task.lower() else []
         return [self.task, *datasets, f"{self.seq_len:,} tokens", *self.execution]
 
 
@@ -79,7 +77,6 @@ class Entry:
     dirty: bool
     status: str
     command: str
-    protocol: str
     device: str
     curve: tuple[tuple[int, float], ...]  # (step, validation accuracy)
 
@@ -145,7 +142,6 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
         dirty=bool(record["suite"]["git_dirty"]),
         status=str(record["status"]),
         command=str(record.get("command", "")),
-        protocol=str(task["protocol"]),
         device=str(cost.get("gpu") or cost.get("device")),
         curve=tuple((int(step), correct / n) for step, split, _, correct, n in points if split == "val"),
     )
@@ -160,10 +156,14 @@ def _flatten(prefix: str, value: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one row in one column. `seeds`: the most seeds that a default row of the column has."""
+    """The runs of one row in one column, by seed."""
 
     runs: tuple[Entry, ...]
-    seeds: int
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds the cell should have: seeds are 0, 1, ..., so the largest tells. Other cells do not count."""
+        return self.runs[-1].seed + 1
 
     @property
     def ok(self) -> list[Entry]:
@@ -173,7 +173,7 @@ class Cell:
     @property
     def complete(self) -> bool:
         """Whether no seed is missing or failed."""
-        return len(self.ok) == len(self.runs) >= self.seeds
+        return len(self.ok) == self.seeds
 
     @property
     def accuracies(self) -> list[float]:
@@ -210,21 +210,22 @@ class Table:
         runs = defaultdict(list)
         for e in sorted(self.entries, key=lambda e: e.seed):
             runs[e.row, e.column].append(e)
-        seeds: dict[Column, int] = defaultdict(int)
-        for ((*_, label), column), entries in runs.items():
-            if not label:
-                seeds[column] = max(seeds[column], len(entries))
-        return {key: Cell(tuple(entries), seeds[key[1]]) for key, entries in runs.items()}
+        return {key: Cell(tuple(entries)) for key, entries in runs.items()}
 
     def cell(self, attention: str, column: Column) -> Cell | None:
         """The cell of an attention's default row."""
         return next((self.cells.get((r, column)) for r in self.rows if r[1:] == (attention, ())), None)
 
+    def whole(self, row: Row, columns: Sequence[Column]) -> list[Cell]:
+        """The cells of a row in these columns if all are there, complete and of equally many seeds; else none."""
+        cells = [self.cells.get((row, column)) for column in columns]
+        whole = all(cell and cell.complete for cell in cells) and len({cell.seeds for cell in cells}) == 1
+        return cells if whole else []
+
     def efficiency(self, cell: Cell) -> tuple[float | None, float | None]:
         """Speed by `bench tasks` and median peak memory, relative to softmax; None: not measured."""
-        peaks = self._softmax_peaks
-        runs = [e for e in cell.ok if e.peak_bytes and e.setting in peaks]
-        memory = [e.peak_bytes / median(peaks[e.setting]) for e in runs]
+        runs = [e for e in cell.ok if e.peak_bytes and e.setting in self._softmax_peaks]
+        memory = [e.peak_bytes / median(self._softmax_peaks[e.setting]) for e in runs]
         return self.speeds.get(cell.runs[0].path.parent.name), median(memory) if memory else None
 
     @cached_property

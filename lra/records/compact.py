@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mode
 
-from lra.records.cells import Cell, Column, Table, row_name
+from lra.records.cells import Column, Row, Table, row_name
 from lra.records.markup import MISSING, Block, Bold, Grid, Italic, Text, flat
 from lra.records.record import PROTOCOL
 from lra.records.significance import Comparison, Key, clusters, compare_all
@@ -25,7 +26,7 @@ def _preset(table: Table) -> list[Block]:
     rows = [(kind, *(_floor(table, c, kind) for c in table.columns)) for kind in ("majority", "shortcut")]
     for row in table.rows:
         if not row[2]:
-            cells = (_cell(table.cells.get((row, c)), compared.get((row, c, "softmax"))) for c in table.columns)
+            cells = (_cell(table, row, c, compared.get((row, c, "softmax"))) for c in table.columns)
             rows.append((row_name(row), *cells))
     grid = Grid(("method", *(names[c] for c in table.columns)), tuple(rows))
     return [grid, Text(" ".join(_sentences(table, compared)))]
@@ -50,13 +51,19 @@ def _floor(table: Table, column: Column, kind: str) -> str:
     return interval(floor[1]) if floor else MISSING
 
 
-def _cell(cell: Cell | None, compared: Comparison | None) -> str:
+def _seeds(table: Table) -> int:
+    """The seeds of most cells."""
+    return mode(sorted((cell.seeds for cell in table.cells.values()), reverse=True))
+
+
+def _cell(table: Table, row: Row, column: Column, compared: Comparison | None) -> str:
+    cell = table.cells.get((row, column))
     if cell is None:
         return MISSING
-    seeds = max(cell.seeds, len(cell.runs))
     if not cell.ok:
-        return f"failed {len(cell.runs)}/{seeds}"
-    count = "" if len(cell.ok) == seeds else f" ({len(cell.ok)}/{seeds})"
+        return f"failed {len(cell.runs)}/{cell.seeds}"
+    count = f" ({len(cell.ok)}/{cell.seeds})" if not cell.complete else ""
+    count = count or ("" if cell.seeds == _seeds(table) else f" ({cell.seeds})")
     dagger = " †" if any(e.open for e in cell.ok) else ""
     face = {"above": Bold, "below": Italic}.get(compared.face if compared else None, str)
     return face(f"{interval(cell.estimate)}{count}{dagger}")
@@ -65,7 +72,7 @@ def _cell(cell: Cell | None, compared: Comparison | None) -> str:
 def _sentences(table: Table, compared: dict[Key, Comparison]) -> list[str]:
     """What the table holds: unit, seeds, columns, floors, marks; a mark only if it occurs."""
     cells = list(table.cells.values())
-    seeds = max(cell.seeds or len(cell.runs) for cell in cells)
+    seeds = _seeds(table)
     columns = "; ".join(f"{flat(c.task)}: {flat(', '.join(c.parts[1:]))}" for c in table.columns)
     sentences = [
         f"Test accuracy in percent ± half of its 95% interval, preset {flat(table.preset)}, "
@@ -85,9 +92,11 @@ def _sentences(table: Table, compared: dict[Key, Comparison]) -> list[str]:
         if (factor := clusters(c))
     ]
     if not all(cell.complete for cell in cells):
-        sentences.append("2/3: seeds that ended, of those that were run elsewhere in the column.")
+        sentences.append("(2/3): two of the cell's three seeds ended.")
+    if any(cell.seeds != seeds for cell in cells):
+        sentences.append("(1): a cell of one seed, and so on.")
     if any(e.open for e in table.entries):
         sentences.append(f"†: outside {PROTOCOL}.")
     if changed := sum(1 for row in table.rows if row[2]):
-        sentences.append(f"{changed} rows with changed options: see the wide table.")
+        sentences.append(f"Rows with changed options: {changed}, shown by table --format long.")
     return sentences

@@ -1,20 +1,21 @@
 """`compare`: a user's runs beside the reference's, cell by cell, and how far they are the same. No torch.
 
-Two sets of runs of one cell (same task, data, recipe, attention and options) are
+Runs of one cell (same task, data, recipe, attention and options) are compared seed by seed. Over the seeds that both
+sides have, the cell is
 
-=  equal bit for bit: every seed that both ran has the same curve and the same predictions
+=  equal bit for bit: every seed has the same curve and the same predictions
 ≈  within seed noise: accuracies equivalent within max(1 point, noise of the test set)
 ?  not told apart: equivalence is neither shown nor excluded
-≠  different
-–  without a reference
+≠  different, or a seed failed on one side alone
+–  without a reference: no seed is on both sides
 
-Equivalence takes two seeds on both sides. With one, the gap itself is held against the margin.
+Equivalence takes two seeds. With one, the gap itself is held against the margin.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lra.options import UsageError
 from lra.records import compact
 from lra.records.cells import Cell, build, row_name
 from lra.records.markup import MISSING, Grid, flat, markdown
-from lra.records.record import read_record, report_skipped
+from lra.records.record import read_record, report_all
 from lra.records.stats import Estimate, equivalence, margin, mean_sd
 
 EQUAL, WITHIN, UNCLEAR, DIFFERENT, NONE = "=", "≈", "?", "≠", "–"
@@ -47,39 +48,42 @@ def compare(args: Namespace) -> int:
     def text(cell: Cell | None) -> str:
         if cell is None:
             return MISSING
-        mark, theirs = against(cell, args.results, args.reference)
+        mark, ours, theirs = against(cell, args.results, args.reference)
         marks.append(mark)
-        return f"{_percent(cell.accuracies)} {mark}" + (f" {_percent(theirs)}" if mark not in (EQUAL, NONE) else "")
+        both = f"{mark} {_percent(theirs)} ({len(theirs)} seed{'s' if len(theirs) > 1 else ''})" if theirs else mark
+        return f"{_percent(ours)} {both}"
 
     for table in build(args.results, args.preset, skipped.append):
         names = compact.column_names(table)
         rows = [(row_name(r), *(text(table.cells.get((r, c))) for c in table.columns)) for r in table.rows]
-        header = (f"{flat(table.preset)}: yours, reference", *names.values())
+        header = (f"{flat(table.preset)}: yours, reference (seeds of both)", *names.values())
         print(markdown([Grid(header, tuple(rows))]))
     shares = [f"{marks.count(m)} {words} ({m})" for m, words in MEANINGS.items() if m in marks or m in ALWAYS]
     print(f"{len(marks)} cells beside {args.reference}: {', '.join(shares)}")
-    for line in skipped:
-        report_skipped(line)
-    return 1 if skipped else 0
+    return report_all(skipped)
 
 
-def against(cell: Cell, results: Path, reference: Path) -> tuple[str, list[float]]:
-    """How a cell compares with that of the reference: a mark of MEANINGS, and the reference's accuracies."""
-    ours = {e.path.relative_to(results): read_record(e.path) for e in cell.runs}
-    folders = {reference / place.parent for place in ours}
-    theirs = {p.relative_to(reference): _read(p) for folder in folders for p in folder.glob("seed*.json")}
-    theirs = {place: record for place, record in theirs.items() if record}
-    accuracies = [_accuracies(records) for records in (ours, theirs)]
-    shared = ours.keys() & theirs.keys()
+Accuracies = list[float | None]  # of seeds, as fractions; None: the run failed
+
+
+def against(cell: Cell, results: Path, reference: Path) -> tuple[str, Accuracies, Accuracies]:
+    """How a cell compares with that of the reference: a mark of MEANINGS, and the accuracies of the seeds of both.
+
+    Without a seed of both: all accuracies of the cell, and none.
+    """
+    places = {e.path.relative_to(results): e for e in cell.runs}
+    theirs = {place: record for place in places if (record := _read(reference / place))}
+    ours = {place: read_record(places[place].path) for place in theirs or places}
+    mine, other = ([_accuracy(record) for record in records.values()] for records in (ours, theirs))
     if not theirs:
         mark = NONE
-    elif shared and all(_equal(ours[place], theirs[place]) for place in shared):
+    elif all(_equal(ours[place], theirs[place]) for place in theirs):
         mark = EQUAL
-    elif not all(accuracies):
-        mark = DIFFERENT  # every run of one side failed, not of the other
+    elif None in mine + other:
+        mark = DIFFERENT
     else:
-        mark = _mark(*accuracies, cell.runs[0].n_test)
-    return mark, list(accuracies[1].values())
+        mark = _mark(dict(zip(theirs, mine)), dict(zip(theirs, other)), cell.runs[0].n_test)
+    return mark, mine, other
 
 
 def equivalent(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -> tuple[str, Estimate, float]:
@@ -96,7 +100,7 @@ def equivalent(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -
 
 
 def _mark(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -> str:
-    if min(len(ours), len(theirs)) > 1:
+    if len(ours) > 1:
         verdict, _, _ = equivalent(ours, theirs, n)
         return {"reproduced": WITHIN, "disputed": DIFFERENT, "inconclusive": UNCLEAR}[verdict]
     mine, other = (mean_sd([*side.values()])[0] for side in (ours, theirs))
@@ -110,19 +114,19 @@ def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a["result"][key] == b["result"][key] for key in ("curve", "predictions_sha256"))
 
 
-def _accuracies(records: Mapping[Path, dict[str, Any]]) -> dict[Path, float]:
-    """Fractions of the runs that ended."""
-    ended = {place: record["result"] for place, record in records.items() if record["result"]}
-    return {place: result["n_correct"] / result["n_test"] for place, result in ended.items()}
+def _accuracy(record: dict[str, Any]) -> float | None:
+    result = record["result"]
+    return result["n_correct"] / result["n_test"] if result else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A record of the reference; None for a file that is none."""
+    """A record of the reference; None where there is none, and for a file that is none."""
     try:
         return read_record(path)
     except UsageError:
         return None
 
 
-def _percent(accuracies: Sequence[float]) -> str:
-    return f"{100 * mean_sd(accuracies)[0]:.1f}" if accuracies else "failed"
+def _percent(accuracies: Accuracies) -> str:
+    ended = [a for a in accuracies if a is not None]
+    return f"{100 * mean_sd(ended)[0]:.1f}" if ended else "failed"

@@ -68,17 +68,22 @@ class Uncertain:
     @property
     def low(self) -> float:
         """Lower end of the 95% interval."""
-        return max(self.limits[0], self.value - self._half(self.below, ALPHA))
+        return self.interval(ALPHA)[0]
 
     @property
     def high(self) -> float:
         """Upper end of the 95% interval."""
-        return min(self.limits[1], self.value + self._half(self.above, ALPHA))
+        return self.interval(ALPHA)[1]
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """The interval of 1 - level."""
+        low, high = self.value - self._half(self.below, level), self.value + self._half(self.above, level)
+        return max(self.limits[0], low), min(self.limits[1], high)
 
     def within(self, margin: float) -> bool:
         """Two one-sided tests (Schuirmann 1987): does the 90% interval lie inside +-margin?"""
-        low, high = self._half(self.below, 2 * ALPHA), self._half(self.above, 2 * ALPHA)
-        return -margin <= self.value - low and self.value + high <= margin
+        low, high = self.interval(2 * ALPHA)
+        return -margin <= low and high <= margin
 
     @property
     def p_value(self) -> float:
@@ -220,20 +225,6 @@ def paired(a: np.ndarray, b: np.ndarray) -> Uncertain:
     return replace(gap, value=float(a.mean() - b.mean()), below=noise, above=noise, freedom=n - 1)
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 10_000) -> Estimate:
-    """Gap of the accuracies of two runs, a - b, with the 95% percentile interval over redrawn test examples.
-
-    An example is redrawn for both runs together (Efron & Tibshirani 1993, ch. 8), so what it does to the gap,
-    -1, 0 or 1, is all that matters, and how often each is drawn is multinomial. a and b have one answer per
-    example. The same arguments give the same interval.
-    """
-    values, counts = np.unique(a.astype(int) - b.astype(int), return_counts=True)
-    n = len(a)
-    gaps = np.random.default_rng(0).multinomial(n, counts / n, size=draws) @ values / n
-    low, high = np.quantile(gaps, (ALPHA / 2, 1 - ALPHA / 2))
-    return Estimate(float(values @ counts / n), float(low), float(high))
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6:65), in their order.
 
@@ -261,12 +252,7 @@ def equivalence(a: Sequence[float], b: Sequence[float], within: float, paired: b
     The interval is the 90% one of Student's t, by pairs of equal seeds where `paired`, else by Welch. It lies
     within +-`within`: "reproduced"; wholly outside: "disputed"; across an end: "inconclusive".
     """
-    samples = [np.subtract(a, b)] if paired else [np.asarray(a, float), np.asarray(b, float)]
-    gap = float(np.mean(a) - np.mean(b))
-    variance, freedom = welch([(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in samples])
-    half = quantile(freedom, 2 * ALPHA) * math.sqrt(variance)
-    interval = Estimate(gap, gap - half, gap + half)
-    if -within <= interval.low and interval.high <= within:
-        return "reproduced", interval
-    outside = interval.low > within or interval.high < -within
-    return "disputed" if outside else "inconclusive", interval
+    gap = training(np.subtract(a, b)) if paired else difference(training(a), training(b))
+    low, high = gap.interval(2 * ALPHA)
+    outside = "disputed" if low > within or high < -within else "inconclusive"
+    return "reproduced" if gap.within(within) else outside, Estimate(gap.value, low, high)

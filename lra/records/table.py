@@ -32,11 +32,14 @@ LEGEND = (
     "the data; constant is a trained one: every token averages all tokens."
 )
 COSTS = (
-    "Relative to softmax: parameters / speed / peak memory. Speed is softmax's step time divided by the "
-    "method's (above 1 = faster), from interleaved steps of bench tasks (results/bench/tasks-{preset}.md), never "
-    "from the clock of a run, because other jobs may share the machine. Memory is compared only with softmax at the "
+    "Relative to softmax: parameters / speed / peak memory. {speed} Memory is compared only with softmax at the "
     "same settings, hardware, threads and precision."
 )
+SPEED = (
+    "Speed is softmax's step time divided by the method's (above 1 = faster), from interleaved steps of bench tasks "
+    "(bench/tasks-{preset}.md), never from the clock of a run, because other jobs may share the machine."
+)
+NO_SPEED = "Speed was not measured: python -m lra bench tasks --preset {preset} measures it."
 CSV_HEADER = (
     "task,dataset,substitute,preset,attention,overrides,seed,n_correct,n_test,accuracy,wilson_low,"
     "wilson_high,n_params_ratio,speed_ratio,peak_bytes,status,command"
@@ -50,7 +53,7 @@ def render(
     report: Callable[[str], None] = report_skipped,
     reproduced: Mapping[Path, object] | None = None,
 ) -> str:
-    """The records under a results folder as text; `form` is md, tex, csv or compact. Reports and raises as `build`.
+    """The records under a results folder as text; `form` is compact, long, tex or csv. Reports and raises as `build`.
 
     `reproduced`: what somebody else's runs say of a record, by the record's path relative to `results`.
     """
@@ -59,7 +62,7 @@ def render(
         return to_csv(tables)
     if form == "compact":
         return markup.markdown(compact.blocks(tables), compact.WIDTH)
-    documents = {"md": markup.markdown, "tex": markup.latex}
+    documents = {"long": markup.markdown, "tex": markup.latex}
     return documents[form]([*blocks(tables, reproduced), *measured.blocks(results), *published.blocks()])
 
 
@@ -118,8 +121,7 @@ def _preset(table: Table, reproduced: Mapping[Path, object]) -> list[Block]:
     compared = compare_all(table)
     for row in table.rows:
         cells = [_cell(table.cells.get((row, c)), compared.get((row, c, "softmax"))) for c in table.columns]
-        whole = [table.cells.get((row, c)) for c in table.averaged]
-        estimates = [cell.estimate for cell in whole if cell and cell.complete]
+        estimates = [cell.estimate for cell in table.whole(row, table.averaged)]
         rows.append((row_name(row), *cells, *_average(table, estimates)))
     header = ("attention", *(headers[c] for c in table.columns))
     remarks = (*footnote(compared), *_remarks(table, compared), *_reproductions(table, reproduced))
@@ -129,7 +131,7 @@ def _preset(table: Table, reproduced: Mapping[Path, object]) -> list[Block]:
         Heading(HEADINGS.get(table.preset) or table.preset),
         Grid((*header, *averages), tuple(rows)),
         *([Bullets(remarks)] if remarks else []),
-        Text(COSTS.format(preset=flat(table.preset))),
+        Text(COSTS.format(speed=(SPEED if table.speeds else NO_SPEED).format(preset=flat(table.preset)))),
         Grid(header, costs),
         Text(f"Runs were made on: {machines}."),
     ]
@@ -149,7 +151,7 @@ def _percent(estimate: Uncertain) -> str:
 def _cell(cell: Cell | None, compared: Comparison | None = None) -> str:
     if cell is None:
         return MISSING
-    seeds = max(cell.seeds, len(cell.runs))
+    seeds = cell.seeds
     parts = []
     if cell.ok:
         mean, sd = mean_sd(cell.accuracies)

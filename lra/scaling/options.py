@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lra.options import PLACES, PRESET, Command, at_least, option, size
+from lra.options import PRESET, WRITTEN, Command, at_least, option, size
 from lra.training.options import SOURCE, TRAINING
 
 GRID = (
@@ -26,7 +26,7 @@ COST = (
 )
 
 COMMANDS = {
-    "sweep": Command("lra.scaling.sweep:sweep", (*GRID, *EXECUTOR, PRESET, *SOURCE, AGAIN, *TRAINING, *PLACES)),
-    "cost": Command("lra.scaling.cost:cost", (*GRID, PRESET, *COST, *TRAINING, *PLACES)),
+    "sweep": Command("lra.scaling.sweep:sweep", (*GRID, *EXECUTOR, PRESET, *SOURCE, AGAIN, *TRAINING, *WRITTEN)),
+    "cost": Command("lra.scaling.cost:cost", (*GRID, PRESET, *COST, *TRAINING, *WRITTEN)),
     "doctor": Command("lra.scaling.doctor:doctor"),
 }

@@ -8,7 +8,7 @@ from argparse import Namespace
 from itertools import product
 
 from lra import registry
-from lra.machine import available_memory, cores, pick_device
+from lra.machine import available_memory, cores, pick_device, set_threads
 from lra.options import BUSY, STOPPED, UsageError
 from lra.records.record import Execution, record_path
 from lra.scaling import cluster
@@ -33,6 +33,8 @@ def sweep(args: Namespace) -> int:
         raise UsageError("--time-limit is for --executor here; --job-minutes limits a job")
     if args.executor == "slurm" and args.precision == "auto":
         raise UsageError("--executor slurm takes --precision fp32 or bf16: auto asks a device that is not known yet")
+    if args.executor == "here":
+        set_threads(args.threads)
     jobs, unprepared = grid(args)
     cells = {"missing": [], "done": [], "failed": [], "changed": []}
     for job in jobs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra.options import DATA, PLACES, PRESET, TASK, THREADS, Command, at_least, option
+from lra.options import DATA, PRESET, TASK, THREADS, WRITTEN, Command, at_least, option
 
 SOURCE = (
     option("--source", "embedded, hub or local (default: local with --data-dir, else the preset's)"),
@@ -41,7 +41,7 @@ COMMANDS = {
             PRESET,
             option("--again", "train anew what has a record; the old record is kept beside it", bool),
             *TRAINING,
-            *PLACES,
+            *WRITTEN,
         ),
     ),
 }

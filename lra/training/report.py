@@ -80,7 +80,9 @@ def outcome(record: dict[str, Any], path: Path) -> str:
     line = f"test {share(n_correct, n)}, 95% interval [{100 * low:.1f}, {100 * high:.1f}]; floors: {floors}"
     reference = REFERENCE / path.relative_to(path.parents[4])
     if reference.exists() and (other := read_record(reference)["result"]):
-        line += f"; reference: {share(other['n_correct'], other['n_test'])}"
+        n_seeds = len(list(reference.parent.glob("seed*.json")))
+        authors = f"the authors' run of this seed (results/reference, {n_seeds} seed{'s' if n_seeds > 1 else ''})"
+        line += f"; {authors}: {share(other['n_correct'], other['n_test'])}"
     return line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from tasks.store.files import remove_temporaries
 from tasks.store.prepared import Prepared
 
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")  # the newest, and the one before
+LONGEST = 100  # characters of a folder's name, before its digest
 
 
 class Interrupted(Exception):
@@ -101,13 +103,21 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
 
 
 def run_folder(runs: Path, run: Run) -> Path:
-    """runs/<task>/<attention>/<preset>/seed<k>. A run that differs from its preset (overrides, other data than
-    the preset's own source) adds a digest to <preset>, and +bf16+compiled+2-processes where its execution differs."""
-    own = run.manifest["source"] in ("generated", run.recipe.data.source)
-    plain = own and not run.overrides and run.val_rule == "held-out"
-    preset = run.preset if plain else f"{run.preset}-{replace(run, execution=Execution()).digest[:8]}"
-    name = "+".join((preset, *run.execution.words)).replace(" ", "-")
-    return Path(runs) / run.meta.name / run.attention.replace(":", "-") / name / f"seed{run.seed}"
+    """runs/<task>/<attention>/<preset>/seed<k>. A run that differs from its preset adds to <preset> what differs.
+
+    That is each override, another source of data, the validation rule: `smoke,encoder.positions=rotary`; and
+    +bf16+compiled+2-processes where its execution differs. The digest takes the place of what would be too long for
+    the name of a folder, or is no plain text.
+    """
+    source, rule = run.manifest["source"], run.val_rule
+    words = [run.preset, *(f"{key}={value}" for key, value in run.overrides.items())]
+    words += [] if source in ("generated", run.recipe.data.source) else [f"data={source}"]
+    words += [] if rule == "held-out" else [f"val-rule={rule}"]
+    name = ",".join(words)
+    plain = re.sub(r"[^\w.,=-]", "-", name)[:LONGEST]
+    recipe = name if name == plain else f"{plain}-{replace(run, execution=Execution()).digest[:8]}"
+    folder = "+".join((recipe, *run.execution.words)).replace(" ", "-")
+    return Path(runs) / run.meta.name / run.attention.replace(":", "-") / folder / f"seed{run.seed}"
 
 
 def check_unfinished(runs: Path, run: Run) -> None:

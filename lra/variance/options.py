@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra.options import DATA, RESULTS, RUNS, THREADS, TRUST, Command, at_least, option
+from lra.options import DATA, RESULTS, RUNS, THREADS, TRUST, Command, at_least, option, written
 
 SYNTHETIC = (
     option("--synthetic", "Gaussian q and k; what is measured when no source is given", bool),
@@ -32,6 +32,6 @@ MEASURE = (
     THREADS,
     option("--name", "of the files bench/NAME.*, figures/NAME-*", default="variance"),
     option("--redraw", "measure nothing: draw the figures of bench/NAME.json again", bool),
-    RESULTS,
+    written(RESULTS),
 )
 COMMANDS = {"variance": Command("lra.variance.commands:variance", (*SYNTHETIC, *SOURCE, *MEASURE, TRUST))}

@@ -84,11 +84,14 @@ def attach(
     `ignore_window`: a replaced window layer sees all earlier tokens. None: only where the kernel is not exact (no
     random-feature method has a window).
 
-    Raises ValueError for
+    Raises TypeError for a `build` that cannot be called, such as a name, and ValueError for
     * a kernel without a causal form,
     * a soft-capped model (Gemma 2: tanh is no exponential kernel), unless the kernel is exact or `ignore_softcap`,
     * a model with bidirectional attention, attention dropout or no attention interface.
     """
+    if not callable(build):
+        way_out = f"functools.partial(lra.registry.build_attention, {build!r})"
+        raise TypeError(f"attach takes a function that makes an attention, such as {way_out}; got {build!r}")
     found, config = text_layers(model), model.config
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError("this model attends in both directions; the bridge is for causal ones")

@@ -114,7 +114,7 @@ def _reusable(folder: Path, request: dict[str, Any], code: str) -> Prepared | No
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; what a killed process left beside the folder is cleared away.
 
-    Data in a folder that is read-only are used as they are.
+    Data in a folder that is read-only are used as they are. Without a folder at the end, its lock goes, too.
     """
     lock = FileLock(f"{folder}.lock")
     try:
@@ -131,6 +131,8 @@ def _locked(folder: Path) -> Iterator[None]:
             _clear(folder)
         yield
     finally:
+        if lock.is_locked and not folder.exists():
+            Path(lock.lock_file).unlink()  # a process that waits for it notices, and makes a new one
         lock.release()
 
 

@@ -35,7 +35,8 @@ def check(meta: Meta, name: str, split: Split, seq_len: int) -> None:
             if not least <= value <= most:
                 raise SourceError(f"{where}: {what} {value} is outside {least} to {most} ({source})")
         if values.dtype != dtype:
-            raise SourceError(f"{where}: the {what}s are {values.dtype}, expected {np.dtype(dtype)}")
+            limit = f"whole numbers up to {np.iinfo(dtype).max:,} (give rare ones one shared {what})"
+            raise SourceError(f"{where}: the {what}s are {values.dtype}, expected {np.dtype(dtype)}: {limit}")
 
 
 def disjoint(splits: Splits, towers: int) -> tuple[Splits, dict[str, int], dict[str, int]]:

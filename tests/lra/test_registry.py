@@ -110,8 +110,8 @@ def broken(tmp_path, monkeypatch):
         ("def f(:", "SyntaxError"),
         ("import no_such_module", "No module named 'no_such_module'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("x = 1", "has no Attention"),
-        ("class Attention: pass", "lacks Config, exact"),
+        ("x = 1", "models.attention.broken_one has no class Attention(AttentionBase) with a Config: docs"),
+        ("class Attention: pass", "models.attention.broken_one has no class Attention(AttentionBase)"),
     ],
 )
 def test_broken_attention_is_one_line_and_others_are_listed(text, said, broken, error_line, lab, capsys):
@@ -155,7 +155,7 @@ def test_adding_an_attention_is_one_file(lab, tmp_path, monkeypatch, capsys):
     assert record["model"]["attention_config"] == {"by": 2}
     assert main(["evaluate", str(lab.records()[0]), "--device=cpu", *lab.places]) == 0
     capsys.readouterr()
-    assert main(["table", "--results", str(lab.results)]) == 0
+    assert main(["table", "--format=long", "--results", str(lab.results)]) == 0
     assert "brand\\_new" in capsys.readouterr().out.replace("brand_new", "brand\\_new")
 
 

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from tqdm import tqdm
+
 from lra import registry
 from lra.options import UsageError
 from models.features import flash
@@ -46,10 +48,11 @@ def checks_of(case: Case, names: Iterable[str] = CHECKS) -> list[Check]:
     return [CHECKS[name] for name in names if CHECKS[name].applies(case)]
 
 
-def failures(case: Case, names: Iterable[str] = CHECKS) -> dict[str, str]:
-    """The named checks, of those that apply, that fail, with their first messages."""
+def failures(case: Case, names: Iterable[str] = CHECKS, shown: bool = False) -> dict[str, str]:
+    """The named checks, of those that apply, that fail, with their first messages. `shown`: with a bar."""
     messages: dict[str, str] = {}
-    for check in checks_of(case, names):
+    checks = checks_of(case, names)
+    for check in tqdm(checks, str(case), unit="check", leave=False, disable=None if shown else True):
         try:
             check(case)
         except Exception as error:  # whatever an unknown class raises is its failure
@@ -58,7 +61,7 @@ def failures(case: Case, names: Iterable[str] = CHECKS) -> dict[str, str]:
 
 
 def main(names: list[str]) -> int:
-    """Check each attention and print what fails; the exit code."""
+    """Check each attention and print what fails, a line for each variant as soon as it is known; the exit code."""
     flash.SMALL = 0  # small as the inputs are: through the fused kernels, as in tests/models/conftest.py
     broken = False
     for name in names:
@@ -69,11 +72,12 @@ def main(names: list[str]) -> int:
             return 2
         except Exception:  # a file that cannot be imported fails its check below
             pass
-        for case in variants(name):
-            messages = failures(case)
+        cases = variants(name)
+        for number, case in enumerate(cases, 1):
+            messages = failures(case, shown=True)
             broken |= bool(messages)
-            print(case, "FAILS" if messages else "holds")
-            print("".join(f"  {check}: {text}\n" for check, text in messages.items()), end="")
+            lines = [f"[{number} of {len(cases)}] {case} {'FAILS' if messages else 'holds'}"]
+            print("\n".join([*lines, *(f"  {check}: {text}" for check, text in messages.items())]), flush=True)
     return int(broken)
 
 

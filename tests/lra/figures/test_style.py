@@ -83,7 +83,7 @@ def drawn(path):
 
 def test_same_figure_is_the_same_bytes_without_a_date(tmp_path):
     svg, png = drawn(tmp_path / "one")
-    again = drawn(tmp_path / "two.svg")
+    again = drawn(tmp_path / "two")
     assert (svg.name, png.name) == ("one.svg", "one.png")
     assert [p.read_bytes() for p in (svg, png)] == [p.read_bytes() for p in again]
     text = svg.read_text()

@@ -488,6 +488,7 @@ def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, 
     [
         (["finetune", "--features=0"], "--features: must be numbers above 0, comma-separated; got 0"),
         (["finetune", "--features=8,x"], "--features"),
+        (["finetune", "--attention=performer,num_features=0"], "performer: num_features must be at least 1; got 0"),
         (["finetune", "--lr=0"], "--lr: must be a number above 0; got 0"),
         (["finetune", "--lr-kernel=nan"], "--lr-kernel: must be a number above 0"),
         (["finetune", "--tokens=60"], "less than one step"),

@@ -31,8 +31,9 @@ def test_substitutes_failures_missing_cells_and_open_runs_are_marked(tmp_path):
     table, text = rows(tmp_path)
     assert table["method"] == ["listops", "image (substitute)"]
     assert table["softmax"] == ["–", "34.0 ± 1.5 (1/2)"]
-    assert table["linformer"] == ["34.0 ± 1.5 †", "failed 2/2"]
-    assert "†: outside lra-v1." in text and "2/3: " in text and "image: substitute: digits, 100 tokens" in text
+    assert table["linformer"] == ["34.0 ± 1.5 (1) †", "failed 2/2"]
+    assert "†: outside lra-v1." in text and "2 seeds. " in text and "(1): a cell of one seed" in text
+    assert "(2/3): " in text and "image: substitute: digits, 100 tokens" in text
 
 
 def test_two_data_sets_of_one_task_are_told_apart(tmp_path):
@@ -47,7 +48,7 @@ def test_changed_runs_stay_in_the_wide_table_and_are_counted(tmp_path):
     put(tmp_path, overrides={"train.lr": "1e-4"}, lr=1e-4)
     table, text = rows(tmp_path)
     assert list(table) == ["method", "majority", "shortcut", "softmax"]
-    assert "1 rows with changed options: see the wide table." in text
+    assert "Rows with changed options: 1, shown by table --format long." in text
 
 
 def test_no_line_is_wider_than_110_characters(tmp_path):

@@ -38,15 +38,17 @@ def compared(tmp_path, capsys):
 
 
 CASES = {
-    "the same runs": ((1360, 1380, 1400), (1360, 1380, 1400), "34.5 ="),
-    "a seed less": ((1360,), (1360, 1380, 1400), "34.0 ="),
-    "one seed, a gap within the margin": ((1360,), (1380,), "34.0 ≈ 34.5"),
-    "one seed, a gap beyond the margin": ((1360,), (1500,), "34.0 ≠ 37.5"),
-    "seeds that are equivalent": ((1360, 1370, 1380), (1361, 1371, 1379), "34.2 ≈ 34.3"),
-    "seeds that are not": ((1360, 1370, 1380), (1560, 1570, 1581), "34.2 ≠ 39.3"),
-    "seeds that spread too far to tell": ((1200, 1370, 1500), (1300, 1250, 1600), "33.9 ? 34.6"),
-    "failures of one kind": ((None,), (None,), "failed ="),
-    "a failure where the reference ends": ((None,), (1360,), "failed ≠ 34.0"),
+    "the same runs": ((1360, 1380, 1400), (1360, 1380, 1400), "34.5 = 34.5 (3 seeds)"),
+    "a seed less": ((1360,), (1360, 1380, 1400), "34.0 = 34.0 (1 seed)"),
+    "a seed more, which is not compared": ((1360, 3000), (1360,), "34.0 = 34.0 (1 seed)"),
+    "one seed, a gap within the margin": ((1360,), (1380,), "34.0 ≈ 34.5 (1 seed)"),
+    "one seed, a gap beyond the margin": ((1360,), (1500,), "34.0 ≠ 37.5 (1 seed)"),
+    "seeds that are equivalent": ((1360, 1370, 1380), (1361, 1371, 1379), "34.2 ≈ 34.3 (3 seeds)"),
+    "seeds that are not": ((1360, 1370, 1380), (1560, 1570, 1581), "34.2 ≠ 39.3 (3 seeds)"),
+    "seeds that spread too far to tell": ((1200, 1370, 1500), (1300, 1250, 1600), "33.9 ? 34.6 (3 seeds)"),
+    "failures of one kind": ((None,), (None,), "failed = failed (1 seed)"),
+    "a failure where the reference ends": ((None,), (1360,), "failed ≠ 34.0 (1 seed)"),
+    "no reference": ((1360, 1380), (), "34.2 –"),
 }
 
 
@@ -62,7 +64,7 @@ def test_another_curve_with_the_same_predictions_is_not_bit_for_bit(tmp_path, co
     runs(tmp_path / "mine", 1360, curve=0.5)
     runs(tmp_path / "theirs", 1360, curve=0.5000001)
     row, last = compared()
-    assert row == "34.0 ≈ 34.0"
+    assert row == "34.0 ≈ 34.0 (1 seed)"
     assert last.endswith("0 equal bit for bit (=), 1 within seed noise (≈), 0 different (≠)")
 
 

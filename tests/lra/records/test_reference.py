@@ -16,9 +16,9 @@ REFERENCE = ROOT / "results" / "reference"
 
 def test_the_wide_tables_are_what_the_records_say():
     text = (REFERENCE / "TABLE.md").read_text()
-    made = render(REFERENCE, "md", None, pytest.fail, reproductions(REFERENCE))
+    made = render(REFERENCE, "long", None, pytest.fail, reproductions(REFERENCE))
     assert refresh_block(text, "results", made) == text, (
-        "run: python -m lra table --results results/reference --write results/reference/TABLE.md"
+        "run: python -m lra table --results results/reference --format long --write results/reference/TABLE.md"
     )
 
 
@@ -26,7 +26,7 @@ def test_the_table_of_the_readme_is_what_the_records_say():
     text = (ROOT / "README.md").read_text()
     made = render(REFERENCE, "compact", ["small"], pytest.fail)
     assert refresh_block(text, "results", made) == text, (
-        "run: python -m lra table --results results/reference --preset small --compact --write README.md"
+        "run: python -m lra table --results results/reference --preset small --write README.md"
     )
 
 

@@ -51,7 +51,7 @@ def test_comparisons_with_constant_belong_to_the_family(grid_of_runs, tmp_path):
     assert [c.adjusted for c in compared.values()] == holm([c.p for c in compared.values()])
     assert (
         "for all 7 comparisons of this table: 4 with softmax (1 above, 1 below) and 3 with constant (1 above, 1 below)"
-        in render(tmp_path, "md")
+        in render(tmp_path, "long")
     )
 
 
@@ -61,7 +61,7 @@ def test_with_one_seed_each_the_test_is_mcnemars_and_no_cell_is_bold(tmp_path):
     (comparison,) = compare_all(table).values()
     assert comparison.p == mcnemar(int((other & ~softmax).sum()), int((softmax & ~other).sum()))
     assert (comparison.verdict, comparison.face) == ("above", None)
-    assert "**" not in render(tmp_path, "md")
+    assert "**" not in render(tmp_path, "long")
 
 
 def test_a_single_seed_is_not_tested_against_several(tmp_path):
@@ -92,14 +92,14 @@ def test_a_tie_is_shown_by_equivalence_and_not_by_the_lack_of_a_difference(tmp_p
         said[name] = comparison.verdict
         assert comparison.verdict != "ties" or comparison.gap.within(comparison.margin)
     assert said == {"alike": "ties", "scattered": "untold", "single": "untold"}
-    assert "constant ties softmax within 3.1 points (softmax − constant: " in render(tmp_path / "alike", "md")
-    assert "constant is not told apart from softmax (" in render(tmp_path / "scattered", "md")
-    assert "this compares two runs, not two methods" in render(tmp_path / "single", "md")
+    assert "constant ties softmax within 3.1 points (softmax − constant: " in render(tmp_path / "alike", "long")
+    assert "constant is not told apart from softmax (" in render(tmp_path / "scattered", "long")
+    assert "this compares two runs, not two methods" in render(tmp_path / "single", "long")
 
 
 def test_bold_is_above_softmax_italics_below_and_equals_stay_plain(grid_of_runs, tmp_path):
     assert verdicts(tmp_path) == {"performer": "above", "linformer": "below", "darkformer": None}
-    text = render(tmp_path, "md")
+    text = render(tmp_path, "long")
     cells = {name: only(row) for name, row in grid(text).items()}
     assert cells["performer"].startswith("**6") and cells["performer"].endswith("]**")
     assert cells["linformer"][:2] == "*2" and cells["linformer"].endswith("]*")
@@ -113,7 +113,7 @@ def test_nothing_is_bold_with_fewer_than_three_seeds_of_either(tmp_path):
         if seed < 2:
             run(tmp_path, "performer", seed, 0.9)
     assert verdicts(tmp_path) == {"performer": None}
-    assert "**" not in render(tmp_path, "md") and "Bold" not in render(tmp_path, "md")
+    assert "**" not in render(tmp_path, "long") and "Bold" not in render(tmp_path, "long")
 
 
 def test_a_failed_seed_does_not_count(tmp_path):

@@ -19,7 +19,6 @@ from lra.records.stats import (
     mean_sd,
     over_seeds,
     paired,
-    paired_bootstrap,
     proportion,
     quantile,
     welch,
@@ -282,18 +281,6 @@ def test_seeds_that_scatter_make_the_paired_test_doubt():
     steady, wild = answers(3), np.vstack([answers(1, p=p, seed=k) for k, p in enumerate((0.4, 0.5, 0.9))])
     low = answers(3, p=0.5, seed=5)
     assert paired(steady, low).p_value < 0.05 < 0.2 < paired(wild, low).p_value
-
-
-def test_paired_bootstrap_agrees_with_that_of_scipy():
-    a, b = answers(2)[0], answers(2, p=0.55, seed=1)[1]
-    mine = paired_bootstrap(a, b)
-    d = a.astype(float) - b
-    theirs = scipy_stats.bootstrap(
-        (d,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    assert mine.value == pytest.approx(d.mean())
-    assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), abs=0.002)
-    assert paired_bootstrap(a, b) == mine and paired_bootstrap(a, a) == (0.0, 0.0, 0.0)
 
 
 def test_holm_by_hand():

@@ -21,7 +21,7 @@ from tests.lra.builders import FIVE, answer, grid, only, put
 
 def test_empty_results_folder_says_so_instead_of_a_table(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        text = render(folder, "md")
+        text = render(folder, "long")
         assert text.startswith("No results yet")
         assert "| attention |" not in text
         assert to_csv(build(folder)).count("\n") == 1
@@ -29,21 +29,21 @@ def test_empty_results_folder_says_so_instead_of_a_table(tmp_path):
 
 def test_one_seed_shows_its_count_and_wilson_interval(tmp_path):
     put(tmp_path)
-    assert only(grid(render(tmp_path, "md"))["softmax"]) == "34.0 (1) [32.5, 35.5]"
+    assert only(grid(render(tmp_path, "long"))["softmax"]) == "34.0 (1) [32.5, 35.5]"
 
 
 def test_three_seeds_show_mean_sample_sd_count_and_interval(tmp_path):
     for seed, correct in enumerate((1328, 1360, 1392)):  # 33.2, 34.0, 34.8
         put(tmp_path, seed=seed, correct=correct)
     # Cochran and Cox: a 0.74 and 0.76 (Wilson), b 0.8 / sqrt 3 = 0.46, t* 2.62 and 2.60
-    assert only(grid(render(tmp_path, "md"))["softmax"]) == "34.0 ± 0.8 (3) [31.7, 36.3]"
+    assert only(grid(render(tmp_path, "long"))["softmax"]) == "34.0 ± 0.8 (3) [31.7, 36.3]"
 
 
 def test_substitute_data_never_shares_a_column_with_the_real_set(tmp_path):
     put(tmp_path, "image", dataset="CIFAR-10", data="real", correct=1000)
     put(tmp_path, "image", dataset="digits", substitute=True, data="digits", correct=3000)
     put(tmp_path, "image", "performer", dataset="digits", substitute=True, data="digits", correct=2000)
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     real, digits = table["softmax"]
     assert (real, digits) == ("image<br>CIFAR-10<br>100 tokens", "image<br>substitute: digits<br>100 tokens")
     assert [c.split()[0] for c in table["softmax"].values()] == ["25.0", "75.0"]
@@ -64,14 +64,14 @@ def test_fp32_and_bf16_stand_in_columns_of_their_own_and_fp32_is_averaged(tmp_pa
 def test_substitute_of_the_same_name_still_has_its_own_column(tmp_path):
     put(tmp_path, "retrieval", dataset="AAN", data="same")
     put(tmp_path, "retrieval", dataset="AAN", data="same", substitute=True, source="embedded")
-    headers = list(grid(render(tmp_path, "md"))["softmax"])
+    headers = list(grid(render(tmp_path, "long"))["softmax"])
     assert headers == ["retrieval<br>AAN<br>100 tokens", "retrieval<br>substitute: AAN<br>100 tokens"]
 
 
 def test_different_splits_of_one_data_set_never_share_a_column(tmp_path):
     put(tmp_path, "text", data="one")
     put(tmp_path, "text", "performer", data="two")
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     assert len(set(table["softmax"])) == 2
     assert sorted(c.split()[0] for c in table["softmax"].values()) == ["34.0", "–"]
 
@@ -79,7 +79,7 @@ def test_different_splits_of_one_data_set_never_share_a_column(tmp_path):
 def test_same_examples_from_hub_and_disk_are_the_same_data(tmp_path):
     put(tmp_path, "text", seed=0, source="hub")
     put(tmp_path, "text", seed=1, source="local")
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     assert len(table["majority"]) == 1
     (cell,) = table["softmax"].values()
     assert "(2)" in cell
@@ -89,19 +89,19 @@ def test_presets_and_tasks_come_in_order_under_labelled_headings(tmp_path):
     for preset in ("paper", "tiny", "smoke"):
         for task in ("zebra", "pathfinder", "apple", "text"):
             put(tmp_path, task, preset=preset, data=preset)
-    text = render(tmp_path, "md")
+    text = render(tmp_path, "long")
     headings = [line for line in text.splitlines() if line.startswith("### ")]
     assert headings[1] == "### smoke runs: they show that everything runs, not accuracy"
     assert [h.split()[1].rstrip(":") for h in headings] == ["paper", "smoke", "tiny", "Published,"]
     names = [h.split("<br>")[0] for h in grid(text, preset="tiny")["softmax"]]
     assert names == ["text", "pathfinder", "apple", "zebra"]
-    assert "### paper" not in render(tmp_path, "md", ["tiny"])
+    assert "### paper" not in render(tmp_path, "long", ["tiny"])
 
 
 def test_rows_are_floors_then_constant_then_softmax_then_by_name(tmp_path):
     for attention in ("performer", "softmax", "linformer", "constant"):
         put(tmp_path, attention=attention, floors={"majority": 0.169, "root operator": 0.254, "digits": 0.2})
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     assert list(table) == ["majority", "shortcut", "constant", "softmax", "linformer", "performer"]
     assert only(table["majority"]) == "16.9 [15.8, 18.1]"
     assert only(table["shortcut"]) == "25.4 root operator [24.1, 26.8]"
@@ -112,7 +112,7 @@ def test_runs_with_overrides_have_their_own_row(tmp_path):
     wide = {"num_features": 256}
     put(tmp_path, attention="performer", overrides={"attention.num_features": "256"}, config=wide)
     put(tmp_path, attention="performer", val_rule="legacy", seed=1)
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     plain, *changed = list(table)[2:]
     assert plain == "performer"
     assert changed == ["performer [attention.num_features=256]", "performer [val-rule=legacy]"]
@@ -124,7 +124,7 @@ def test_configurations_that_differ_without_overrides_do_not_share_a_cell(tmp_pa
     put(tmp_path, attention="performer", config={"num_features": 32, "eps": 0})
     put(tmp_path, lr=1e-3)
     put(tmp_path, lr=1e-4)
-    rows = list(grid(render(tmp_path, "md")))[2:]
+    rows = list(grid(render(tmp_path, "long")))[2:]
     assert rows[:2] == ["softmax [train.lr=0.0001]", "softmax [train.lr=0.001]"]
     assert rows[2:] == ["performer [attention.num_features=32]", "performer [attention.num_features=64]"]
 
@@ -135,7 +135,7 @@ def test_missing_cells_and_missing_seeds_are_shown(tmp_path):
     put(tmp_path, "text")
     put(tmp_path, attention="performer")
     put(tmp_path, attention="performer", seed=2)
-    listops, text = grid(render(tmp_path, "md"))["performer"].values()
+    listops, text = grid(render(tmp_path, "long"))["performer"].values()
     assert listops.startswith("34.0 ± 0.0 (2/3 seeds) [")
     assert text == "–"
 
@@ -144,7 +144,7 @@ def test_more_seeds_of_a_changed_run_do_not_make_the_default_rows_incomplete(tmp
     put(tmp_path)
     for seed in range(2):
         put(tmp_path, seed=seed, overrides={"train.lr": "1e-4"})
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     assert only(table["softmax"]).startswith("34.0 (1) ")
     assert only(table["softmax [train.lr=1e-4]"]).startswith("34.0 ± 0.0 (2) ")
 
@@ -153,7 +153,7 @@ def test_failed_seeds_are_shown_with_their_reason(tmp_path):
     for seed in range(3):
         put(tmp_path, seed=seed, failed="loss is not finite at step 37" if seed == 1 else None)
         put(tmp_path, attention="linformer", seed=seed, failed="a | b")
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     done, failed = only(table["softmax"]).split("<br>")
     assert done.startswith("34.0 ± 0.0 (2/3 seeds) [")
     assert failed == "failed 1/3: loss is not finite at step 37"
@@ -163,10 +163,10 @@ def test_failed_seeds_are_shown_with_their_reason(tmp_path):
 def test_rows_with_different_seeds_are_remarked(tmp_path):
     put(tmp_path, seed=0)
     put(tmp_path, attention="performer", seed=0)
-    assert "same seeds" not in render(tmp_path, "md")
+    assert "same seeds" not in render(tmp_path, "long")
     put(tmp_path, seed=1)
     put(tmp_path, attention="performer", seed=2)
-    assert "* listops, 100 tokens: the rows were not run with the same seeds." in render(tmp_path, "md")
+    assert "* listops, 100 tokens: the rows were not run with the same seeds." in render(tmp_path, "long")
 
 
 def test_averages_exist_only_over_complete_rows(tmp_path):
@@ -175,7 +175,7 @@ def test_averages_exist_only_over_complete_rows(tmp_path):
         if task != "image":
             put(tmp_path, task, "performer")
         put(tmp_path, task, "linformer", failed="no" if task == "text" else None)
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     assert table["softmax"]["average"] == "30.0 [29.4, 30.6]"
     assert table["performer"]["average"] == table["linformer"]["average"] == "–"
     assert table["majority"]["average"].startswith("16.9 [")
@@ -188,7 +188,7 @@ def test_a_row_that_lacks_a_seed_has_no_average(tmp_path):
             put(tmp_path, task, seed=seed)
             if (task, seed) != ("text", 1):
                 put(tmp_path, task, "performer", seed=seed)
-    table = grid(render(tmp_path, "md"))
+    table = grid(render(tmp_path, "long"))
     assert table["softmax"]["average"].startswith("34.0 [")
     assert table["performer"]["average"] == "–"
 
@@ -196,14 +196,14 @@ def test_a_row_that_lacks_a_seed_has_no_average(tmp_path):
 def test_no_average_column_without_all_five_tasks(tmp_path):
     for task in FIVE[:4]:
         put(tmp_path, task)
-    assert not any("average" in header for header in grid(render(tmp_path, "md"))["softmax"])
+    assert not any("average" in header for header in grid(render(tmp_path, "long"))["softmax"])
 
 
 def test_average_takes_real_data_first_and_names_its_substitutes(tmp_path):
     for task in FIVE:
         put(tmp_path, task, substitute=task == "retrieval", correct=2000)
     put(tmp_path, "image", dataset="digits", data="digits", substitute=True, correct=4000)
-    text = render(tmp_path, "md")
+    text = render(tmp_path, "long")
     row = grid(text)["softmax"]
     assert row["average<br>of 5 columns,<br>1 with substitutes"].startswith("50.0 [")
     assert "image, CIFAR-10, 100 tokens; pathfinder, 100 tokens." in text
@@ -213,7 +213,7 @@ def test_dagger_marks_runs_outside_the_closed_protocol(tmp_path):
     put(tmp_path, attention="linformer", params=1.11)
     put(tmp_path, attention="performer", params=1.10)
     put(tmp_path, attention="skyformer", protocol="open")
-    text = render(tmp_path, "md")
+    text = render(tmp_path, "long")
     marked = [name for name, cells in grid(text).items() if "†" in only(cells)]
     assert marked == ["linformer", "skyformer"]
     assert only(grid(text, 1)["linformer"]).startswith("1.11 † / ")
@@ -228,7 +228,7 @@ def test_a_column_whose_attention_is_not_shown_to_matter_says_so_with_the_gap(tm
     for task, k in (("text", 1030), ("listops", 1200)):
         answer(put(tmp_path, task, attention="constant"), share(1000))
         answer(put(tmp_path, task), share(k) & ~share(20))
-    (remark,) = [line for line in render(tmp_path, "md").splitlines() if "measure attention" in line]
+    (remark,) = [line for line in render(tmp_path, "long").splitlines() if "measure attention" in line]
     assert remark == (
         "* text, IMDb, 100 tokens: constant is not told apart from softmax (softmax − constant: 0.5 points, "
         "[-0.2, 1.2], p 0.2 by Holm), so this column is not shown to measure attention at this size. "
@@ -239,7 +239,7 @@ def test_a_column_whose_attention_is_not_shown_to_matter_says_so_with_the_gap(tm
 def test_where_another_attention_beats_constant_the_fault_is_said_to_be_softmaxs(tmp_path):
     for attention, k in (("constant", 1000), ("softmax", 1002), ("linformer", 1300)):
         answer(put(tmp_path, attention=attention), share(k))
-    text = render(tmp_path, "md")
+    text = render(tmp_path, "long")
     assert "to measure attention" not in text
     assert "softmax is not shown to use attention here (above constant: linformer)" in text
 
@@ -248,20 +248,20 @@ def test_seeds_that_scatter_are_not_told_apart_where_one_seed_would_be(tmp_path)
     for seed, k in enumerate((1000, 1700)):
         answer(put(tmp_path, attention="constant", seed=seed), share(1000 + seed))
         answer(put(tmp_path, seed=seed), share(k))
-    assert "constant is not told apart from softmax" in render(tmp_path, "md")
+    assert "constant is not told apart from softmax" in render(tmp_path, "long")
 
 
 def test_nothing_is_said_of_averaging_without_predictions(tmp_path):
     put(tmp_path, attention="constant")
     put(tmp_path)
-    (remark,) = [line for line in render(tmp_path, "md").splitlines() if "softmax − constant" in line]
+    (remark,) = [line for line in render(tmp_path, "long").splitlines() if "softmax − constant" in line]
     assert "0.0 points, [-2.1, 2.1]; not tested, because" in remark
 
 
 def test_a_column_whose_examples_share_documents_says_by_how_much_its_intervals_are_too_narrow(tmp_path):
     put(tmp_path, "retrieval", dataset="Python imports (substitute for AAN)", substitute=True)
     put(tmp_path, "text")
-    (remark,) = [line for line in render(tmp_path, "md").splitlines() if "share documents" in line]
+    (remark,) = [line for line in render(tmp_path, "long").splitlines() if "share documents" in line]
     assert remark.startswith("* retrieval") and "1.49 times the binomial" in remark
     assert "retrieval: examples share documents" in " ".join(render(tmp_path, "compact").split())
 
@@ -269,7 +269,7 @@ def test_a_column_whose_examples_share_documents_says_by_how_much_its_intervals_
 def test_softmax_that_does_not_clear_the_highest_floor_is_remarked(tmp_path):
     put(tmp_path, floors={"majority": 0.169, "root operator": 0.33})
     put(tmp_path, "text", floors={"majority": 0.169, "bag of bytes": 0.32})
-    (remark,) = (line for line in render(tmp_path, "md").splitlines() if "does not clear" in line)
+    (remark,) = (line for line in render(tmp_path, "long").splitlines() if "does not clear" in line)
     assert remark == (
         "* listops, 100 tokens: softmax, [32.5, 35.5], does not clear the highest floor, "
         "root operator at 33.0 (a floor keeps no answers: no paired test)."
@@ -285,7 +285,7 @@ def test_costs_are_ratios_to_softmax_on_the_same_machine(tmp_path):
         put(tmp_path, attention="performer", seed=seed, speed=1.7, peak=150, params=1.02)
     put(tmp_path, attention="linformer", speed=2.0, peak=150, threads=8)
     put(tmp_path, attention="constant")
-    costs = {name: only(cells) for name, cells in grid(render(tmp_path, "md"), 1).items()}
+    costs = {name: only(cells) for name, cells in grid(render(tmp_path, "long"), 1).items()}
     assert costs["softmax"] == "1.00 / 1.00 / 1.00"
     assert costs["performer [train.lr=1]"] == "1.00 / – / 0.25"  # against softmax at that setting
     assert costs["performer"] == "1.02 / 1.70 / 0.50"
@@ -295,24 +295,24 @@ def test_costs_are_ratios_to_softmax_on_the_same_machine(tmp_path):
 
 def test_runs_with_uncommitted_changes_have_a_footnote(tmp_path):
     put(tmp_path)
-    assert "uncommitted" not in render(tmp_path, "md")
+    assert "uncommitted" not in render(tmp_path, "long")
     put(tmp_path, attention="performer", dirty=True)
     note = "* 1 of 2 runs were made with uncommitted changes in the code: listops/performer."
-    assert note in render(tmp_path, "md")
+    assert note in render(tmp_path, "long")
 
 
 def test_published_numbers_stand_once_in_their_own_block_after_the_tables(tmp_path):
     for preset in ("smoke", "small"):
         put(tmp_path, preset=preset, attention="performer", data=preset)
-    ours, theirs = render(tmp_path, "md").split("### Published, not rerun")
+    sources, (ours, theirs) = published.read(), render(tmp_path, "long").split("### Published, not rerun")
     assert "18.01" not in ours
     assert "| Performer | 18.01 | 65.40 | 53.82 | 42.77 | 77.05 | 51.41 |" in theirs
     assert "deterministic ReLU features" in theirs
-    assert all(p.citation in theirs and p.caveat in theirs for p in (*published.ACCURACY, published.SPEED))
+    assert all(p["citation"] in theirs and p["caveat"] in theirs for p in (*sources["accuracy"], sources["speed"]))
 
 
 def test_published_averages_match_those_the_original_paper_prints():
-    rows = published.ACCURACY[0].rows
+    rows = published.read()["accuracy"][0]["rows"]
     printed = {"Local attention": 46.06, "Linear Transformer": 50.55, "Reformer": 50.67, "Linformer": 51.36,
                "Performer": 51.41, "Synthesizer": 52.88}  # fmt: skip
     for name, average in printed.items():
@@ -333,7 +333,7 @@ def test_regenerating_from_the_same_records_gives_the_same_bytes(tmp_path):
 def test_names_from_records_cannot_break_the_table_or_the_page(tmp_path):
     name = "a|b\n<!-- results:end --> **c** [d](e)"
     put(tmp_path, "text", "performer", dataset=name, overrides={"train.lr": "1|0\n"}, failed="<img> | no")
-    text = render(tmp_path, "md")
+    text = render(tmp_path, "long")
     table = grid(text)
     (header,) = table["majority"]
     assert "a\\|b &lt;!-- results:end --&gt; \\*\\*c\\*\\* [d\\](e)" in header
@@ -363,7 +363,7 @@ def test_block_replaces_what_stands_between_the_markers_and_nothing_else():
 
 def test_writing_keeps_a_readme_around_its_block_and_refuses_one_without_markers(tmp_path):
     put(tmp_path)
-    text = render(tmp_path, "md")
+    text = render(tmp_path, "long")
     readme, fresh = tmp_path / "README.md", tmp_path / "results" / "TABLE.md"
     readme.write_text("# Title\n")
     with pytest.raises(UsageError, match="README.md: .*<!-- results:begin -->"):
@@ -397,7 +397,7 @@ DOCUMENT = [
 def test_tables_come_in_every_format_with_the_same_cells(tmp_path):
     for seed in (0, 1):
         put(tmp_path, seed=seed, speed=1.5, floors={"majority": 0.2, "bag": 0.3})
-    for form, interval in (("md", "[32.5, 35.5]"), ("tex", "{[}32.5, 35.5{]}")):
+    for form, interval in (("long", "[32.5, 35.5]"), ("tex", "{[}32.5, 35.5{]}")):
         text = render(tmp_path, form)
         for cell in ("softmax", "34.0", interval, "30.0 bag", "majority", "published", "18.01"):
             assert cell in text, (form, cell)

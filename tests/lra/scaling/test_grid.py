@@ -61,7 +61,7 @@ def test_table_is_the_same_bytes_every_time(grid, capsys):
     texts = []
     for _ in range(2):
         capsys.readouterr()
-        assert main(["table", "--results", str(grid.results)]) == 0
+        assert main(["table", "--format=long", "--results", str(grid.results)]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     for name in (*attention_names(), *task_names(), "majority"):

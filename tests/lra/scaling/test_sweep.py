@@ -108,6 +108,7 @@ def test_jobs_share_the_cores(sweep, processes, monkeypatch):
     assert sweep("--seeds=3", "--jobs=2") == 0
     assert {threads for _, threads in processes.started} == {4}
     processes.started.clear()
+    monkeypatch.setattr(lra.machine, "cores", lambda: 8)
     assert sweep("--seeds=3", "--jobs=2", "--threads=3") == 0
     assert {threads for _, threads in processes.started} == {3}
 

@@ -31,7 +31,8 @@ def test_header_and_end_name_what_a_reader_wants_to_know(lab, other, capsys, mon
         r"curves .*python -m lra tensorboard --runs",
         rf"next +python -m lra table --results {lab.results}",
         rf"^test [\d.]+% \({result['n_correct']}/23\), 95% interval \[[\d.]+, [\d.]+\]; floors: majority [\d.]+; "
-        rf"reference: [\d.]+% \({result['n_correct']}/23\)$",
+        r"the authors' run of this seed \(results/reference, 1 seed\): "
+        rf"[\d.]+% \({result['n_correct']}/23\)$",
     )
     for line, pattern in zip(lines, expected, strict=True):
         assert re.search(pattern, line), line

@@ -340,14 +340,24 @@ def test_other_data_than_the_presets_own_have_a_runs_folder_of_their_own(lab, so
     elsewhere = replace(run, manifest=run.manifest | {"source": source})
     assert lra.training.train.run_folder(lab.runs, run) == lab.runs / "tiny" / "softmax" / "smoke" / "seed0"
     folder = lra.training.train.run_folder(lab.runs, elsewhere)
-    assert folder == lab.runs / "tiny" / "softmax" / f"smoke-{elsewhere.digest[:8]}" / "seed0"
+    assert folder == lab.runs / "tiny" / "softmax" / f"smoke,data={source}" / "seed0"
+
+
+def test_a_run_with_overrides_has_a_folder_named_by_them(lab):
+    run, _ = new_run(lab)
+    names = []
+    for value in ("2", "x/../" + "y" * 300, "x/../" + "y" * 301):
+        changed = replace(run, overrides={"attention.by": value, "train.lr": "0.1"}, val_rule="legacy")
+        names.append(lra.training.train.run_folder(lab.runs, changed).relative_to(lab.runs / "tiny" / "softmax").parts)
+    assert names[0] == ("smoke,attention.by=2,train.lr=0.1,val-rule=legacy", "seed0")
+    assert len(set(names)) == 3 and {len(parts) for parts in names} == {2} and max(len(n[0]) for n in names) < 120
 
 
 def test_unwritable_results_folder_is_noticed_before_training(lab, at_step, error_line, tmp_path):
     at_step(0, lambda trainer: pytest.fail("trained before noticing"))
     (tmp_path / "file").write_text("")
     lab.results = tmp_path / "file" / "results"
-    assert str(tmp_path / "file") in error_line(*lab.words())
+    assert f"--results: cannot write to {lab.results}" in error_line(*lab.words())
 
 
 @pytest.mark.parametrize("runs", [True, False])

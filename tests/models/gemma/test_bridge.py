@@ -183,6 +183,8 @@ def test_detach_leaves_the_model_and_its_config_as_they_were(layers, tmp_path):
 
 def test_a_model_that_is_no_gemma_is_refused():
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)
+    with pytest.raises(TypeError, match=r"functools.partial\(lra.registry.build_attention, 'darkformer'\)"):
+        bridge.attach(None, "darkformer", [1])
     with pytest.raises(ValueError, match="gpt2"):
         plug(transformers.GPT2LMHeadModel(config))
 

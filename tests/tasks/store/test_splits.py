@@ -44,7 +44,11 @@ BAD = {
     "beyond the vocabulary": ([[1, 2], [3], [5], [1]], [0, 2], "token id 5 is outside 1 to 4"),
     "beyond uint16": ([[1, 65_537], [3], [4], [1]], [0, 2], "token id 65537 is outside 1 to 4"),
     "negative": ([[1, -65_535], [3], [4], [1]], [0, 2], "token id -65535 is outside"),
-    "fractions": ([[1, 2.5], [3], [4], [1]], [0, 2], "the token ids are float64, expected uint16"),
+    "fractions": (
+        [[1, 2.5], [3], [4], [1]],
+        [0, 2],
+        "the token ids are float64, expected uint16: whole numbers up to 65,535 (give",
+    ),
     "not a number": ([[1, np.nan], [3], [4], [1]], [0, 2], "token id nan is outside"),
     "beyond the classes": ([[1, 2], [3], [4], [1]], [0, 3], "label 3 is outside 0 to 2 (META.classes)"),
     "beyond uint8": ([[1, 2], [3], [4], [1]], [0, 256], "label 256 is outside 0 to 2"),
