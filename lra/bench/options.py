@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lra.options import DATA, DEVICE, PRESET, THREADS, Command, at_least, option
+from lra.options import DATA, DEVICE, PRESET, RUNS, THREADS, Command, at_least, option
 
 REPORT = option("--results", "folder whose bench/ gets the report", Path, Path("results"))
 SIZE = option("--features", "features, landmarks, projected positions or window M", at_least(1), 256)
@@ -43,6 +43,13 @@ TASKS = (
     PRECISION,
     DEVICE,
 )
+GPU = (
+    option("--device", "cpu: rehearse at tiny sizes", ("cuda", "cpu"), "cuda"),
+    option("--minutes", "after which no new row is begun", at_least(1), 10),
+    DATA,
+    RUNS,
+    REPORT,
+)
 COMMANDS = {
     "bench attention": Command(
         "lra.bench.attention:bench_attention",
@@ -52,6 +59,7 @@ COMMANDS = {
     "bench encoder": Command(
         "lra.bench.encoder:bench_encoder", (*ENCODER, *timing(3)), "training step with each attention, beside packages"
     ),
+    "bench gpu": Command("lra.bench.gpu:bench_gpu", GPU, "check and measure this suite on an NVIDIA GPU, row by row"),
     "bench tasks": Command(
         "lra.bench.tasks:bench_tasks",
         (*TASKS, *timing(20)),

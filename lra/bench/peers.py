@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Collection, Sequence
 from importlib import metadata
 
-import torch
 from torch import nn
 
 from lra import registry
