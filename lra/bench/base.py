@@ -98,11 +98,11 @@ def interleaved(contender: Contender, columns: Sequence[Column], threads: int) -
             for name in there:
                 point = {"name": name, "version": version(name), **facts, "peak_bytes": peaks[name]}
                 if turns:
-                    seconds = {part: [t[name][part] for t in turns] for part in turns[0][name]}
-                    whole, *parts = ([round(s, 7) for s in values] for values in seconds.values())
+                    softmax = [next(iter(t[BASELINE].values())) for t in turns]
+                    whole, *parts = ([t[name][part] for t in turns] for part in turns[0][name])
                     point |= {"seconds": statistics.median(whole), "rounds": whole}
-                    point["ratio"] = round(quartiles([next(iter(t[BASELINE].values())) for t in turns], whole)[1], 4)
-                    point["parts"] = dict(zip([*seconds][1:], map(statistics.median, parts), strict=True))
+                    point["ratio"] = round(quartiles(softmax, whole)[1], 4)
+                    point["parts"] = dict(zip([*turns[0][name]][1:], map(statistics.median, parts), strict=True))
                 points.append(point)
     return points
 
@@ -153,7 +153,7 @@ def answers(contender: Contender, name: str, columns: Sequence[Column]) -> Itera
         next(iter(timed.values()))()
         yield meter.read()
         for _ in range(rounds):
-            seconds = {part: seconds_of(run) for part, run in timed.items()}
+            seconds = {part: round(seconds_of(run), 9) for part, run in timed.items()}
             release()
             yield seconds
 
