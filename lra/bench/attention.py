@@ -14,10 +14,9 @@ from lra.options import UsageError
 
 UNFUSED = "softmax unfused"
 DEFAULT = (
-    *("softmax", UNFUSED, "softmax bf16", "softmax causal", "performer plain", "performer plain bf16"),
-    *("performer", "performer bf16", "performer causal", "performer hybrid", "performer hybrid causal"),
-    *("darkformer", "darkformer causal", "linformer", "linear", "nystrom", "local", "reformer", "s4d"),
-    *(f"{PYPI}{method}-pytorch" for method in OURS),
+    *("softmax", "softmax causal", "performer", "performer bf16", "performer causal", "performer hybrid"),
+    *("performer hybrid causal", "darkformer", "performer plain", *(f"{PYPI}{method}-pytorch" for method in OURS)),
+    *("linformer", "linear", "nystrom", "local", "reformer", "s4d"),
 )
 MEMORY = {"B": 1, "N": 16384}  # where memory is measured, and no time
 QUADRATIC = 4096  # tokens beyond which UNFUSED is left out

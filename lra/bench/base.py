@@ -40,7 +40,7 @@ from tasks.store.files import one_line
 ROOT = Path(__file__).parents[2]
 TUNED = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 SETTINGS = {"tuned": TUNED, "as_found": ""}  # GLIBC_TUNABLES of the processes that are measured
-LEAST = 0.1  # seconds that the runs of one turn take together, at least
+LEAST = 0.05  # seconds that the runs of one turn take together, at least
 Point = dict[str, Any]
 Contender = Callable[..., Mapping[str, Callable[[], Any]]]  # (name, **facts): what is timed, the whole run first
 
@@ -151,7 +151,9 @@ def answers(contender: Contender, name: str, columns: Sequence[Column]) -> Itera
         release()
         meter = PeakMemory(pick_device("cpu"))
         next(iter(timed.values()))()
-        yield meter.read()
+        peak = meter.read()
+        release()
+        yield peak
         for _ in range(rounds):
             seconds = {part: round(seconds_of(run), 9) for part, run in timed.items()}
             release()

@@ -236,9 +236,11 @@ def group(where: str, made: dict[str, Callable[[], Callable]], device: str, roun
     turns = [{name: seconds_of(run, device) for name, run in runs.items()} for _ in range(rounds)]
     for name, row in rows.items():
         if name in runs:
-            low, ratio, high = quartiles([t[BASELINE] for t in turns], [t[name] for t in turns])
-            row["ms"] = f"{1e3 * quartiles([t[name] for t in turns])[1]:,.2f}"
-            row["times softmax"] = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+            seconds = [t[name] for t in turns]
+            row["ms"] = f"{1e3 * quartiles(seconds)[1]:,.2f}"
+            if BASELINE in runs:
+                low, ratio, high = quartiles([t[BASELINE] for t in turns], seconds)
+                row["times softmax"] = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
         yield row
 
 
