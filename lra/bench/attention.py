@@ -55,7 +55,7 @@ def contender(name: str, B: int, H: int, N: int, D: int, M: int, device: str = "
     """
     attention, words = build(name, M, ("causal", "bf16"), heads=H, head_dim=D, max_len=N)
     if "causal" in words and not attention.causal:
-        raise UsageError(f"{name.partition(' ')[0]} has no causal form")
+        raise UsageError(f"{name.replace(' causal', '')} has no causal form")
     dtype = torch.bfloat16 if "bf16" in words else torch.float32
     generator = torch.Generator().manual_seed(0)
     q, k, v, g = (torch.randn(B, H, N, D, generator=generator).to(device, dtype) for _ in range(4))

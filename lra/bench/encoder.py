@@ -135,7 +135,7 @@ class Given(nn.Module):
         return self.out
 
 
-def contender(**facts: Any) -> dict[str, Callable[[], Any]]:
+def contender(name: str, **facts: Any) -> dict[str, Callable[[], Any]]:
     """A step to be timed, and its parts."""
-    step = Step(**facts)
+    step = Step(name, **facts)
     return {"step": step.run} | ({} if "compiled" in step.words else step.parts())

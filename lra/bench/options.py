@@ -53,7 +53,7 @@ GPU = (
 COMMANDS = {
     "bench attention": Command(
         "lra.bench.attention:bench_attention",
-        (*ATTENTION, *timing(5)),
+        (*ATTENTION, *timing(4)),
         "time and memory against length, beside packages",
     ),
     "bench encoder": Command(
