@@ -103,7 +103,7 @@ def build(name: str, M: int, how: Collection[str] = (), **shape: int) -> tuple[A
     base, *words = name.split(" ")
     package = base.removeprefix(PYPI) if base.startswith(PYPI) else None
     known = {*how, *({"softmax": ["unfused"], "performer": ["plain"]}.get(base, []))}
-    if not package and issubclass(registry.attention_class(base), FeatureAttention):
+    if not package and "plain" not in words and issubclass(registry.attention_class(base), FeatureAttention):
         known.add("hybrid")
     sizes = [word for word in words if re.fullmatch(SIZE, word)]
     if wrong := sorted(set(words) - known - set(sizes)):

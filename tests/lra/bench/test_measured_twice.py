@@ -174,6 +174,7 @@ def test_the_plain_formulation_equals_performer():
         (["attention", "--attentions=softmax,perfomer"], "did you mean 'performer'?"),
         (["attention", "--attentions=softmax,performer quickly"], "quickly is none of bf16, causal"),
         (["attention", "--attentions=softmax,linear hybrid"], "hybrid is none of bf16, causal, M64"),
+        (["attention", "--attentions=softmax,performer plain hybrid"], "hybrid is none of bf16, causal, plain, M64"),
         (["attention", "--attentions=softmax,performer M0"], "M0 is none of bf16, causal, hybrid, plain, M64"),
         (["attention", "--attentions=softmax,linformer causal"], "linformer has no causal form"),
         (["attention", "--attentions=softmax,performer plain causal"], "performer plain has no causal form"),
