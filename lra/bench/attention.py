@@ -6,93 +6,65 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
-from lra import registry
-from lra.bench.base import alone, compare, finish, megabytes, milliseconds, short, table, whole_numbers
-from lra.bench.peers import PEERS, PYPI, build_peer, contenders
+from lra.bench.base import Column, Point, both, finish, twice, whole_numbers
+from lra.bench.peers import OURS, PYPI, WINDOW, build, contenders
 from lra.machine import set_threads
 from lra.options import UsageError
-from models.base import AttentionBase
 
 UNFUSED = "softmax unfused"
-OWN = (
-    f"softmax,{UNFUSED},softmax bf16,softmax causal,performer,performer bf16,performer causal,darkformer,"
-    "linformer,linear,nystrom,local,reformer,s4d"
+DEFAULT = (
+    *("softmax", "softmax causal", "performer", "performer bf16", "performer causal", "performer hybrid"),
+    *("performer hybrid causal", "darkformer", "performer plain", *(f"{PYPI}{method}-pytorch" for method in OURS)),
+    *("linformer", "linear", "nystrom", "local", "reformer", "s4d"),
 )
-DEFAULT = (*OWN.split(","), *(PYPI + name for name in PEERS))
-MATRICES = 3  # N x N matrices that UNFUSED holds at once, forward and backward
-MEMORY_LIMIT = 6e9  # bytes of them beyond which it is left out
-
-
-class Unfused(AttentionBase):
-    """Softmax attention with the N x N matrix in memory, as tables of 2020 measured it."""
-
-    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        return (scale * q_BHND @ k_BHND.mT).softmax(-1) @ v_BHND
+MEMORY = {"B": 1, "N": 16384}  # where memory is measured, and no time
+QUADRATIC = 4096  # tokens beyond which UNFUSED is left out
 
 
 def bench_attention(args: Namespace) -> None:
     """`bench attention`: measure, print and write."""
     set_threads(args.threads)
+    names, sizes = contenders(args.attentions, DEFAULT), {"B": args.batch, "H": args.heads, "D": args.head_dim}
     lengths = sorted(N for (N,) in whole_numbers("--lengths", args.lengths, "512"))
-    names = contenders(args.attentions, DEFAULT)
-    sizes = {"B": args.batch, "H": args.heads, "D": args.head_dim, "M": args.features}
-    for name in names:  # one that cannot be built is an error before anything is measured
-        contender(name, **short(sizes))
-    points = []
-    with tqdm(total=len(lengths) * len(names) * (args.rounds + 1), disable=None, unit="run") as bar:
-        for N in lengths:
-            large = 4.0 * MATRICES * args.batch * args.heads * N**2 > MEMORY_LIMIT
-            fits = [name for name in names if name != UNFUSED or not large]
-            points += compare("lra.bench.attention", fits, sizes | {"N": N}, args.rounds, bar.update)
+    facts = [sizes | {"N": N, "M": args.features} for N in lengths]
+    columns = [Column(f, args.rounds, [n for n in names if n != UNFUSED or f["N"] <= QUADRATIC]) for f in facts]
+    if args.memory == "yes":
+        columns.append(Column(facts[0] | MEMORY, 0, [name for name in names if name != UNFUSED]))
+    measured = twice("lra.bench.attention", columns)
     text = f"""# Time and memory of one attention
 
 `{{command}}`: forward and backward, B {args.batch}, H {args.heads}, D {args.head_dim}, and M {args.features} \
-features, landmarks, projected positions or window tokens; fp32 unless named; no padding. Each in a process of its \
-own, taking turns; median of {args.rounds} rounds.
-
-Milliseconds, and in brackets how many times as fast as fused softmax in the same round (median).
-
-{table(points, lambda p: f"N {p['N']:,}", milliseconds)}
-Peak memory in MB above an idle process that holds q, k, v and the gradient of the output. Unfused softmax is left \
-out where its N x N matrices would not fit {MEMORY_LIMIT / 1e9:g} GB.
-
-{table(points, lambda p: f"N {p['N']:,}", megabytes)}"""
-    finish(args.results, "attention", "attention", {"points": points}, text)
+features, landmarks, projected positions or window tokens; fp32 unless named; no padding. hybrid: exact within \
+blocks of {WINDOW} tokens and to the neighbouring ones, features beyond. plain: the definition of performer in six \
+lines, with autograd. Each in a process of its own, taking turns; {args.rounds} rounds.
+{both(measured, lambda p: f"N {p['N']:,}" + (f", B {p['B']}" if "rounds" not in p else ""), lambda points: "")}"""
+    lists = {"points": _timed(measured["tuned"]), "as_found": _timed(measured["as_found"])}
+    memory = {setting: [p for p in points if "rounds" not in p] for setting, points in measured.items()}
+    finish(args.results, "attention", "attention", lists | {"memory": memory}, text)
 
 
-def contender(name: str, B: int, H: int, N: int, D: int, M: int) -> Callable[[], None]:
+def _timed(points: list[Point]) -> list[Point]:
+    return [p for p in points if "rounds" in p]
+
+
+def contender(name: str, B: int, H: int, N: int, D: int, M: int, device: str = "cpu") -> dict[str, Callable[[], None]]:
     """One forward and backward of `name` on standard normal q, k, v (gradients of all, and of its parameters).
 
-    A name is that of an attention, or PYPI and that of a package, followed by "unfused", "causal" or "bf16".
-    M: features, landmarks, projected positions or window.
+    A name is one of lra/bench/peers.py, "causal" or "bf16" among its words.
     """
-    base, *how = name.split(" ")
-    if unknown_words := set(how) - {"unfused", "causal", "bf16"}:
-        raise UsageError(f"{name!r}: {', '.join(unknown_words)} is none of unfused, causal, bf16")
-    sizes = {"heads": H, "head_dim": D, "max_len": N}
-    if name == UNFUSED:
-        attention = Unfused(None, **sizes)
-    elif base.startswith(PYPI):
-        attention = build_peer(base.removeprefix(PYPI), **sizes, size=M)
-    else:
-        attention = registry.build_attention(base, **sizes, **registry.budget_options(base, M))
-    if "causal" in how and not attention.causal:
-        raise UsageError(f"{base} has no causal form")
-    dtype = torch.bfloat16 if "bf16" in how else torch.float32
+    attention, words = build(name, M, ("causal", "bf16"), heads=H, head_dim=D, max_len=N)
+    if "causal" in words and not attention.causal:
+        raise UsageError(f"{name.replace(' causal', '')} has no causal form")
+    dtype = torch.bfloat16 if "bf16" in words else torch.float32
     generator = torch.Generator().manual_seed(0)
-    q, k, v, g = (torch.randn(B, H, N, D, generator=generator).to(dtype) for _ in range(4))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    q, k, v, g = (torch.randn(B, H, N, D, generator=generator).to(device, dtype) for _ in range(4))
+    attention, leaves = attention.to(device), [x.requires_grad_() for x in (q, k, v)]
 
     def run() -> None:
         attention.zero_grad(set_to_none=True)
         for x in leaves:
             x.grad = None
-        attention(*leaves, causal="causal" in how).backward(g)
+        attention(*leaves, causal="causal" in words).backward(g)
 
-    return run
-
-
-if __name__ == "__main__":
-    alone(contender)
+    return {"run": run}

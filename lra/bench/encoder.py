@@ -1,133 +1,141 @@
-"""`bench encoder`: the training step of the shared encoder with each attention, beside public packages in it."""
+"""`bench encoder`: the training step of the shared encoder with each attention, and what it is made of."""
 
 from __future__ import annotations
 
-import time
+import copy
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from torch import nn
 
-from lra import registry
-from lra.bench.base import alone, compare, finish, megabytes, milliseconds, table, whole_numbers
-from lra.bench.peers import PYPI, build_peer, contenders
+from lra.bench.base import Column, Point, both, finish, table, twice, whole_numbers
+from lra.bench.peers import OURS, PYPI, build, contenders
 from lra.machine import set_threads
-from lra.options import UsageError
 from lra.records.markup import MISSING
 from lra.training.evaluate import autocast
 from lra.training.optim import build_optimizer
-from models.base import AttentionBase
 from models.encoder import Encoder
 from models.heads import Classifier, Classify
-from models.layers import product
 from tasks import base
 
-COMPILED = "compiled"  # behind a name: the model through torch.compile
-OWN = "softmax,performer,darkformer,linformer,linear,nystrom,local,reformer,s4d,constant"
-DEFAULT = (*OWN.split(","), PYPI + "performer-pytorch", PYPI + "darkformer-pytorch")
+PACKAGES = [f"{PYPI}{method}-pytorch M256" for method in OURS]
+DEFAULT = ("softmax", "performer M64", "performer M256", *PACKAGES, "constant")
 VOCAB, CLASSES = 257, 2  # of Text: bytes and padding, two classes
 
 
 def bench_encoder(args: Namespace) -> None:
-    """`bench encoder`: measure, print and write. A point has the operations of the matrix products of a step, and
-    their share of what a large product reaches."""
+    """`bench encoder`: measure, print and write."""
     set_threads(args.threads)
+    names, facts = contenders(args.attentions, DEFAULT), {"M": args.features, "precision": args.precision}
     layouts = whole_numbers("--layouts", args.layouts, "32x1024")
-    names = contenders(args.attentions, DEFAULT)
-    peak, points = matmul_rate(args.precision), []
-    with tqdm(total=len(layouts) * len(names) * (args.rounds + 1), disable=None, unit="step") as bar:
-        for B, N in layouts:
-            facts = {"B": B, "N": N, "M": args.features, "precision": args.precision}
-            points += compare("lra.bench.encoder", names, facts, args.rounds, bar.update)
-    for p in points:
-        flops = None if p["name"].startswith(PYPI) else Step(p["name"], p["B"], p["N"], p["M"]).flops()
-        p |= {"flops": flops, "matmul_share": flops and round(flops / p["seconds"] / peak, 4)}
+    measured = twice("lra.bench.encoder", [Column({"B": B, "N": N} | facts, args.rounds, names) for B, N in layouts])
     size = base.Stack()
-
-    def column(p: dict[str, Any]) -> str:
-        return f"{p['B']} x {p['N']:,}"
-
-    def share(p: dict[str, Any]) -> str:
-        return MISSING if p["matmul_share"] is None else f"{100 * p['matmul_share']:.0f}%"
-
     text = f"""# A training step of the shared encoder
 
 `{{command}}`: {size.layers} layers, width {size.width}, {size.heads} heads, FFN {size.ffn}, dropout {size.dropout}, \
-{args.features} features; {args.precision}, no padding. Each in a process of its own, taking turns; median of \
+{args.features} features unless named; {args.precision}, no padding. Each in a process of its own, taking turns; \
 {args.rounds} rounds.
-
-Milliseconds, and in brackets how many times as fast as with fused softmax in the same round (median).
-
-{table(points, column, milliseconds)}
-Peak memory in MB above a process that holds model and batch.
-
-{table(points, column, megabytes)}
-Share of the matmul peak of this machine, {peak / 1e9:,.0f} GFLOP/s, measured in the same process; products that the \
-engine recomputes are not counted as work.
-
-{table(points, column, share)}"""
-    finish(args.results, "encoder", "encoder", {"matmul_rate": peak, "points": points}, text)
+{both(measured, column, profile)}"""
+    finish(args.results, "encoder", "encoder", {"points": measured["tuned"], "as_found": measured["as_found"]}, text)
 
 
-def matmul_rate(precision: str, *, size: int = 1024, rounds: int = 20) -> float:
-    """Operations per second of a square matrix product of models/layers.py, the best of `rounds`."""
-    x, w = torch.randn(2, size, size).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        product(x, w)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+def column(point: Point) -> str:
+    """The heading of a layout."""
+    return f"{point['B']} x {point['N']:,}"
+
+
+def profile(points: list[Point]) -> str:
+    """What a step is made of, as a table."""
+
+    def cell(point: Point) -> str:
+        if not point["parts"]:
+            return MISSING
+        attention, mixer, feed_forward, optimiser = (100 * s / point["seconds"] for s in point["parts"].values())
+        shares = attention, mixer - attention, feed_forward, optimiser, 100 - mixer - feed_forward - optimiser
+        return " / ".join(f"{share:.0f}" for share in shares)
+
+    return f"""
+Where the time of a step goes, in %: attention / projections / feed-forward / optimiser / rest (embeddings, norms, \
+dropout, head, loss). Each part is run by itself, forward and backward, on tensors of the step's sizes; projections: \
+the mixer less the same without its linear layers.
+
+{table(points, column, cell)}"""
 
 
 class Step:
-    """A training step, as `train` makes it: forward, loss, backward, AdamW; the encoder of the `paper` preset."""
+    """A training step, as `train` makes it: forward, loss, backward, AdamW; the encoder of the `paper` preset.
 
-    def __init__(self, name: str, B: int, N: int, M: int, precision: str = "fp32"):
-        self.precision, self.size = precision, base.Stack()
-        attention, *how = name.split()
-        if set(how) - {COMPILED}:
-            raise UsageError(f"{name!r}: a name, and at most {COMPILED!r} behind it")
-        sizes = vars(self.size) | {"max_len": N}
+    `name`: of a contender, "compiled" among its words for the model through torch.compile.
+    """
 
-        def build(layer: int, max_len: int) -> AttentionBase:
-            shape = {"heads": self.size.heads, "head_dim": self.size.width // self.size.heads, "max_len": max_len}
-            if attention.startswith(PYPI):
-                return build_peer(attention.removeprefix(PYPI), **shape, size=M)
-            return registry.build_attention(attention, **shape, layer=layer, **registry.budget_options(attention, M))
+    def __init__(self, name: str, B: int, N: int, M: int, precision: str = "fp32", device: str = "cpu"):
+        self.precision, self.size, self.device = precision, base.Stack(), torch.device(device)
+        shape = {"heads": self.size.heads, "head_dim": self.size.width // self.size.heads}
+
+        def attention(layer: int, max_len: int):
+            built, self.words = build(name, M, ("compiled",), **shape, max_len=max_len, layer=layer)
+            return built
 
         torch.manual_seed(0)
         head = Classify(self.size.width, self.size.ffn, CLASSES)
-        self.model = Classifier(Encoder(build, vocab=VOCAB, **sizes), head).train()
-        self.forward = torch.compile(self.model) if how else self.model
+        encoder = Encoder(attention, vocab=VOCAB, **vars(self.size) | {"max_len": N})
+        self.model = Classifier(encoder, head).train().to(self.device)
+        self.forward = torch.compile(self.model) if "compiled" in self.words else self.model
         self.optimizer = build_optimizer(self.model, base.Optim(steps=1, batch=B))
-        self.tokens_BTN = torch.randint(1, VOCAB, (B, 1, N))
-        self.labels_B = torch.randint(CLASSES, (B,))
+        self.tokens_BTN = torch.randint(1, VOCAB, (B, 1, N), device=self.device)
+        self.labels_B = torch.randint(CLASSES, (B,), device=self.device)
 
     def run(self) -> None:
         """One step."""
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(torch.device("cpu"), self.precision):
+        with autocast(self.device, self.precision):
             logits_BC = self.forward(self.tokens_BTN)
         F.cross_entropy(logits_BC.float(), self.labels_B).backward()
         self.optimizer.step()
 
-    def flops(self) -> int:
-        """Of the matrix products: a backward pass counted as twice the forward one, recomputation not counted."""
-        (B, _, N), size = self.tokens_BTN.shape, self.size
-        attention = self.model.encoder.attentions[0]
-        projections = (4 if attention.reads_qk else 2) * 2 * size.width**2
-        of_attention = attention.flops(B, size.heads, N, size.width // size.heads)
-        return 3 * size.layers * (B * N * (projections + 4 * size.width * size.ffn) + of_attention)
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        """What a step is made of, each by itself: forward and backward of all layers. mixer: attention and projections
+        of the first layer; attention: the same without the linear layers."""
+        block, (B, _, N) = self.model.encoder.blocks[0], self.tokens_BTN.shape
+        bare = copy.deepcopy(block.mixer)
+        bare.to_qkv, bare.to_out = Given(B, N, bare.to_qkv.out_features), nn.Identity()
+        feed_forward = nn.Sequential(block.norm2, block.up, nn.GELU(), block.dropout, block.down)
+        x_BNE, g_BNE = torch.randn(2, B, N, self.size.width)
+        x_BNE.requires_grad_()
+
+        def all_layers(layer: nn.Module, *more: None) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(self.size.layers):
+                    with autocast(self.device, self.precision):
+                        out_BNE = layer(x_BNE, *more)
+                    out_BNE.backward(g_BNE.to(out_BNE.dtype))
+
+            return run
+
+        return {
+            "attention": all_layers(bare, None),
+            "mixer": all_layers(block.mixer, None),
+            "feed-forward": all_layers(feed_forward),
+            "optimiser": self.optimizer.step,
+        }
 
 
-def contender(**facts: Any) -> Callable[[], None]:
-    """A step to be timed."""
-    return Step(**facts).run
+class Given(nn.Module):
+    """A layer whose output is a parameter, whatever it is given."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.out = nn.Parameter(torch.randn(shape))
+
+    def forward(self, _):
+        """That parameter."""
+        return self.out
 
 
-if __name__ == "__main__":
-    alone(contender)
+def contender(name: str, **facts: Any) -> dict[str, Callable[[], Any]]:
+    """A step to be timed, and its parts where it is of this suite and not compiled."""
+    step = Step(name, **facts)
+    return {"step": step.run} | ({} if "compiled" in step.words or name.startswith(PYPI) else step.parts())

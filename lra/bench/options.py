@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lra.options import DATA, DEVICE, PRESET, THREADS, Command, at_least, option, writable
+from lra.options import DATA, DEVICE, PRESET, RUNS, THREADS, Command, at_least, option, writable
 
 REPORT = option("--results", "folder whose bench/ gets the report", writable, "results")
 SIZE = option("--features", "features, landmarks, projected positions or window M", at_least(1), 256)
 PRECISION = option("--precision", "bf16: autocast", ("fp32", "bf16"), "fp32")
 NAMES = "comma-separated names, softmax among them"
-PEERS = f"{NAMES}; pypi:PACKAGE is a public package"
-LAYOUTS = "32x128,32x1024,32x2048,32x3072,32x4096,4x4096"
+PEERS = f"{NAMES}; pypi:PACKAGE: a public package; behind a name: M64, hybrid, plain (performer), unfused (softmax)"
+LAYOUTS = "32x128,32x256,32x1024"
 
 
 def timing(rounds: int) -> tuple:
@@ -19,15 +19,16 @@ def timing(rounds: int) -> tuple:
 
 
 ATTENTION = (
-    option("--attentions", f'{PEERS}; each with " causal" or " bf16" (default: all)'),
-    option("--lengths", "tokens N, comma-separated", default="512,1024,2048,4096,8192,16384"),
+    option("--attentions", f"{PEERS}, causal, bf16 (default: all)"),
+    option("--lengths", "tokens N, comma-separated", default="64,256,1024,4096"),
+    option("--memory", "measure the peak of memory at 16,384 tokens, too", ("yes", "no"), "yes"),
     option("--batch", "sequences B", at_least(1), 2),
     option("--heads", "heads H", at_least(1), 4),
     option("--head-dim", "head width D", at_least(1), 64),
     SIZE,
 )
 ENCODER = (
-    option("--attentions", f'{PEERS}; each with " compiled" (default: linear ones and peers)'),
+    option("--attentions", f"{PEERS}, compiled (default: softmax, performers, constant)"),
     option("--layouts", "batch x tokens, comma-separated", default=LAYOUTS),
     PRECISION,
     SIZE,
@@ -40,15 +41,23 @@ TASKS = (
     PRECISION,
     DEVICE,
 )
+GPU = (
+    option("--device", "cpu: rehearse at tiny sizes", ("cuda", "cpu"), "cuda"),
+    option("--minutes", "after which no new row is begun", at_least(1), 10),
+    DATA,
+    RUNS,
+    REPORT,
+)
 COMMANDS = {
     "bench attention": Command(
         "lra.bench.attention:bench_attention",
-        (*ATTENTION, *timing(5)),
+        (*ATTENTION, *timing(4)),
         "time and memory against length, beside packages",
     ),
     "bench encoder": Command(
         "lra.bench.encoder:bench_encoder", (*ENCODER, *timing(3)), "training step with each attention, beside packages"
     ),
+    "bench gpu": Command("lra.bench.gpu:bench_gpu", GPU, "check and measure this suite on an NVIDIA GPU, row by row"),
     "bench tasks": Command(
         "lra.bench.tasks:bench_tasks",
         (*TASKS, *timing(20)),

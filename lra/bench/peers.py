@@ -1,27 +1,60 @@
-"""Attentions of public packages behind the contract of this suite, to be measured beside ours. No run needs them.
+"""What is measured beside our attentions, behind their contract: public packages, and formulations without a kernel of
+their own. No run needs them.
 
-A wrapper computes the package's attention alone, on given q, k, v: projections that the package builds in become the
-identity. No wrapper takes a mask or has a causal form.
+A contender has a name: "performer causal", "performer M64", "pypi:performer-pytorch bf16". Words behind the first:
+
+    M64        64 features, landmarks, projected positions or window tokens
+    hybrid     exact attention within blocks of WINDOW tokens and to the neighbouring blocks (random features alone)
+    plain      the definition of performer, the logits in memory and gradients by autograd
+    unfused    softmax with the N x N matrix in memory, as tables of 2020 measured it
+
+None of these takes a mask or has a causal form. Of a package the attention alone is measured, on given q, k, v.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 
-import torch
 from torch import nn
 
+from lra import registry
 from lra.options import UsageError, unknown
 from lra.records.measured import BASELINE
+from models.attention import performer
 from models.base import AttentionBase
+from models.features.family import FeatureAttention
 
 PYPI = "pypi:"  # before the name of a package where attentions are named
 INSTALL = "pip install -r requirements-dev.txt"
+WINDOW = 128  # of a hybrid
+SIZE = r"M[1-9]\d*"  # the word that sets an approximation size
+OURS = ("performer", "darkformer")  # what the packages have too
+
+
+class Plain(performer.Attention):
+    """performer, written out: features attend to keys, queries attend to features."""
+
+    causal = False
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        a_HMD = scale**0.5 * self.w_HMD.to(q_BHND.dtype)
+        key_bias_BH1N = -scale / 2 * k_BHND.square().sum(-1)[:, :, None]
+        logits_BHMN = a_HMD @ k_BHND.mT + key_bias_BH1N
+        Y_BHMD = logits_BHMN.softmax(-1) @ v_BHND
+        return (q_BHND @ a_HMD.mT + logits_BHMN.logsumexp(-1)[:, :, None]).softmax(-1) @ Y_BHMD
+
+
+class Unfused(AttentionBase):
+    """Softmax attention, the same way."""
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        return (scale * q_BHND @ k_BHND.mT).softmax(-1) @ v_BHND
 
 
 class Peer(AttentionBase):
@@ -35,64 +68,19 @@ class Peer(AttentionBase):
         return self.inner(q_BHND, k_BHND, v_BHND)
 
 
-class _Function(nn.Module):
-    """A function as a module; `inner`: a module that it uses."""
-
-    def __init__(self, function, inner=None):
-        super().__init__()
-        self.function, self.inner = function, inner
-
-    def forward(self, *x):
-        return self.function(*x)
-
-
-def _merged(module: nn.Module, call) -> nn.Module:
-    """`call(module, q, k, v)` on (B, N, H D): heads are merged before it and split after it."""
-
-    def forward(*qkv):
-        B, H, N, D = qkv[0].shape
-        merged = [x.transpose(1, 2).reshape(B, N, H * D) for x in qkv]
-        return call(module, *merged).view(B, N, H, D).transpose(1, 2)
-
-    return _Function(forward, module)
-
-
-def _performer(heads, head_dim, max_len, size):
+def _performer(heads, head_dim, size):
     from performer_pytorch.performer_pytorch import FastAttention
 
     return FastAttention(head_dim, size)
 
 
-def _darkformer(heads, head_dim, max_len, size):
+def _darkformer(heads, head_dim, size):
     from darkformer_pytorch.attention import DarkformerKernelAttention
 
     return DarkformerKernelAttention(head_dim, heads, num_features=size)
 
 
-def _linformer(heads, head_dim, max_len, size):
-    from linformer.linformer import LinformerSelfAttention
-
-    module = LinformerSelfAttention(heads * head_dim, max_len, k=size, heads=heads)
-    module.to_q, module.to_out = nn.Identity(), nn.Identity()
-    module.to_k, module.to_v = (_Function(lambda x, half=half: x.chunk(2, -1)[half]) for half in (0, 1))
-    return _merged(module, lambda m, q, k, v: m(q, context=torch.cat([k, v], -1)))
-
-
-def _nystrom(heads, head_dim, max_len, size):
-    from nystrom_attention import NystromAttention
-
-    # Without its convolution, whose gradient in oneDNN is wrong on some CPUs (LOG.md).
-    module = NystromAttention(heads * head_dim, dim_head=head_dim, heads=heads, num_landmarks=size, residual=False)
-    module.to_qkv, module.to_out = nn.Identity(), nn.Identity()
-    return _merged(module, lambda m, *qkv: m(torch.cat(qkv, -1)))
-
-
-PEERS = {  # package -> builder
-    "performer-pytorch": _performer,
-    "darkformer-pytorch": _darkformer,
-    "linformer": _linformer,
-    "nystrom-attention": _nystrom,
-}
+PEERS = {"performer-pytorch": _performer, "darkformer-pytorch": _darkformer}  # package -> builder
 
 
 def contenders(text: str | None, default: Sequence[str]) -> list[str]:
@@ -101,14 +89,66 @@ def contenders(text: str | None, default: Sequence[str]) -> list[str]:
     names = text.split(",") if text else list(default)
     if BASELINE not in names:
         raise UsageError(f"--attentions needs {BASELINE}: every ratio is taken to it; got {text}")
-    if missing := [n for n in names if n.startswith(PYPI) and version(n.removeprefix(PYPI)) is None]:
+    if missing := [n for n in names if n.startswith(PYPI) and version(n) is None]:
         print(f"left out, not installed: {', '.join(missing)} ({INSTALL})", file=sys.stderr)
     return [n for n in names if n not in missing]
 
 
-def version(package: str) -> str | None:
-    """The version of a package, or None when it is not installed. A word such as "bf16" may follow its name."""
-    package = package.partition(" ")[0]
+def build(name: str, M: int, how: Collection[str] = (), **shape: int) -> tuple[AttentionBase, set[str]]:
+    """A contender, and the words behind its name, of which those in `how` are for the caller.
+
+    `M`: its approximation size where the name has none. Raises UsageError for a word that does not fit, and for a
+    package that is not installed.
+    """
+    base, *words = name.split(" ")
+    package = base.removeprefix(PYPI) if base.startswith(PYPI) else None
+    known = {*how, *({"softmax": ["unfused"], "performer": ["plain"]}.get(base, []))}
+    if not package and "plain" not in words and issubclass(registry.attention_class(base), FeatureAttention):
+        known.add("hybrid")
+    sizes = [word for word in words if re.fullmatch(SIZE, word)]
+    if wrong := sorted(set(words) - known - set(sizes)):
+        raise UsageError(f"{name!r}: {', '.join(wrong)} is none of {', '.join(sorted(known))}, M64")
+    M = int(sizes[-1][1:]) if sizes else M
+    if "unfused" in words:
+        attention = Unfused(None, **shape)
+    elif "plain" in words:
+        attention = Plain(performer.Config(num_features=M), **shape)
+    elif package:
+        attention = build_peer(package, size=M, **shape)
+    else:
+        options = registry.budget_options(base, M) | ({"window": WINDOW} if "hybrid" in words else {})
+        attention = registry.build_attention(base, **shape, **options)
+    return attention, set(words)
+
+
+def rivals(name: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """What a method of OURS is set against, by kind: those of the names that do the same as `name`."""
+    base, *words = name.split(" ")
+    same, found = set(words) - {"hybrid"}, {}
+    if base not in OURS or "plain" in words:
+        return {}
+    for other in names:
+        method, *more = other.split(" ")
+        does, less = set(more), set(words) - set(more)
+        if method == BASELINE and does == {word for word in same if not re.fullmatch(SIZE, word)}:
+            kind = "fused exact attention"
+        elif method == "performer" and does == same | {"plain"}:
+            kind = "plain formulation"
+        elif method.startswith(PYPI) and does == same:
+            kind = "the better package"
+        elif method == base and does < set(words) and less <= {"causal", "bf16"}:
+            kind = f"itself without {' '.join(sorted(less))}"
+        else:
+            continue
+        found.setdefault(kind, []).append(other)
+    return found
+
+
+def version(name: str) -> str | None:
+    """The version of the package behind "pypi:PACKAGE ...", or None when it is not installed; None for others."""
+    if not name.startswith(PYPI):
+        return None
+    package = name.removeprefix(PYPI).partition(" ")[0]
     if package not in PEERS:
         raise unknown("peer", package, list(PEERS))
     try:
@@ -117,14 +157,14 @@ def version(package: str) -> str | None:
         return None
 
 
-def build_peer(package: str, *, heads: int, head_dim: int, max_len: int, size: int) -> Peer:
-    """The attention of a package, with `size` random features, projected positions or landmarks.
+def build_peer(package: str, *, size: int, **shape: int) -> Peer:
+    """The attention of a package, with `size` random features.
 
     Raises UsageError when the package is not installed.
     """
-    if version(package) is None:
+    if version(PYPI + package) is None:
         raise UsageError(f"{package} is not installed: {INSTALL}")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # at import, inside packages of 2020
-        inner = PEERS[package](heads, head_dim, max_len, size)
-    return Peer(inner, heads=heads, head_dim=head_dim, max_len=max_len)
+        inner = PEERS[package](shape["heads"], shape["head_dim"], size)
+    return Peer(inner, **shape)

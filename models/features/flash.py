@@ -109,18 +109,23 @@ def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal):
 
 
 def backend(device: str, dtype: torch.dtype) -> str:
-    """`fused` or `plain`: how `flash` computes on this type of device, in this type of numbers.
+    """`fused` or `plain`: how `flash` computes on this type of device, in this type of numbers."""
+    return "plain" if why_plain(device, dtype) else "fused"
 
-    Plain where PyTorch has no fused kernel, where its kernel no longer gives what `plain` gives (tried once), and
-    where fused kernels are switched off (torch.nn.attention.sdpa_kernel).
+
+def why_plain(device: str, dtype: torch.dtype) -> str:
+    """Why there is no fused kernel to compute with; empty where there is one.
+
+    PyTorch may have none, or one that no longer gives what `plain` gives (tried once), or fused kernels may be
+    switched off (torch.nn.attention.sdpa_kernel).
     """
-    return "fused" if torch.backends.cuda.flash_sdp_enabled() and _kernels_work(device, dtype) else "plain"
+    return _trial(device, dtype) if torch.backends.cuda.flash_sdp_enabled() else "fused kernels are switched off"
 
 
 @functools.cache
-def _kernels_work(device, dtype):
+def _trial(device, dtype):
     if device not in KERNELS or dtype == torch.float64 and device == "cuda":
-        return False
+        return "PyTorch has no such kernel"
     source = torch.Generator().manual_seed(0)
     shapes = (2, 2, 3, 8), (2, 2, 5, 8), (2, 2, 5, 8), (2, 2, 5)
     inputs = [torch.randn(shape, generator=source).to(device, dtype) for shape in shapes]
@@ -131,10 +136,11 @@ def _kernels_work(device, dtype):
             for run, back in ((fused, fused_backward), (plain, plain_backward)):
                 out, lse = run(*inputs, False)
                 results.append([out, lse, *back(out, lse, *inputs, out, lse, False)])
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"the kernel of PyTorch raises {type(error).__name__}"
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
-    return all((x - y).abs().max() < tolerance for x, y in zip(*results, strict=True))
+    same = all((x - y).abs().max() < tolerance for x, y in zip(*results, strict=True))
+    return "" if same else "the kernel of PyTorch gives other numbers than the definition"
 
 
 def widened(x: Tensor, extra: int, fill: Tensor | float, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lra.__main__ import main
 from lra.scaling import doctor
@@ -15,7 +16,14 @@ def test_doctor_reports_the_machine_and_never_fails(capsys, monkeypatch):
     assert {"python", "torch", "numpy", "cpu", "memory", "device", "bf16", "compiler", "disk"} <= facts.keys()
     assert facts["hub"].startswith("not reachable: --source embedded")
     assert "GB free" in facts["memory"] and "threads" in facts["cpu"]
+    assert facts["features"] == "fp32 fused, bf16 fused, float64 fused"
     assert re.match(r"products (oneDNN|PyTorch\'s own), softmax attention ", facts["kernels"])
+
+
+def test_doctor_says_why_random_features_have_no_fused_kernel():
+    assert doctor.features("mps").startswith("fp32 plain (PyTorch has no such kernel)")
+    with sdpa_kernel(SDPBackend.MATH):
+        assert "bf16 plain (fused kernels are switched off)" in doctor.features("cpu")
 
 
 @pytest.mark.parametrize("compiler, answer", [("false", "fails with OpenMP"), ("no-such-compiler", "works|none")])

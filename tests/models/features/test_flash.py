@@ -1,6 +1,7 @@
 """The one attention of the family: every backend against the definition, with gradients through both outputs."""
 
 import functools
+import re
 import types
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from models.features import flash as module
-from models.features.flash import KERNELS, NEVER, backend, flash, plain, wide
+from models.features.flash import KERNELS, NEVER, backend, flash, plain, why_plain, wide
 
 B, H, Q, K, D = 2, 3, 7, 11, 5
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
@@ -170,9 +171,9 @@ def test_small_sizes_are_written_out_with_the_same_results(dtype, causal, monkey
 @pytest.fixture
 def forget():
     """What was found out about the kernels of this machine is found out again."""
-    module._kernels_work.cache_clear()
+    module._trial.cache_clear()
     yield
-    module._kernels_work.cache_clear()
+    module._trial.cache_clear()
 
 
 def test_a_cpu_has_a_fused_kernel_and_others_are_plain():
@@ -197,5 +198,6 @@ CPU = KERNELS["cpu"]
 def test_a_kernel_that_is_absent_or_changed_is_not_used(kernels, forget, monkeypatch):
     monkeypatch.setitem(KERNELS, "cpu", kernels)
     assert backend("cpu", torch.float32) == "plain"
+    assert re.search("raises AttributeError|other numbers", why_plain("cpu", torch.float32))
     xs = leaves(torch.float32)
     assert_close(results(called, xs, False), results(plain, xs, False), 1e-6)
