@@ -15,10 +15,12 @@ from typing import Any
 
 from lra.figures import plots
 from lra.figures.style import GREY, INK, color
-from lra.leaderboard.levels import Verdict
-from lra.leaderboard.submit import reproductions, verified
+from lra.leaderboard.consistency import Places, places
+from lra.leaderboard.context import trees
+from lra.leaderboard.levels import Verdict, judge, reproductions
 from lra.options import UsageError
-from lra.records import measured, published, table
+from lra.records import cells, measured, published, table
+from lra.records import compare as beside
 from lra.records.cells import Cell, Table, row_name
 from lra.records.markup import Block, Bullets, Grid, Heading, Text, flat, html_fragment
 from lra.records.record import report_skipped
@@ -46,11 +48,13 @@ FIRST = "small"  # the preset that is shown first
 def build(args: Namespace) -> int:
     """`leaderboard build`: figures and page. Exit code 1 when a file was left out; the rest is shown."""
     skipped: list[str] = []
-    tables = table.build(args.results, report=skipped.append)
-    figures = plots.draw(args.results, tables)
-    path = args.results / "index.html"
-    shown = [line.replace(f"{args.results}/", "") for line in skipped]
-    text = render(args.results, tables, figures, shown)
+    verdicts = judge(places(args), args.level)
+    own, *others = trees(args.results)
+    tables = cells.build(own, report=skipped.append, left_out=_rejected(own, verdicts))
+    theirs = {o.name: cells.build(o, report=skipped.append, left_out=_rejected(own, verdicts)) for o in others}
+    figures = plots.draw(own, tables)
+    path = own / "index.html"
+    text = render(own, tables, theirs, verdicts, figures, [line.replace(f"{own}/", "") for line in skipped])
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(path)
@@ -60,13 +64,34 @@ def build(args: Namespace) -> int:
 def show_table(args: Namespace) -> int:
     """`table`: from the records alone. Exit code 1 if a file was left out; the rest is shown all the same."""
     skipped: list[str] = []
-    form = "compact" if args.compact else args.format
-    text = table.render(args.results, form, args.preset, skipped.append, reproductions(args.results))
+    form, verdicts = "compact" if args.compact else args.format, judge(Places(args.results))
+    rejected = _rejected(args.results, verdicts)
+    text = table.render(args.results, form, args.preset, skipped.append, reproductions(verdicts), rejected)
     if args.write:
         table.write(args.write, text)
     else:
         print(text, end="")
     return _reported(skipped)
+
+
+def plot(args: Namespace) -> int:
+    """`plot`: every figure there is something for, below the results folder. Exit code 1 as for `table`."""
+    skipped: list[str] = []
+    rejected = _rejected(args.results, judge(Places(args.results)))
+    tables = cells.build(args.results, report=skipped.append, left_out=rejected)
+    for path in plots.draw(args.results, tables, args.all):
+        print(path)
+    return _reported(skipped)
+
+
+def compare(args: Namespace) -> int:
+    """`compare`: the user's runs beside the reference's, without those that are rejected."""
+    return beside.compare(args, _rejected(args.results, judge(Places(args.results))))
+
+
+def _rejected(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, str]:
+    """The records that no table, average or figure has, and why."""
+    return {results / place: f"rejected: {v.reason}" for place, v in verdicts.items() if v.rejected}
 
 
 def _reported(skipped: list[str]) -> int:
@@ -89,8 +114,15 @@ def serve(args: Namespace) -> None:
             pass
 
 
-def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left_out: Sequence[str]) -> str:
-    """The page as text: a pure function of the records, the figures and the verification file."""
+def render(
+    results: Path,
+    tables: Sequence[Table],
+    theirs: dict[str, list[Table]],
+    verdicts: dict[Path, Verdict],
+    figures: Sequence[Path],
+    left_out: Sequence[str],
+) -> str:
+    """The page as text: a pure function of the owner's tables, those of others by their names, and the figures."""
     import jinja2
     from markupsafe import Markup
 
@@ -98,12 +130,18 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
     loader, strict = jinja2.FileSystemLoader(HERE), jinja2.StrictUndefined
     environment = jinja2.Environment(loader=loader, undefined=strict, **form)
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    verdicts = verified(results)
     rows = [row for t in tables for row in _rows(results, t, verdicts)]
-    reproduced = {place: v.reproduction for place, v in verdicts.items() if v.reproduction}
-    blocks = {t.preset: table.blocks([t], reproduced) for t in tables}
-    shown = blocks.get(FIRST) or next(iter(blocks.values()), [])
-    notes = [item for block in shown if isinstance(block, Bullets) for item in block.items]
+    others = [
+        row | {"rank": None, "name": f"{row['name']}, by {by}"}
+        for by, made in theirs.items()
+        for t in made
+        for row in _rows(results, t, verdicts)
+        if row["badge"]
+    ]
+    rows += [row for row in others if row["badge"]["confirmed"]]
+    blocks = {t.preset: table.blocks([t], reproductions(verdicts)) for t in tables}
+    first = blocks.get(FIRST) or next(iter(blocks.values()), [])
+    notes = [item for block in first if isinstance(block, Bullets) for item in block.items]
     every = list(dict.fromkeys(block for part in blocks.values() for block in part)) or table.blocks([])
     studies = [_picture(path) for path in sorted((results / "figures").glob("variance*.svg"))]
     return environment.get_template("page.html.j2").render(
@@ -111,6 +149,7 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         rows=rows,
+        others=[row for row in others if not row["badge"]["confirmed"]],
         first=FIRST,
         filters={name: sorted({row[name] for row in rows} - {""}) for name in FILTERS},
         warnings=[note for note in notes if not note.startswith("Bold: ")],  # that speaks of the table alone
@@ -200,14 +239,16 @@ def _score(cell: Cell) -> dict[str, Any]:
 
 
 def _badge(results: Path, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
-    """The badge of the least verified run of a cell; its level is -1 when unverified, -2 when rejected."""
+    """The badge of the least verified run of a cell; its level is -1 when unverified."""
 
     def level(verdict):
-        return -2 if verdict.rejected else max(verdict.levels, default=-1)
+        return max(verdict.levels, default=-1)
 
-    least = min((verdicts[e.path.relative_to(results)] for e in cell.runs), key=level)
+    runs = [verdicts[e.path.relative_to(results)] for e in cell.runs]
+    least = min(runs, key=level)
     why = "; ".join(str(part) for part in (least.reproduction, least.reason) if part)
-    return {"level": level(least), "text": least.badge, "reason": flat(why)}
+    confirmed = all({2, 4} <= set(v.levels) for v in runs)
+    return {"level": level(least), "text": least.badge, "reason": flat(why), "confirmed": confirmed}
 
 
 def _figure(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -257,15 +257,21 @@ class Table:
 
 
 def build(
-    results: Path, presets: Sequence[str] | None = None, report: Callable[[str], None] = report_skipped
+    results: Path,
+    presets: Sequence[str] | None = None,
+    report: Callable[[str], None] = report_skipped,
+    left_out: Mapping[Path, str] | None = None,
 ) -> list[Table]:
     """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
 
-    A file that is no record of this schema and every copy of a run recorded twice are left out and reported, a
-    line each. Raises UsageError for a preset without records.
+    A file that is no record of this schema, every copy of a run recorded twice, and those of `left_out` (path -> reason)
+    are left out and reported, a line each. Raises UsageError for a preset without records.
     """
-    runs = defaultdict(list)
+    runs, left_out = defaultdict(list), left_out or {}
     for path, record in iterate_records(results, report):
+        if reason := left_out.get(path):
+            report(f"{path}: {reason}")
+            continue
         try:
             e = read_entry(path, record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -36,10 +36,10 @@ MEANINGS = {
 ALWAYS = (EQUAL, WITHIN, DIFFERENT)  # counted in the last line even if there are none
 
 
-def compare(args: Namespace) -> int:
+def compare(args: Namespace, left_out: Mapping[Path, str] | None = None) -> int:
     """`compare`: yours beside the reference, a table for each preset, and how many cells are the same.
 
-    Exit code 1 if a file was left out.
+    `left_out`: as in lra.records.cells.build. Exit code 1 if a file was left out.
     """
     skipped: list[str] = []
     marks: list[str] = []
@@ -51,7 +51,7 @@ def compare(args: Namespace) -> int:
         marks.append(mark)
         return f"{_percent(cell.accuracies)} {mark}" + (f" {_percent(theirs)}" if mark not in (EQUAL, NONE) else "")
 
-    for table in build(args.results, args.preset, skipped.append):
+    for table in build(args.results, args.preset, skipped.append, left_out):
         names = compact.column_names(table)
         rows = [(row_name(r), *(text(table.cells.get((r, c))) for c in table.columns)) for r in table.rows]
         header = (f"{flat(table.preset)}: yours, reference", *names.values())

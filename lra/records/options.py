@@ -9,4 +9,4 @@ from lra.options import RESULTS, Command, option
 PRESETS_SHOWN = option("--preset", "only this preset (default: all)", list)
 REFERENCE = option("--reference", "folder of the records beside them", Path, Path("results/reference"))
 
-COMMANDS = {"compare": Command("lra.records.compare:compare", (RESULTS, REFERENCE, PRESETS_SHOWN))}
+COMMANDS = {"compare": Command("lra.leaderboard.page:compare", (RESULTS, REFERENCE, PRESETS_SHOWN))}

@@ -25,7 +25,7 @@ from lra.training.distributed import ALONE, World
 from lra.training.evaluate import Counts
 from lra.training.log import LOG, Display, RunLog
 from lra.training.provenance import build_record
-from lra.training.trainer import WEIGHTS, Diverged, Trainer, Training, Where
+from lra.training.trainer import MIDDLE, WEIGHTS, Diverged, Trainer, Training, Where
 from tasks.store.files import remove_temporaries
 from tasks.store.prepared import Prepared
 
@@ -68,7 +68,7 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
             if any(world.all_gather(path.exists())):  # another process finished it meanwhile
                 return False
             if world.is_main:  # what a killed process was writing
-                own = [folder / name for name in (*CHECKPOINTS, WEIGHTS, LOG)]
+                own = [folder / name for name in (*CHECKPOINTS, WEIGHTS, MIDDLE, LOG)]
                 for file in (path, predictions_path(path), *own):
                     remove_temporaries(file)
             clocks = datetime.now(timezone.utc), time.perf_counter()
@@ -90,6 +90,8 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
                     status = "ok" if failure is None else f"failed: {failure}"
                     facts = {"device": training.where.device, "command": training.command, "clocks": clocks}
                     record = build_record(training.sections(peak), result, status=status, **facts)
+                    if failure and (remains := training.remains()):
+                        record["failure"] = remains
                     log.finish(record)
             if log:
                 publish(record, tested)  # last: once the record is there, so is all the rest
@@ -190,6 +192,11 @@ def save(training: Training, folder: Path) -> None:
         generators["cuda"] = torch.cuda.get_rng_state(device)
     groups |= {f"rng.{rank}": states for rank, states in enumerate(world.all_gather(generators))}
     tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
+    if training.progress.step == training.middle > 0:
+        kept = {name: t for name, t in tensors.items() if name.startswith(("model.", "optim."))}
+        training.progress.middle_sha256 = checkpoint.tensors_sha256(kept)
+        if world.is_main:
+            checkpoint.save(folder / MIDDLE, kept, {"digest": training.digest, "seed": training.seed})
     state = {"digest": training.digest, "seed": training.seed, "world_size": world.size}
     state["progress"], state["sources"] = asdict(training.progress), training.sources
     newest, previous = (folder / name for name in CHECKPOINTS)

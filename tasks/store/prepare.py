@@ -63,6 +63,9 @@ def prepare(
         with archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
             scratch = parts / code[:16]
             built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=scratch)
+        if not meta.declares(built.source, built.dataset, built.substitute):
+            what = f"{built.dataset!r} ({built.source}, substitute {built.substitute})"
+            raise SourceError(f"task {name}: its META.datasets has no {what}")
         for split in SPLITS:
             check(meta, split, built.splits.get(split, Split.of([], [])), recipe.data.seq_len)
         splits, removed, repeated = disjoint(built.splits, meta.towers)
