@@ -80,7 +80,12 @@ def _data(record: dict[str, Any]) -> None:
     ended, planned = training["steps"], training["recipe"]["steps"]
     if (record["result"] and ended != planned) or ended > planned:
         raise Rejected(f"training.steps is {ended}, and the recipe has {planned}")
-    examples = ended * training["recipe"]["batch"]
+    batch, parts = training["recipe"]["batch"], training["recipe"]["accumulate"] * training["world_size"]
+    if not parts or batch % parts:
+        raise Rejected(f"training.world_size is {training['world_size']}: batch {batch} does not split so")
+    if (record["cost"]["device"] == "cuda") != (record["env"]["gpu"] is not None):
+        raise Rejected(f"env.gpu is {record['env']['gpu']}, and cost.device is {record['cost']['device']}")
+    examples = ended * batch
     _same("training.examples_seen", training["examples_seen"], examples, "steps times batch")
 
 

@@ -115,13 +115,17 @@ def verify(path: Path, level: int, places: Places, context: Context | None = Non
 def judge(places: Places, level: int = 1, named: Collection[str] = ()) -> dict[Path, Verdict]:
     """Every record below places.results by its path relative to it: levels up to `level`, and V4.
 
+    Those of others are checked up to V2 in any case, where the data are at hand: below it they say nothing of V4.
     `named`: real paths of the records that are wanted, if not all of them.
     """
     results, context = places.results, Context(places.results)
     paths = [path for tree in trees(results) for path in sorted(tree.glob("records/*/*/*/seed*.json"))]
     wanted = [path for path in paths if not named or os.path.realpath(path) in named]
     bar = tqdm(wanted, desc="verifying", unit="record", disable=None, leave=False, delay=2)
-    verdicts = {path.relative_to(results): verify(path, level, places, context) for path in bar}
+    verdicts = {}
+    for path in bar:
+        place = path.relative_to(results)
+        verdicts[place] = verify(path, max(level, 2) if author(place) else level, places, context)
     for place, reproduction in _reproductions(results, verdicts).items():
         before = verdicts[place]
         levels = (*before.levels, 4) if reproduction.verdict == "reproduced" else before.levels
@@ -140,10 +144,13 @@ def author(place: Path) -> str:
 
 
 def _reproductions(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, Reproduction]:
-    """V4 of the records whose cell somebody else ran with at least FEWEST seeds that reached V1."""
+    """V4 of the records that reached V1 and whose cell somebody else ran, with at least FEWEST seeds that reached V2.
+
+    The owner's own runs count for others at V1.
+    """
     cells: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for place, verdict in verdicts.items():
-        if 1 in verdict.levels:
+        if {1, 2 if author(place) else 1} <= set(verdict.levels):
             cells[place.parts[-4:-1]][author(place)].append(place)
     least: dict[Path, Reproduction] = {}
     for groups in (groups for groups in cells.values() if len(groups) > 1):

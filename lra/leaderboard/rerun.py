@@ -126,11 +126,9 @@ def _repeated(field: str, recorded: list[float | None], again: list[float | None
 
 def _validates(found: Found, record: dict[str, Any], step: int) -> None:
     """Raise Rejected unless the weights of a step get as many validation examples right as the curve says there."""
-    claimed, n = next(
-        (right, n) for at, split, _, right, n in record["result"]["curve"] if (at, split) == (step, "val")
-    )
+    claimed, n = next(point[3:] for point in record["result"]["curve"] if point[:2] == [step, "val"])
     right = _evaluated(found, record, validation_split(found[0])).n_correct
-    if abs(right - claimed) > max(1, (1 - AGREE) * n):
+    if abs(right - claimed) > (1 - AGREE) * n:
         raise Rejected(f"result.curve: {claimed} right at step {step}, and the weights of that step get {right}")
 
 

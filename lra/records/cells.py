@@ -264,7 +264,7 @@ def build(
 ) -> list[Table]:
     """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
 
-    A file that is no record of this schema, every copy of a run recorded twice, and those of `left_out` (path -> reason)
+    A file that is no record of this schema, every copy of a run recorded twice, and those of `left_out` (path: reason)
     are left out and reported, a line each. Raises UsageError for a preset without records.
     """
     runs, left_out = defaultdict(list), left_out or {}
