@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from lra.options import UsageError
 from lra.records import cells, measured, published, table
 from lra.records import compare as beside
 from lra.records.cells import Cell, Table, row_name
-from lra.records.markup import Block, Bullets, Grid, Heading, Text, flat, html_fragment
+from lra.records.markup import Bullets, flat, html_fragment, parsed
 from lra.records.record import report_skipped
 from lra.records.stats import mean_sd
 from tasks.store.files import atomic_path
@@ -48,12 +47,11 @@ FIRST = "small"  # the preset that is shown first
 def build(args: Namespace) -> int:
     """`leaderboard build`: figures and page. Exit code 1 when a file was left out; the rest is shown."""
     skipped: list[str] = []
-    verdicts = judge(places(args), args.level)
+    verdicts, rejected = _judged(places(args), args.level)
     own, *others = trees(args.results)
-    tables = cells.build(own, report=skipped.append, left_out=_rejected(own, verdicts))
-    theirs = {o.name: cells.build(o, report=skipped.append, left_out=_rejected(own, verdicts)) for o in others}
-    figures = plots.draw(own, tables)
-    path = own / "index.html"
+    tables, *made = (cells.build(tree, report=skipped.append, left_out=rejected) for tree in (own, *others))
+    theirs = dict(zip((tree.name for tree in others), made, strict=True))
+    figures, path = plots.draw(own, tables), own / "index.html"
     text = render(own, tables, theirs, verdicts, figures, [line.replace(f"{own}/", "") for line in skipped])
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -64,8 +62,8 @@ def build(args: Namespace) -> int:
 def show_table(args: Namespace) -> int:
     """`table`: from the records alone. Exit code 1 if a file was left out; the rest is shown all the same."""
     skipped: list[str] = []
-    form, verdicts = "compact" if args.compact else args.format, judge(Places(args.results))
-    rejected = _rejected(args.results, verdicts)
+    form = "compact" if args.compact else args.format
+    verdicts, rejected = _judged(Places(args.results))
     text = table.render(args.results, form, args.preset, skipped.append, reproductions(verdicts), rejected)
     if args.write:
         table.write(args.write, text)
@@ -77,7 +75,7 @@ def show_table(args: Namespace) -> int:
 def plot(args: Namespace) -> int:
     """`plot`: every figure there is something for, below the results folder. Exit code 1 as for `table`."""
     skipped: list[str] = []
-    rejected = _rejected(args.results, judge(Places(args.results)))
+    _, rejected = _judged(Places(args.results))
     tables = cells.build(args.results, report=skipped.append, left_out=rejected)
     for path in plots.draw(args.results, tables, args.all):
         print(path)
@@ -86,12 +84,13 @@ def plot(args: Namespace) -> int:
 
 def compare(args: Namespace) -> int:
     """`compare`: the user's runs beside the reference's, without those that are rejected."""
-    return beside.compare(args, _rejected(args.results, judge(Places(args.results))))
+    return beside.compare(args, _judged(Places(args.results))[1])
 
 
-def _rejected(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, str]:
-    """The records that no table, average or figure has, and why."""
-    return {results / place: f"rejected: {v.reason}" for place, v in verdicts.items() if v.rejected}
+def _judged(places: Places, level: int = 1) -> tuple[dict[Path, Verdict], dict[Path, str]]:
+    """Verdicts on all records, and those that no table, average or figure has, by path, with the reason."""
+    verdicts = judge(places, level)
+    return verdicts, {places.results / p: f"rejected: {v.reason}" for p, v in verdicts.items() if v.rejected}
 
 
 def _reported(skipped: list[str]) -> int:
@@ -276,27 +275,6 @@ def _gemma(folder: Path) -> Iterator[dict[str, Any]]:
     for kind, caption in GEMMA.items():
         figure, text = folder / "figures" / f"{kind}.svg", folder / f"{kind}.md"
         if figure.is_file() or text.is_file():
-            tables = html_fragment(_blocks(text.read_text(encoding="utf-8"))) if text.is_file() else ""
+            tables = html_fragment(parsed(text.read_text(encoding="utf-8"))) if text.is_file() else ""
             picture = _picture(figure, caption) if figure.is_file() else None
             yield {"kind": kind, "caption": caption, "figure": picture, "tables": Markup(tables)}
-
-
-def _blocks(text: str) -> list[Block]:
-    """Markdown that markup.markdown wrote, as the blocks that it was made from."""
-
-    def plain(part: str) -> str:
-        return html.unescape(re.sub(r"\\([\\|*`~\]])", r"\1", part)).replace("<br>", "\n")
-
-    blocks: list[Block] = []
-    for part in text.strip().split("\n\n"):
-        lines = part.splitlines()
-        if part.startswith("| "):
-            header, _, *rows = (tuple(map(plain, line[2:-2].split(" | "))) for line in lines)
-            blocks.append(Grid(header, tuple(rows)))
-        elif part.startswith("* "):
-            blocks.append(Bullets(tuple(plain(line[2:]) for line in lines)))
-        elif part.startswith("### "):
-            blocks.append(Heading(plain(part[4:])))
-        else:
-            blocks.append(Text(plain(part)))
-    return blocks

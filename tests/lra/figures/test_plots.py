@@ -18,7 +18,7 @@ from tests.lra.figures.builders import HOSTILE, fill, give_curve, texts
 @pytest.fixture(autouse=True)
 def believed(monkeypatch):
     """`put` writes no whole records: they are taken as they are."""
-    monkeypatch.setattr(lra.leaderboard.page, "judge", lambda places: {})
+    monkeypatch.setattr(lra.leaderboard.page, "judge", lambda *_: {})
 
 
 def drawn(results, capsys, *words, code=0):

@@ -15,7 +15,7 @@ N = 4000  # the margin at 34% is 1.5 points
 @pytest.fixture(autouse=True)
 def believed(monkeypatch):
     """`put` writes no whole records: they are taken as they are."""
-    monkeypatch.setattr(lra.leaderboard.page, "judge", lambda places: {})
+    monkeypatch.setattr(lra.leaderboard.page, "judge", lambda *_: {})
 
 
 def runs(results, *corrects, attention="softmax", curve=0.5, **options):
