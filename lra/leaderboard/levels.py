@@ -108,7 +108,7 @@ def verify(path: Path, level: int, places: Places, context: Context | None = Non
         except Rejected as error:
             verdict = replace(verdict, rejected=True, reason=str(error))
         except (Unchecked, UsageError, SourceError) as error:
-            verdict = replace(verdict, reason=verdict.reason or f"V{number}: {error}")
+            verdict = replace(verdict, reason="; ".join(filter(None, (verdict.reason, f"V{number}: {error}"))))
     return verdict
 
 

@@ -137,7 +137,7 @@ def failure(**changes):
 
     def edit(f):
         steps = changes.get("steps", 5)
-        f.record_curve = f.record["result"]["curve"]
+        f.honest = f.record["result"]
         f.record["result"], f.record["status"] = (
             None,
             changes.get("status", f"failed: loss is not finite at step {steps}"),
@@ -156,8 +156,8 @@ def failure(**changes):
 
 
 def evidence(f, entries):
-    """Of an invented failure: the begin of an honest curve, and the probe of another run."""
-    return {"curve": f.record_curve[:entries], "probe": f.own()[1]["result"]["probe"]}
+    """Of an invented failure: the begin of an honest curve, and the honest probe."""
+    return {"curve": f.honest["curve"][:entries], "probe": f.honest["probe"]}
 
 
 def swapped(a, b, *keys):
