@@ -20,6 +20,7 @@ from lra.records.stats import Uncertain, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
+Names, Report, Reasons = Sequence[str] | None, Callable[[str], None], Mapping[Path, str] | None
 
 
 def row_name(row: Row) -> str:
@@ -257,10 +258,7 @@ class Table:
 
 
 def build(
-    results: Path,
-    presets: Sequence[str] | None = None,
-    report: Callable[[str], None] = report_skipped,
-    left_out: Mapping[Path, str] | None = None,
+    results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None
 ) -> list[Table]:
     """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
 
@@ -269,15 +267,14 @@ def build(
     """
     runs, left_out = defaultdict(list), left_out or {}
     for path, record in iterate_records(results, report):
-        if reason := left_out.get(path):
-            report(f"{path}: {reason}")
-            continue
         try:
-            e = read_entry(path, record)
+            if path in left_out:
+                report(f"{path}: {left_out[path]}")
+            else:
+                e = read_entry(path, record)
+                runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             report(f"{path} is not a usable record: {type(error).__name__} {error}")
-            continue
-        runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
     by_preset = defaultdict(list)
     for copies in runs.values():
         by_preset[copies[0].preset] += copies if len(copies) == 1 else []

@@ -91,8 +91,7 @@ class Training:
         return False
 
     def remains(self) -> dict[str, Any] | None:
-        """Of a failed run, what others can check."""
-        return None
+        """See above."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights that a checkpoint needs."""
