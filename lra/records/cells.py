@@ -21,6 +21,7 @@ from lra.records.stats import Uncertain, over_seeds, proportion, wilson
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
 Names, Report, Reasons = Sequence[str] | None, Callable[[str], None], Mapping[Path, str] | None
+Tables = list["Table"]
 
 
 def row_name(row: Row) -> str:
@@ -257,13 +258,11 @@ class Table:
         return [] if None in firsts else firsts
 
 
-def build(
-    results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None
-) -> list[Table]:
+def build(results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None) -> Tables:
     """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
 
-    A file that is no record of this schema, every copy of a run recorded twice, and those of `left_out` (path: reason)
-    are left out and reported, a line each. Raises UsageError for a preset without records.
+    Reported and left out, a line each: files that are no records, copies of one run, `left_out` (path: reason).
+    Raises UsageError for a preset without records.
     """
     runs, left_out = defaultdict(list), left_out or {}
     for path, record in iterate_records(results, report):
