@@ -282,7 +282,6 @@ def build(results: Path, presets: Names = None, report: Report = report_skipped,
     for preset in presets or ():
         if by_preset and preset not in by_preset:
             raise unknown("preset of the records", preset, by_preset)
-    # What says most comes first, smoke runs last but for presets that nobody knows.
     order = [p for p in reversed(PRESETS) if p in by_preset] + sorted(by_preset.keys() - set(PRESETS))
     chosen = [p for p in order if not presets or p in presets]
     return [Table(p, tuple(_tell_apart(by_preset[p])), measured.speeds(results, p)) for p in chosen]
