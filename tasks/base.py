@@ -28,6 +28,7 @@ Training reads only those. Token id 0 is padding in every task and never a symbo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -56,6 +57,13 @@ class Meta:
     towers: int = 1  # sequences per example: 1 = classify one, 2 = match a pair
     reads: Literal["symbols", "bytes", "pixels"] = "symbols"  # what id - 1 is, for showing an example
     generated: bool = False  # made by the suite: a --data-dir without its files is no error
+    # source -> regular expression of the names its data sets have; a substitute says so in its name. Empty: any name
+    datasets: dict[str, str] = field(default_factory=dict)
+
+    def declares(self, source: str, dataset: str, substitute: bool) -> bool:
+        """Whether data of `source` may have this name, and be a substitute or not."""
+        known = not self.datasets or re.fullmatch(self.datasets.get(source, "(?!)"), dataset)
+        return bool(known) and substitute == ("substitute" in dataset)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,10 @@ META = Meta(
     vocab=257,
     description="IMDb film reviews as bytes: positive or negative",
     reads="bytes",
+    datasets={
+        "embedded": "IMDb train half, 5,000 held out",
+        **dict.fromkeys(("hub", "local"), r"IMDb( \(partial copy: [\d,]+ train, [\d,]+ test\))?"),
+    },
 )
 
 RECIPES = {

@@ -26,6 +26,6 @@ TENSORBOARD = (
 COMMANDS = {
     "inspect": Command("lra.figures.inspect:show", INSPECT),
     "cards": Command("lra.figures.inspect:cards", CARDS),
-    "plot": Command("lra.figures.plots:plot", PLOT),
+    "plot": Command("lra.leaderboard.page:plot", PLOT),
     "tensorboard": Command("lra.figures.tensorboard:tensorboard", TENSORBOARD),
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,10 +21,9 @@ from lra.figures.labels import label_ends
 from lra.figures.style import color, drawing, listed, short
 from lra.options import PRESETS
 from lra.records import measured
-from lra.records.cells import Cell, Column, Table, build, row_name
+from lra.records.cells import Cell, Column, Table, row_name
 from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
-from lra.records.record import report_all
 from lra.records.significance import compare_all
 from lra.records.stats import ALPHA, average, holm, mean_sd
 
@@ -34,14 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[tuple[int, str, tuple[str, ...]]]  # keys of a table's rows
-
-
-def plot(args: Namespace) -> int:
-    """`plot`: every figure there is something for, below the results folder. Exit code 1 as for `table`."""
-    skipped: list[str] = []
-    for path in draw(args.results, build(args.results, report=skipped.append), args.all):
-        print(path)
-    return report_all(skipped)
 
 
 def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> list[Path]:

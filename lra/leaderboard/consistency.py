@@ -1,8 +1,12 @@
-"""V1 without torch: does a well-formed record agree with itself, with its predictions and with the suite?"""
+"""V1 without torch: does a well-formed record agree with itself, with its predictions and with the suite?
+
+Nothing is written.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from argparse import Namespace
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +21,8 @@ from lra.records.record import predictions_path, read_labels, read_predictions
 from lra.records.schema import Rejected, Unchecked
 from tasks.base import SourceError
 from tasks.store.prepared import Prepared, data_identity, load
+
+LEAK = 6  # standard errors by which test accuracy may exceed that of the selected validation
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,10 @@ def consistent(path: Path, record: dict[str, Any], places: Places) -> None:
     _clocks(record)
     if record["result"]:
         _curve(record)
+        _selected(record)
         _counts(path, record, places)
-    elif predictions_path(path).exists():
-        raise Rejected("status is not ok, and yet there are predictions")
+    else:
+        _failure(path, record)
 
 
 def _same(field: str, value: Any, expected: Any, why: str) -> None:
@@ -56,6 +63,12 @@ def _data(record: dict[str, Any]) -> None:
     task, training = record["task"], record["training"]
     module = task_module(record)
     size = module.RECIPES[task["preset"]].data
+    source, name, substitute = record["data"]["source"], task["dataset"], task["substitute"]
+    if not module.META.declares(source, name, substitute):
+        declared = f"task {task['name']} declares none of that name for source {source}"
+        raise Rejected(f"task.dataset is {name!r}, task.substitute {str(substitute).lower()}, and {declared}")
+    if len({split["sha256"] for split in record["data"]["splits"].values()}) < 3:
+        raise Rejected("data.splits: two of them have the same sha256")
     _same("task.version", task["version"], module.META.version, "the suite")
     _same("task.seq_len", task["seq_len"], size.seq_len, "the preset")
     for name, split in record["data"]["splits"].items():
@@ -67,7 +80,12 @@ def _data(record: dict[str, Any]) -> None:
     ended, planned = training["steps"], training["recipe"]["steps"]
     if (record["result"] and ended != planned) or ended > planned:
         raise Rejected(f"training.steps is {ended}, and the recipe has {planned}")
-    examples = ended * training["recipe"]["batch"]
+    batch, parts = training["recipe"]["batch"], training["recipe"]["accumulate"] * training["world_size"]
+    if not parts or batch % parts:
+        raise Rejected(f"training.world_size is {training['world_size']}: batch {batch} does not split so")
+    if (record["cost"]["device"] == "cuda") != (record["env"]["gpu"] is not None):
+        raise Rejected(f"env.gpu is {record['env']['gpu']}, and cost.device is {record['cost']['device']}")
+    examples = ended * batch
     _same("training.examples_seen", training["examples_seen"], examples, "steps times batch")
 
 
@@ -93,25 +111,51 @@ def _clocks(record: dict[str, Any]) -> None:
 
 
 def _curve(record: dict[str, Any]) -> None:
-    """Validations at the steps of the recipe, every count possible, and the selected step the first of the best."""
-    result, training, splits = record["result"], record["training"], record["data"]["splits"]
-    recipe, curve = training["recipe"], result["curve"]
+    """Validations at the steps of the recipe, up to the end of the run, and every count possible beside its loss."""
+    training, splits = record["training"], record["data"]["splits"]
+    recipe, curve = training["recipe"], (record["result"] or record["failure"])["curve"]
     n_val = splits["test" if record["data"]["val_rule"] == "legacy" else "val"]["n"]
-    _same("result.n_val", result["n_val"], n_val, "the split")
-    if len(curve) != 2 * -(-recipe["steps"] // max(1, recipe["eval_every"])):
+    end, every = training["steps"], max(1, recipe["eval_every"])
+    most = 2 * -(-end // every)  # two entries for each validation; a failed run may lack those of its last
+    if not (most if record["result"] else most - 2) <= len(curve) <= most:
         raise Rejected(f"result.curve has {len(curve)} entries, not two for each validation of the recipe")
-    steps = [*range(recipe["eval_every"], recipe["steps"], recipe["eval_every"]), recipe["steps"]]
     expected, before = [], 0
-    for step in steps:
+    for step in (*range(every, end, every), end):
         expected += [[step, "train", (step - before) * recipe["batch"]], [step, "val", n_val]]
         before = step
-    if [[step, split, n] for step, split, _, _, n in curve] != expected:
+    if [[step, split, n] for step, split, _, _, n in curve] != expected[: len(curve)]:
         raise Rejected("result.curve: its steps, splits and sizes are not those of the recipe")
-    if any(correct > n or (loss is None and split == "train") for _, split, loss, correct, n in curve):
-        raise Rejected("result.curve: more correct than there are, or no training loss")
-    best = max((e for e in curve if e[1] == "val"), key=lambda e: e[3])  # the first of equals
+    for step, split, loss, correct, n in curve:
+        # The true class of a wrong answer has a probability of at most 1/2.
+        if loss is None or correct > n or (n - correct) * math.log(2) > n * loss * (1 + 1e-6):
+            raise Rejected(f"result.curve: {split} at step {step}: no model has {correct} of {n} right at loss {loss}")
+
+
+def _selected(record: dict[str, Any]) -> None:
+    """The selected step is the first of the best; test accuracy does not exceed its validation beyond chance."""
+    result, training = record["result"], record["training"]
+    best = max((e for e in result["curve"] if e[1] == "val"), key=lambda e: e[3])  # the first of equals
+    _same("result.n_val", result["n_val"], best[4], "the split")
     _same("training.selected_step", training["selected_step"], best[0], "the best validation of the curve")
     _same("result.val_n_correct", result["val_n_correct"], best[3], "the best validation of the curve")
+    (a, n), (b, m) = ((result[k], result[size]) for k, size in (("n_correct", "n_test"), ("val_n_correct", "n_val")))
+    share = min((a + b) / (n + m), 1.0)
+    if a / n - b / m > LEAK * math.sqrt(share * (1 - share) * (1 / n + 1 / m)):
+        raise Rejected(f"test accuracy {a}/{n} is more than {LEAK} standard errors above validation {b}/{m}")
+
+
+def _failure(path: Path, record: dict[str, Any]) -> None:
+    """A failure carries its curve and its probe, and its reason a step that the run had reached."""
+    if predictions_path(path).exists():
+        raise Rejected("status is not ok, and yet there are predictions")
+    if not record.get("failure"):
+        raise Rejected("a failed run without its curve and probe: nothing shows that it ran")
+    _curve(record)
+    steps = record["training"]["steps"]
+    last = max((point[0] for point in record["failure"]["curve"]), default=0)
+    named = re.search(r"at step (\d+)", record["status"])
+    if named and not last <= int(named[1]) <= steps + 1:
+        raise Rejected(f"status names step {named[1]}, and the run went from its validation at {last} to {steps}")
 
 
 def _counts(path: Path, record: dict[str, Any], places: Places) -> None:

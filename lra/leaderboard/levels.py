@@ -1,30 +1,38 @@
-"""The levels of verification.
+"""The levels of verification. Each is computed from the records whenever it is shown; none is stored.
 
 V0  the form of lra/records/schema.py, and a path that is the run's identity: data hash and digest recomputed.
-V1  agrees with itself, its predictions and the records beside it (lra/leaderboard/consistency.py); model, protocol and
-    command are those its configuration gives (lra/leaderboard/rerun.py builds it).
-V2  the probe's losses are repeated; V3 the saved weights are evaluated again (lra/leaderboard/rerun.py).
-V4  somebody else's runs of the cell have an equivalent accuracy (lra/leaderboard/submit.py).
+V1  agrees with itself and its predictions (lra/leaderboard/consistency.py), with the records beside it (context.py),
+    and with its configuration: model, protocol and command (rerun.py builds the model).
+V2  the probe's losses are repeated from the start, and from a checkpoint in the middle whose hash stands in the record.
+V3  the final weights, whose hash stands in the record, give its predictions and its validation (rerun.py).
+V4  somebody else's runs of the cell, which differ in all but the recipe, have an equivalent accuracy.
 
-What no computation on a record can show stays its author's word: peak memory, clocks beyond their mutual
-agreement, hardware, the commit. V0 and V1 never import what a record names; torch is loaded for the model alone.
+No level proves honesty. Peak memory, clocks beyond their mutual agreement, hardware and commit are their author's word.
+V0 and V1 never import what a record names. Torch is loaded for the model alone. Nothing is written.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+import os
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from lra.leaderboard.consistency import Places, consistent
+from lra.leaderboard.context import Context, trees
 from lra.leaderboard.identity import identity
 from lra.options import UsageError
+from lra.records.compare import equivalent
 from lra.records.record import read_record
 from lra.records.schema import Rejected, Unchecked, check
 from lra.records.stats import Estimate
 from tasks.base import SourceError
+
+FEWEST = 3  # runs by somebody else that V4 takes
+ORDER = ("disputed", "inconclusive", "reproduced")  # of several people, the one least in favour counts
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Verdict:
 
     levels: tuple[int, ...] = ()
     rejected: bool = False
-    reason: str = "never verified, or changed since: python -m lra leaderboard verify"
+    reason: str = ""
     reproduction: Reproduction | None = None
 
     @property
@@ -63,28 +71,30 @@ class Verdict:
         return (f"V{max(self.levels)}" if self.levels else "unverified") + (" disputed" if disputed else "")
 
 
-def verify(path: Path, level: int, places: Places, context: Context | None = None) -> Verdict:
+def verify(path: Path, level: int, places: Places, context: Context | None = None, tree: Path | None = None) -> Verdict:
     """Check one record up to `level` (0 to 3). V0 and V1 build on each other; V2 and V3 are independent.
 
-    Never raises for what a record holds: a contradiction is `rejected`, what cannot be decided a `reason`. Nothing is
-    written.
+    With a `context`, the record belongs to its `tree` (default: the one it lies in), and is held against the others.
+    Never raises for what a record holds: a contradiction is `rejected`, what cannot be decided a `reason`.
     """
-    verdict = Verdict(reason="")
+    verdict = Verdict()
     try:
         record = read_record(path)
         check(record)
-        place = identity(record)
-        if context is not None and path.relative_to(context.root) != place:
-            raise Rejected(f"its path is not its identity: what it records belongs to {place}")
-        verdict = replace(verdict, levels=(0,))
+        place = Path("records") / identity(record)
+        if context is not None and tree is None:
+            tree = path.parents[4]
+            if path.relative_to(tree) != place:
+                raise Rejected(f"its path is not its identity: what it records belongs to {place}")
+        verdict = Verdict((0,))
         if level >= 1:
             consistent(path, record, places)
             if context is not None:
-                context.agrees(path, record)
+                context.agrees(tree, place, path, record)
             from lra.leaderboard import rerun  # loads torch
 
             rerun.model_again(record, places)
-            verdict = replace(verdict, levels=(0, 1))
+            verdict = Verdict((0, 1))
     except (Rejected, UsageError) as error:
         return replace(verdict, rejected=True, reason=str(error))
     except Unchecked as error:
@@ -93,47 +103,72 @@ def verify(path: Path, level: int, places: Places, context: Context | None = Non
         if number > level or verdict.rejected:
             break
         try:
-            getattr(rerun, repeat)(path, record, places)
-            verdict = replace(verdict, levels=(*verdict.levels, number))
+            shortfall = getattr(rerun, repeat)(path, record, places)
+            verdict = replace(verdict, levels=(*verdict.levels, number), reason=verdict.reason or shortfall or "")
         except Rejected as error:
             verdict = replace(verdict, rejected=True, reason=str(error))
         except (Unchecked, UsageError, SourceError) as error:
-            verdict = replace(verdict, reason=verdict.reason or f"V{number}: {error}")
+            verdict = replace(verdict, reason="; ".join(filter(None, (verdict.reason, f"V{number}: {error}"))))
     return verdict
 
 
-class Context:
-    """What the records of one tree say about each other: floors and revision of the same data, seeds of a cell."""
+def judge(places: Places, level: int = 1, named: Collection[str] = ()) -> dict[Path, Verdict]:
+    """Every record below places.results by its path relative to it: levels up to `level`, and V4.
 
-    def __init__(self, root: Path, records: Iterable[tuple[Path, dict[str, Any]]]):
-        self.root, self.seeds = Path(root), defaultdict(set)
-        votes: dict[str, Counter] = defaultdict(Counter)
-        for path, record in records:
-            self.seeds[path.parent].add(path.stem)
-            try:
-                votes[record["data"]["manifest_sha256"]][_data_facts(record)] += 1
-            except (KeyError, TypeError):
-                continue  # malformed: V0 names the field
-        self.usual = {data: counts.most_common(1)[0][0] for data, counts in votes.items()}
-
-    def agrees(self, path: Path, record: dict[str, Any]) -> None:
-        """Raise Rejected where most records of the same data have other facts of them, Unchecked for a gap of seeds."""
-        facts = _data_facts(record)
-        usual = self.usual.get(record["data"]["manifest_sha256"], facts)
-        if usual != facts:
-            others = "those of other records on the same data"
-            raise Rejected(f"data: floors or revision differ from {others}: {usual}")
-        if gap := missing_seeds(self.seeds[path.parent] | {path.stem}):
-            raise Unchecked(gap)
+    Those of others are checked up to V2 in any case, where the data are at hand: below it they say nothing of V4.
+    `named`: real paths of the records that are wanted, if not all of them.
+    """
+    results, context = places.results, Context(places.results)
+    paths = [path for tree in trees(results) for path in sorted(tree.glob("records/*/*/*/seed*.json"))]
+    wanted = [path for path in paths if not named or os.path.realpath(path) in named]
+    bar = tqdm(wanted, desc="verifying", unit="record", disable=None, leave=False, delay=2)
+    verdicts = {}
+    for path in bar:
+        place = path.relative_to(results)
+        verdicts[place] = verify(path, max(level, 2) if author(place) else level, places, context)
+    for place, reproduction in _reproductions(results, verdicts).items():
+        before = verdicts[place]
+        levels = (*before.levels, 4) if reproduction.verdict == "reproduced" else before.levels
+        verdicts[place] = replace(before, levels=levels, reproduction=reproduction)
+    return verdicts
 
 
-def _data_facts(record: dict[str, Any]) -> tuple:
-    """What all records of the same data have in common: floors and revision."""
-    return tuple(sorted(record["data"]["floors"].items())), record["data"]["revision"]
+def reproductions(verdicts: dict[Path, Verdict]) -> dict[Path, Reproduction]:
+    """V4 of the records that somebody else ran, too."""
+    return {place: v.reproduction for place, v in verdicts.items() if v.reproduction}
 
 
-def missing_seeds(names: Iterable[str]) -> str:
-    """Of n files seed<k> of a cell, which of seed0 ... seed<n-1> are missing, in a sentence; empty if none is."""
-    names = set(names)
-    gap = [str(k) for k in range(len(names)) if f"seed{k}" not in names]
-    return f"the cell's seeds must be 0, 1, ...: missing {', '.join(gap)}" if gap else ""
+def author(place: Path) -> str:
+    """Who submitted the record at a path below a results folder; empty for its owner."""
+    return place.parts[1] if place.parts[0] == "counter" else ""
+
+
+def _reproductions(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, Reproduction]:
+    """V4 of the records that reached V1 and whose cell somebody else ran, with at least FEWEST seeds that reached V2.
+
+    The owner's own runs count for others at V1.
+    """
+    cells: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for place, verdict in verdicts.items():
+        if {1, 2 if author(place) else 1} <= set(verdict.levels):
+            cells[place.parts[-4:-1]][author(place)].append(place)
+    least: dict[Path, Reproduction] = {}
+    for groups in (groups for groups in cells.values() if len(groups) > 1):
+        ended = {by: _ended(results, places) for by, places in groups.items()}
+        for by, theirs in ended.items():
+            for other, ours in ended.items():
+                if other == by or min(len(ours), len(theirs)) < FEWEST:
+                    continue
+                accuracies = ({k: correct / n for k, (correct, n) in runs.items()} for runs in (ours, theirs))
+                verdict, gap, margin = equivalent(*accuracies, next(iter(ours.values()))[1])
+                found = Reproduction(by or "the owner of these results", len(theirs), verdict, gap, margin)
+                for place in groups[other]:
+                    known = least.get(place, found)
+                    least[place] = min(known, found, key=lambda r: ORDER.index(r.verdict))
+    return least
+
+
+def _ended(results: Path, places: list[Path]) -> dict[str, tuple[int, int]]:
+    """(right answers, examples) of the runs that ended, by seed."""
+    records = {place.stem: read_record(results / place)["result"] for place in places}
+    return {seed: (r["n_correct"], r["n_test"]) for seed, r in records.items() if r}

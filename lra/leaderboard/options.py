@@ -41,7 +41,7 @@ COMMANDS = {
         "lra.leaderboard.submit:submit",
         (
             option("files", "JSON files of records, their predictions beside them", Path, nargs="+"),
-            option("--by", "add them as counter-records of this name, to results/counter/BY/"),
+            option("--by", "whose runs they are: they are added to results/counter/BY/", required=True),
             TRUST,
             *PLACES,
         ),
@@ -55,9 +55,17 @@ COMMANDS = {
             TRUST,
             *(DATA, READ, RUNS, DEVICE),
         ),
-        "check records, and keep how far each was verified",
+        "check records, and write nothing",
     ),
-    "leaderboard build": Command("lra.leaderboard.page:build", (READ,), "make the page RESULTS/index.html"),
+    "leaderboard build": Command(
+        "lra.leaderboard.page:build",
+        (
+            option("--level", f"verify every record up to it: {LEVELS}", range(1, 4), 1, type=int),
+            TRUST,
+            *(DATA, READ, RUNS, DEVICE),
+        ),
+        "make the page RESULTS/index.html",
+    ),
     "leaderboard serve": Command(
         "lra.leaderboard.page:serve", (READ, PORT), "show results to a browser of this machine"
     ),

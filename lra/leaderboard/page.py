@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,14 @@ from typing import Any
 
 from lra.figures import plots
 from lra.figures.style import GREY, INK, color
-from lra.leaderboard.levels import Verdict
-from lra.leaderboard.submit import reproductions, verified
+from lra.leaderboard.consistency import Places, places
+from lra.leaderboard.context import trees
+from lra.leaderboard.levels import Verdict, judge, reproductions
 from lra.options import UsageError
-from lra.records import measured, published, table
+from lra.records import cells, measured, published, table
+from lra.records import compare as beside
 from lra.records.cells import Cell, Table, row_name
-from lra.records.markup import Block, Bullets, Grid, Heading, Text, flat, html_fragment
+from lra.records.markup import Bullets, flat, html_fragment, parsed
 from lra.records.record import PROTOCOL, report_all
 from lra.records.stats import mean_sd
 from tasks.store.files import atomic_path
@@ -46,11 +47,12 @@ FIRST = "small"  # the preset that is shown first
 def build(args: Namespace) -> int:
     """`leaderboard build`: figures and page. Exit code 1 when a file was left out; the rest is shown."""
     skipped: list[str] = []
-    tables = table.build(args.results, report=skipped.append)
-    figures = plots.draw(args.results, tables)
-    path = args.results / "index.html"
-    shown = [line.replace(f"{args.results}/", "") for line in skipped]
-    text = render(args.results, tables, figures, shown)
+    verdicts, rejected = _judged(places(args), args.level)
+    own, *others = trees(args.results)
+    tables, *made = (cells.build(tree, report=skipped.append, left_out=rejected) for tree in (own, *others))
+    theirs = dict(zip((tree.name for tree in others), made, strict=True))
+    figures, path = plots.draw(own, tables), own / "index.html"
+    text = render(own, tables, theirs, verdicts, figures, [line.replace(f"{own}/", "") for line in skipped])
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(path)
@@ -60,12 +62,34 @@ def build(args: Namespace) -> int:
 def show_table(args: Namespace) -> int:
     """`table`: from the records alone. Exit code 1 if a file was left out; the rest is shown all the same."""
     skipped: list[str] = []
-    text = table.render(args.results, args.format, args.preset, skipped.append, reproductions(args.results))
+    verdicts, rejected = _judged(Places(args.results))
+    text = table.render(args.results, args.format, args.preset, skipped.append, reproductions(verdicts), rejected)
     if args.write:
         table.write(args.write, text)
     else:
         print(text, end="")
     return report_all(skipped)
+
+
+def plot(args: Namespace) -> int:
+    """`plot`: every figure there is something for, below the results folder. Exit code 1 as for `table`."""
+    skipped: list[str] = []
+    _, rejected = _judged(Places(args.results))
+    tables = cells.build(args.results, report=skipped.append, left_out=rejected)
+    for path in plots.draw(args.results, tables, args.all):
+        print(path)
+    return report_all(skipped)
+
+
+def compare(args: Namespace) -> int:
+    """`compare`: the user's runs beside the reference's, without those that are rejected."""
+    return beside.compare(args, _judged(Places(args.results))[1])
+
+
+def _judged(places: Places, level: int = 1) -> tuple[dict[Path, Verdict], dict[Path, str]]:
+    """Verdicts on all records, and those that no table, average or figure has, by path, with the reason."""
+    verdicts = judge(places, level)
+    return verdicts, {places.results / p: f"rejected: {v.reason}" for p, v in verdicts.items() if v.rejected}
 
 
 def serve(args: Namespace) -> None:
@@ -81,8 +105,15 @@ def serve(args: Namespace) -> None:
             pass
 
 
-def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left_out: Sequence[str]) -> str:
-    """The page as text: a pure function of the records, the figures and the verification file."""
+def render(
+    results: Path,
+    tables: Sequence[Table],
+    theirs: dict[str, list[Table]],
+    verdicts: dict[Path, Verdict],
+    figures: Sequence[Path],
+    left_out: Sequence[str],
+) -> str:
+    """The page as text: a pure function of the owner's tables, those of others by their names, and the figures."""
     import jinja2
     from markupsafe import Markup
 
@@ -90,12 +121,18 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
     loader, strict = jinja2.FileSystemLoader(HERE), jinja2.StrictUndefined
     environment = jinja2.Environment(loader=loader, undefined=strict, **form)
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    verdicts = verified(results)
     rows = [row for t in tables for row in _rows(results, t, verdicts)]
-    reproduced = {place: v.reproduction for place, v in verdicts.items() if v.reproduction}
-    blocks = {t.preset: table.blocks([t], reproduced) for t in tables}
-    shown = blocks.get(FIRST) or next(iter(blocks.values()), [])
-    notes = [item for block in shown if isinstance(block, Bullets) for item in block.items]
+    others = [
+        row | {"rank": None, "name": f"{row['name']}, by {by}"}
+        for by, made in theirs.items()
+        for t in made
+        for row in _rows(results, t, verdicts)
+        if row["badge"]
+    ]
+    rows += [row for row in others if row["badge"]["confirmed"]]
+    blocks = {t.preset: table.blocks([t], reproductions(verdicts)) for t in tables}
+    first = blocks.get(FIRST) or next(iter(blocks.values()), [])
+    notes = [item for block in first if isinstance(block, Bullets) for item in block.items]
     every = list(dict.fromkeys(block for part in blocks.values() for block in part)) or table.blocks([])
     studies = [_picture(path) for path in sorted((results / "figures").glob("variance*.svg"))]
     return environment.get_template("page.html.j2").render(
@@ -103,6 +140,7 @@ def render(results: Path, tables: Sequence[Table], figures: Sequence[Path], left
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         rows=rows,
+        others=[row for row in others if not row["badge"]["confirmed"]],
         first=FIRST,
         filters={name: sorted({row[name] for row in rows} - {""}) for name in FILTERS},
         warnings=[note for note in notes if not note.startswith("Bold: ")],  # that speaks of the table alone
@@ -192,14 +230,16 @@ def _score(cell: Cell) -> dict[str, Any]:
 
 
 def _badge(results: Path, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
-    """The badge of the least verified run of a cell; its level is -1 when unverified, -2 when rejected."""
+    """The badge of the least verified run of a cell; its level is -1 when unverified."""
 
     def level(verdict):
-        return -2 if verdict.rejected else max(verdict.levels, default=-1)
+        return max(verdict.levels, default=-1)
 
-    least = min((verdicts[e.path.relative_to(results)] for e in cell.runs), key=level)
+    runs = [verdicts[e.path.relative_to(results)] for e in cell.runs]
+    least = min(runs, key=level)
     why = "; ".join(str(part) for part in (least.reproduction, least.reason) if part)
-    return {"level": level(least), "text": least.badge, "reason": flat(why)}
+    confirmed = all({2, 4} <= set(v.levels) for v in runs)
+    return {"level": level(least), "text": least.badge, "reason": flat(why), "confirmed": confirmed}
 
 
 def _figure(path: Path) -> dict[str, Any]:
@@ -227,27 +267,6 @@ def _gemma(folder: Path) -> Iterator[dict[str, Any]]:
     for kind, caption in GEMMA.items():
         figure, text = folder / "figures" / f"{kind}.svg", folder / f"{kind}.md"
         if figure.is_file() or text.is_file():
-            tables = html_fragment(_blocks(text.read_text(encoding="utf-8"))) if text.is_file() else ""
+            tables = html_fragment(parsed(text.read_text(encoding="utf-8"))) if text.is_file() else ""
             picture = _picture(figure, caption) if figure.is_file() else None
             yield {"kind": kind, "caption": caption, "figure": picture, "tables": Markup(tables)}
-
-
-def _blocks(text: str) -> list[Block]:
-    """Markdown that markup.markdown wrote, as the blocks that it was made from."""
-
-    def plain(part: str) -> str:
-        return html.unescape(re.sub(r"\\([\\|*`~\]])", r"\1", part)).replace("<br>", "\n")
-
-    blocks: list[Block] = []
-    for part in text.strip().split("\n\n"):
-        lines = part.splitlines()
-        if part.startswith("| "):
-            header, _, *rows = (tuple(map(plain, line[2:-2].split(" | "))) for line in lines)
-            blocks.append(Grid(header, tuple(rows)))
-        elif part.startswith("* "):
-            blocks.append(Bullets(tuple(plain(line[2:]) for line in lines)))
-        elif part.startswith("### "):
-            blocks.append(Heading(plain(part[4:])))
-        else:
-            blocks.append(Text(plain(part)))
-    return blocks

@@ -25,14 +25,15 @@ from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
 from lra.training.config import Run
 from lra.training.evaluate import Counts, Where, evaluate
-from lra.training.provenance import model_facts, protocol
+from lra.training.provenance import PROBE_BATCH, model_facts, protocol
 from lra.training.train import run_folder
-from lra.training.trainer import WEIGHTS, probe
+from lra.training.trainer import MIDDLE, WEIGHTS, middle_step, probe, validation_split
 from tasks.store.prepared import Prepared
 
 LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte
 AGREE = 0.999  # V3: share of predictions that must be the same
 RTOL = 1e-5, 1e-3  # V2: of the first loss and of the last, and geometric in between
+Found = tuple[Run, Prepared, torch.nn.Module]
 
 
 def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None = None) -> Run:
@@ -79,25 +80,64 @@ def model_again(record: dict[str, Any], places: Places) -> None:
             raise Rejected(f"{name} is {recorded}, and the preset with the overrides makes it {value}")
 
 
-def probe_again(path: Path, record: dict[str, Any], places: Places) -> None:
-    """V2: the probe's losses from the recorded configuration, on one CPU thread in fp32.
+def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
+    """V2: the probe's losses, on one CPU thread in fp32, from the start and from the checkpoint in the middle.
 
-    Loss k of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The data are at hand, so
-    floors and revision are compared, too. Raises Rejected, or Unchecked or SourceError without the data.
+    Loss k of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The checkpoint must have the hash of
+    the record, and validate as the curve says. The data are at hand, so floors and revision are compared, too. Returns
+    why only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the data.
     """
-    if not record["result"]:
-        raise Unchecked("a failed run has no probe")
     prepared = prepared_data(record, places)
     for key in ("floors", "revision"):
         if record["data"][key] != prepared.manifest[key]:
             raise Rejected(f"data.{key} is {record['data'][key]}, and the data say {prepared.manifest[key]}")
-    recorded = record["result"]["probe"]["losses"]
-    again = probe(run_of(record, places, prepared.manifest), prepared)
-    if again["batch"] != record["result"]["probe"]["batch"]:
-        raise Rejected(f"result.probe.batch must be {again['batch']}")
-    if (k := unlike(recorded, again["losses"])) is not None:
-        loss = again["losses"][k]
-        raise Rejected(f"result.probe.losses[{k}] is {recorded[k]}, and running the step again gives {loss}")
+    run = run_of(record, places, prepared.manifest)
+    recorded = (record["result"] or record["failure"])["probe"]
+    if recorded["batch"] != PROBE_BATCH:
+        raise Rejected(f"result.probe.batch must be {PROBE_BATCH}")
+    _repeated("result.probe", recorded["losses"], probe(run, prepared)["losses"])
+    chain = (record["result"] or {}).get("chain")
+    if not (chain and chain["middle"]):
+        return "V2 from the start only: the record names no checkpoint in the middle"
+    middle, file = chain["middle"], run_folder(places.runs, run) / MIDDLE
+    if not file.exists():
+        return f"V2 from the start only: no {file}"
+    _same("result.chain.middle.step", middle["step"], middle_step(run.recipe.train))
+    tensors, _ = checkpoint.load(file)
+    _same("result.chain.middle.sha256", middle["sha256"], checkpoint.tensors_sha256(tensors))
+    _repeated("result.chain.middle", middle["losses"], probe(run, prepared, file)["losses"])
+    classifier = run.build_model().to(pick_device(places.device))
+    classifier.load_state_dict(checkpoint.under("model", tensors))
+    _validates((run, prepared, classifier), record, middle["step"])
+    return ""
+
+
+def _same(field: str, recorded: Any, again: Any) -> None:
+    if recorded != again:
+        raise Rejected(f"{field} is {recorded}, and the run makes it {again}")
+
+
+def _repeated(field: str, recorded: list[float | None], again: list[float | None]) -> None:
+    """Raise Rejected at the first loss that is not repeated."""
+    _same(f"the number of {field}.losses", len(recorded), len(again))
+    if (k := unlike(recorded, again)) is not None:
+        raise Rejected(f"{field}.losses[{k}] is {recorded[k]}, and running the step again gives {again[k]}")
+
+
+def _validates(found: Found, record: dict[str, Any], step: int) -> None:
+    """Raise Rejected unless the weights of a step get as many validation examples right as the curve says there."""
+    claimed, n = next(point[3:] for point in record["result"]["curve"] if point[:2] == [step, "val"])
+    right = _evaluated(found, record, validation_split(found[0])).n_correct
+    if abs(right - claimed) > (1 - AGREE) * n:
+        raise Rejected(f"result.curve: {claimed} right at step {step}, and the weights of that step get {right}")
+
+
+def _evaluated(found: Found, record: dict[str, Any], split: str) -> Counts:
+    """A model on a split, where it is, in the precision of the record."""
+    run, prepared, classifier = found
+    device = next(classifier.parameters()).device
+    where = Where(device, record["training"]["precision"])
+    return evaluate(classifier, prepared.splits[split], run.meta.towers, batch=run.micro_batch, where=where, name=split)
 
 
 def unlike(recorded: list[float | None], again: list[float | None]) -> int | None:
@@ -110,39 +150,42 @@ def unlike(recorded: list[float | None], again: list[float | None]) -> int | Non
 
 
 def evaluate_again(path: Path, record: dict[str, Any], places: Places) -> None:
-    """V3: the saved weights predict what is stored. Raises Rejected, or UsageError where there are none."""
-    counts, agree = evaluate_weights(path, record, places)
+    """V3: the final weights have the hash of the record, predict what is stored, and validate as the curve says.
+
+    Raises Rejected, or UsageError where there are no weights.
+    """
+    found = saved_model(path, record, places)
+    if chain := record["result"].get("chain"):
+        _same("result.chain.final_sha256", chain["final_sha256"], checkpoint.tensors_sha256(found[2].state_dict()))
+    _, agree = _against_stored(found, path, record)
     if agree < AGREE:
         stored = f"{100 * agree:.2f}% of the stored predictions"
         raise Rejected(f"the saved weights give {stored}, below {AGREE:.1%}")
+    _validates(found, record, record["training"]["selected_step"])
 
 
-def saved_model(path: Path, record: dict[str, Any], places: Places) -> tuple[Run, Prepared, torch.nn.Module]:
+def saved_model(path: Path, record: dict[str, Any], places: Places) -> Found:
     """The run of a well-formed record, its data, and its model with the saved weights."""
     if not record["result"]:
         raise Unchecked(f"{path} has no result: {record['status']}")
     prepared = prepared_data(record, places)
     run = run_of(record, places, prepared.manifest)
-    folder = run_folder(places.runs, run)
-    file = folder / WEIGHTS
+    file = run_folder(places.runs, run) / WEIGHTS
     if not file.exists():
         own = record_path(places.results, run.meta.name, run.attention, run.digest, run.seed)
         command = run.command + (" --again" if own.exists() else "")
         raise UsageError(f"no weights of {path}, looked for {file}: `{command}` trains the cell")
     weights, state = checkpoint.load(file)
     if (state["digest"], state["seed"]) != (run.digest, run.seed):
-        raise UsageError(f"{folder} holds weights of another run")
+        raise UsageError(f"{file.parent} holds weights of another run")
     classifier = run.build_model().to(pick_device(places.device))
     classifier.load_state_dict(weights)
     return run, prepared, classifier
 
 
-def evaluate_weights(path: Path, record: dict[str, Any], places: Places) -> tuple[Counts, float]:
-    """A well-formed record's weights on its test split: counts, and the share of equal predictions."""
-    run, prepared, classifier = saved_model(path, record, places)
-    where = Where(pick_device(places.device), record["training"]["precision"])
-    test = prepared.splits["test"]
-    counts = evaluate(classifier, test, run.meta.towers, batch=run.micro_batch, where=where, name="test")
+def _against_stored(found: Found, path: Path, record: dict[str, Any]) -> tuple[Counts, float]:
+    """A model on the test split: counts, and the share of the stored predictions that it repeats."""
+    counts = _evaluated(found, record, "test")
     stored = np.frombuffer(read_predictions(path, record), np.uint8)
     if len(stored) != counts.n:
         raise Rejected(f"{len(stored)} predictions for {counts.n} test examples")
@@ -183,7 +226,7 @@ def show(args: Namespace) -> int:
     record, where = read_record(args.record), places(args)
     try:
         check(record)
-        counts, agree = evaluate_weights(args.record, record, where)
+        counts, agree = _against_stored(saved_model(args.record, record, where), args.record, record)
         print(f"weights {weights_of(record, where)}")
     except (Rejected, Unchecked) as error:
         raise UsageError(f"{args.record}: {error}") from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,8 @@ from lra.records.stats import Uncertain, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
+Names, Report, Reasons = Sequence[str] | None, Callable[[str], None], Mapping[Path, str] | None
+Tables = list["Table"]
 
 
 def row_name(row: Row) -> str:
@@ -44,8 +46,7 @@ class Column:
     def order(self) -> tuple:
         """Sort key: the five tasks first, in their usual order; substitutes after the real set."""
         place = TASKS.index(self.task) if self.task in TASKS else len(TASKS)
-        data = self.substitute, self.dataset, self.version, self.seq_len, self.data
-        return place, self.task, *data, self.execution
+        return place, *astuple(self)
 
     @property
     def parts(self) -> list[str]:
@@ -258,22 +259,22 @@ class Table:
         return [] if None in firsts else firsts
 
 
-def build(
-    results: Path, presets: Sequence[str] | None = None, report: Callable[[str], None] = report_skipped
-) -> list[Table]:
+def build(results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None) -> Tables:
     """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
 
-    A file that is no record of this schema and every copy of a run recorded twice are left out and reported, a
-    line each. Raises UsageError for a preset without records.
+    Reported and left out, a line each: files that are no records, copies of one run, `left_out` (path: reason).
+    Raises UsageError for a preset without records.
     """
-    runs = defaultdict(list)
+    runs, left_out = defaultdict(list), left_out or {}
     for path, record in iterate_records(results, report):
         try:
-            e = read_entry(path, record)
+            if path in left_out:
+                report(f"{path}: {left_out[path]}")
+            else:
+                e = read_entry(path, record)
+                runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             report(f"{path} is not a usable record: {type(error).__name__} {error}")
-            continue
-        runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
     by_preset = defaultdict(list)
     for copies in runs.values():
         by_preset[copies[0].preset] += copies if len(copies) == 1 else []
@@ -282,7 +283,6 @@ def build(
     for preset in presets or ():
         if by_preset and preset not in by_preset:
             raise unknown("preset of the records", preset, by_preset)
-    # What says most comes first, smoke runs last but for presets that nobody knows.
     order = [p for p in reversed(PRESETS) if p in by_preset] + sorted(by_preset.keys() - set(PRESETS))
     chosen = [p for p in order if not presets or p in presets]
     return [Table(p, tuple(_tell_apart(by_preset[p])), measured.speeds(results, p)) for p in chosen]

@@ -37,10 +37,10 @@ MEANINGS = {
 ALWAYS = (EQUAL, WITHIN, DIFFERENT)  # counted in the last line even if there are none
 
 
-def compare(args: Namespace) -> int:
+def compare(args: Namespace, left_out: Mapping[Path, str] | None = None) -> int:
     """`compare`: yours beside the reference, a table for each preset, and how many cells are the same.
 
-    Exit code 1 if a file was left out.
+    `left_out`: as in lra.records.cells.build. Exit code 1 if a file was left out.
     """
     skipped: list[str] = []
     marks: list[str] = []
@@ -53,7 +53,7 @@ def compare(args: Namespace) -> int:
         both = f"{mark} {_percent(theirs)} ({len(theirs)} seed{'s' if len(theirs) > 1 else ''})" if theirs else mark
         return f"{_percent(ours)} {both}"
 
-    for table in build(args.results, args.preset, skipped.append):
+    for table in build(args.results, args.preset, skipped.append, left_out):
         names = compact.column_names(table)
         rows = [(row_name(r), *(text(table.cells.get((r, c))) for c in table.columns)) for r in table.rows]
         header = (f"{flat(table.preset)}: yours, reference (seeds of both)", *names.values())

@@ -203,3 +203,24 @@ def _html_block(block: Block) -> str:
 def _html_row(cells: Sequence[str], tag: str) -> str:
     texts = (_lines(cell, html.escape, "<br>", "<strong>{}</strong>", "<em>{}</em>") for cell in cells)
     return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+
+def parsed(text: str) -> list[Block]:
+    """Markdown that `markdown` wrote, as the blocks that it was made from."""
+
+    def plain(part: str) -> str:
+        return html.unescape(re.sub(r"\\([\\|*`~\]])", r"\1", part)).replace("<br>", "\n")
+
+    blocks: list[Block] = []
+    for part in text.strip().split("\n\n"):
+        lines = part.splitlines()
+        if part.startswith("| "):
+            header, _, *rows = (tuple(map(plain, line[2:-2].split(" | "))) for line in lines)
+            blocks.append(Grid(header, tuple(rows)))
+        elif part.startswith("* "):
+            blocks.append(Bullets(tuple(plain(line[2:]) for line in lines)))
+        elif part.startswith("### "):
+            blocks.append(Heading(plain(part[4:])))
+        else:
+            blocks.append(Text(plain(part)))
+    return blocks

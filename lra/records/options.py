@@ -9,4 +9,4 @@ from lra.options import READ, Command, folder, option
 PRESETS_SHOWN = option("--preset", "only this preset (default: all)", list)
 REFERENCE = option("--reference", "folder of the records beside them", folder, Path("results/reference"))
 
-COMMANDS = {"compare": Command("lra.records.compare:compare", (READ, REFERENCE, PRESETS_SHOWN))}
+COMMANDS = {"compare": Command("lra.leaderboard.page:compare", (READ, REFERENCE, PRESETS_SHOWN))}

@@ -62,6 +62,8 @@ def check(record: dict[str, Any]) -> None:
     _check(record, RECORD, "")
     if (record["result"] is None) != (record["status"] != "ok"):
         raise Rejected("result must be there if status is ok, and null if the run failed")
+    if record["result"] and record.get("failure"):
+        raise Rejected("failure must be null if status is ok")
 
 
 def _check(value: Any, rule: Any, name: str) -> None:
@@ -147,9 +149,10 @@ OPTION = Value("a number, a flag or a text", lambda v: type(v) is bool or _is_te
 FLAG = one_of(True, False)
 SHA256 = matching("[0-9a-f]{64}", "a sha256 in 64 hexadecimal digits")
 NAME = matching(WORD, "a name of letters, digits and underscores")
-TIME = matching(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "a time like 2026-01-31T12:00:00+00:00")
+TIME = matching(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00", "a time like 2026-01-31T12:00:00+00:00")
 # An entry of the curve: step, split, loss, n_correct, n.
 POINT = [whole(1), one_of("train", "val"), Maybe(real()), whole(), whole(1)]
+CURVE, PROBE = Items(POINT, 0, 20_000), {"batch": whole(1, 10**4), "losses": Items(Maybe(real()), 20, 20)}
 EXAMPLES = 10**8
 LENGTH = 10**7
 SPLIT = {
@@ -215,11 +218,16 @@ RECORD: dict[str, Any] = {
             "n_test": whole(1, EXAMPLES),
             "val_n_correct": whole(0, EXAMPLES),
             "n_val": whole(1, EXAMPLES),
-            "curve": Items(POINT, 2, 20_000),
+            "curve": CURVE,
             "predictions_sha256": SHA256,
-            "probe": {"batch": whole(1, 10**4), "losses": Items(Maybe(real()), 20, 20)},
+            "probe": PROBE,
+            "chain?": {
+                "middle": Maybe({"step": whole(1), "sha256": SHA256, "losses": Items(Maybe(real()), 1, 20)}),
+                "final_sha256": SHA256,
+            },
         }
     ),
+    "failure?": Maybe({"curve": CURVE, "probe": PROBE}),
     "cost": {
         "device": one_of("cpu", "cuda", "mps"),
         "wall_s": real(),

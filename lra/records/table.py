@@ -52,12 +52,13 @@ def render(
     presets: Sequence[str] | None = None,
     report: Callable[[str], None] = report_skipped,
     reproduced: Mapping[Path, object] | None = None,
+    left_out: Mapping[Path, str] | None = None,
 ) -> str:
     """The records under a results folder as text; `form` is compact, long, tex or csv. Reports and raises as `build`.
 
     `reproduced`: what somebody else's runs say of a record, by the record's path relative to `results`.
     """
-    tables = build(results, presets, report)
+    tables = build(results, presets, report, left_out)
     if form == "csv":
         return to_csv(tables)
     if form == "compact":

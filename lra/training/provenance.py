@@ -39,8 +39,8 @@ def build_record(
         "env": environment(device) | sections.get("env", {}),
         "status": status,
         "command": command,
-        "started": started.isoformat(timespec="seconds"),
-        "ended": ended.isoformat(timespec="seconds"),
+        "started": started.isoformat(timespec="microseconds"),
+        "ended": ended.isoformat(timespec="microseconds"),
     }
 
 

@@ -26,7 +26,7 @@ from lra.training.distributed import ALONE, World
 from lra.training.evaluate import Counts, Diverged, Where
 from lra.training.log import LOG, Display, RunLog
 from lra.training.provenance import build_record
-from lra.training.trainer import WEIGHTS, Trainer, Training
+from lra.training.trainer import MIDDLE, WEIGHTS, Trainer, Training
 from tasks.store.files import remove_temporaries
 from tasks.store.prepared import Prepared
 
@@ -71,7 +71,7 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
             if any(world.all_gather(path.exists())):  # another process finished it meanwhile
                 return False
             if world.is_main:  # what a killed process was writing
-                own = [folder / name for name in (*CHECKPOINTS, WEIGHTS, LOG)]
+                own = [folder / name for name in (*CHECKPOINTS, WEIGHTS, MIDDLE, LOG)]
                 for file in (path, predictions_path(path), *own):
                     remove_temporaries(file)
             clocks = datetime.now(timezone.utc), time.perf_counter()
@@ -92,6 +92,8 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
                     status = "ok" if failure is None else f"failed: {failure}"
                     facts = {"device": training.where.device, "command": training.command, "clocks": clocks}
                     record = build_record(training.sections(peak), result, status=status, **facts)
+                    if failure and (remains := training.remains()):
+                        record["failure"] = remains
                     log.finish(record)
             if log:
                 publish(record, tested)  # last: once the record is there, so is all the rest
@@ -209,6 +211,11 @@ def save(training: Training, folder: Path) -> None:
     states = world.all_gather(random_states(training.where.device))
     groups |= {f"rng.{rank}": generators for rank, generators in enumerate(states)}
     tensors = {f"{group}.{name}": t for group, entries in groups.items() for name, t in entries.items()}
+    if training.progress.step == training.middle > 0:
+        kept = {name: t for name, t in tensors.items() if name.startswith(("model.", "optim."))}
+        training.progress.middle_sha256 = checkpoint.tensors_sha256(kept)
+        if world.is_main:
+            checkpoint.save(folder / MIDDLE, kept, {"digest": training.digest, "seed": training.seed})
     state = {"digest": training.digest, "seed": training.seed, "execution": training.where.execution}
     state["progress"], state["sources"] = asdict(training.progress), training.sources
     newest, previous = (folder / name for name in CHECKPOINTS)

@@ -28,7 +28,7 @@ from tasks.base import Batch, Optim
 from tasks.store.prepared import Prepared
 
 REPORT = 4  # validation examples that the attention report looks at, at most
-WEIGHTS = "model.safetensors"
+WEIGHTS, MIDDLE = "model.safetensors", "middle.safetensors"  # of the selected step, and of Training.middle
 # Of an optimizer step: mean loss, number correct, gradient norm before clipping
 Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -46,6 +46,7 @@ class Progress:
     # since the last validation: sum of losses, number correct, steps
     window: list[float] = field(default_factory=lambda: [0.0, 0, 0])
     curve: list[list] = field(default_factory=list)  # [step, split, loss, n_correct, n]
+    middle_sha256: str = ""  # of the checkpoint in the middle, once it is kept
 
 
 class Training:
@@ -58,6 +59,7 @@ class Training:
         validate()               add a validation to the curve; what to log, val/loss and val/acc among it
         test()                   the one reading of the test split, after the last step
         outcome(tested, folder)  the record's `result` from what `test` returned; keeps the weights in `folder`
+        remains()                the record's `failure`, of a run that failed; None: nothing is recorded of it
         sections(peak)           the record's task, data, model, training and cost; `peak` bytes were in use
         hparams()                hyper-parameters, for TensorBoard
     """
@@ -73,6 +75,7 @@ class Training:
     eval_every: int
     save_every: int
     predictions: int  # of one step
+    middle = 0  # the step whose weights and optimizer are kept in the run's folder for V2; 0: of none
     memory: PeakMemory
     model: nn.Module
     optimizer: Optimizer
@@ -82,6 +85,9 @@ class Training:
     def begin(self, log: RunLog, stop: StopSignals) -> bool:
         """What comes before the first step. True: a validation and a checkpoint follow it."""
         return False
+
+    def remains(self) -> dict[str, Any] | None:
+        """See above."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights that a checkpoint needs."""
@@ -128,6 +134,7 @@ class Trainer(Training):
         self.digest, self.seed, self.sources = run.digest, run.seed, run.sources
         self.steps, self.predictions = self.optim.steps, self.optim.batch
         self.eval_every = self.save_every = self.optim.eval_every
+        self.middle = middle_step(self.optim)
         self.memory = PeakMemory(where.device)
         self.model = run.build_model()
         self.model.to(where.device).train()
@@ -196,8 +203,16 @@ class Trainer(Training):
         result |= {"val_n_correct": selected[3], "n_val": selected[4], "curve": p.curve}
         result["predictions_sha256"] = hashlib.sha256(tested.predictions.tobytes()).hexdigest()
         result["probe"] = probe(self.run, self.prepared)
+        result["chain"] = {"middle": None, "final_sha256": checkpoint.tensors_sha256(self.best)}
+        if p.middle_sha256 and (folder / MIDDLE).exists():
+            losses = probe(self.run, self.prepared, folder / MIDDLE)["losses"]
+            result["chain"]["middle"] = {"step": self.middle, "sha256": p.middle_sha256, "losses": losses}
         checkpoint.save(folder / WEIGHTS, self.best, {"digest": self.digest, "seed": self.seed})
         return result
+
+    def remains(self) -> dict[str, Any]:
+        """The curve as far as it goes, and the probe."""
+        return {"curve": self.progress.curve, "probe": probe(self.run, self.prepared)}
 
     def sections(self, peak: int | None) -> dict[str, Any]:
         """Of the cell, and of this run of it."""
@@ -243,15 +258,30 @@ def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim,
     return loss, correct, norm
 
 
-def probe(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """The first training losses in fp32 on one CPU thread with a small batch: cheap for anybody to repeat."""
+def middle_step(optim: Optim) -> int:
+    """The first validation in the second half of a run; 0 where that is the last one."""
+    step = -(-optim.steps // (2 * optim.eval_every)) * optim.eval_every
+    return step if step < optim.steps else 0
+
+
+def probe(run: Run, prepared: Prepared, middle: Path | None = None) -> dict[str, Any]:
+    """The first training losses in fp32 on one CPU thread with a small batch: cheap for anybody to repeat.
+
+    With `middle`, those after the checkpoint there, at most as many.
+    """
     small = replace(run.recipe.train, batch=PROBE_BATCH, accumulate=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        start = middle_step(run.recipe.train) if middle else 0
         run = replace(run, recipe=replace(run.recipe, train=small))
         trainer = Trainer(run, prepared, Where(torch.device("cpu")))
-        losses = [trainer.step(step)[0].item() for step in range(PROBE_STEPS)]
+        if middle:
+            tensors, _ = checkpoint.load(middle)
+            trainer.load(checkpoint.under("model", tensors))
+            checkpoint.restore_optimizer(trainer.optimizer, checkpoint.under("optim", tensors))
+        steps = range(start, min(start + PROBE_STEPS, small.steps) if middle else PROBE_STEPS)
+        losses = [trainer.step(step)[0].item() for step in steps]
     finally:
         torch.set_num_threads(threads)
     return {"batch": PROBE_BATCH, "losses": [finite(loss) for loss in losses]}

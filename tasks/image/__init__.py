@@ -30,6 +30,10 @@ META = Meta(
     vocab=257,
     description="CIFAR-10 as grey pixels in raster order: ten classes",
     reads="pixels",
+    datasets={
+        "embedded": r"digits( \d+x\d+)? \(substitute for CIFAR-10\)",
+        **dict.fromkeys(("hub", "local"), r"CIFAR-10( \d+x\d+)?( \([\w, :]+\))?"),
+    },
 )
 
 RECIPES = {

@@ -33,6 +33,7 @@ META = Meta(
     vocab=len(SYMBOLS),
     generated=True,
     description="value of a nested expression of MIN, MAX, MED and SM over digits",
+    datasets=dict.fromkeys(("generated", "local"), "ListOps"),
 )
 
 RECIPES = {

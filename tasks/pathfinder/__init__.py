@@ -30,6 +30,7 @@ META = Meta(
     reads="pixels",
     generated=True,
     description="two discs, one dashed curve or two, from grey pixels in raster order",
+    datasets=dict.fromkeys(("generated", "local"), r"Pathfinder( \(contour \d+, \d+ px[\w, ]*\))?|Path-X"),
 )
 
 _OPTIONS = dict(size=32, contour_length=14, downsample=1)

@@ -33,6 +33,10 @@ META = Meta(
     towers=2,
     reads="bytes",
     description="two documents as bytes: related (citation; import) or not",
+    datasets={
+        "embedded": r"Python imports \(substitute for AAN(; [\w.-]+ [\w.+-]+)*\)",
+        **dict.fromkeys(("hub", "local"), r"AAN( \(local pairs\))?"),
+    },
 )
 
 ALL = ",".join(imports.PACKAGES)

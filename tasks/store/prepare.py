@@ -65,6 +65,9 @@ def prepare(
         if data_dir and source != "generated" and built.source == "generated":
             names = ", ".join(task.members(recipe.data) if hasattr(task, "members") else ()) or "no file at all"
             print(f"the data are generated: --data-dir {data_dir} was searched for {names}", file=sys.stderr)
+        if not meta.declares(built.source, built.dataset, built.substitute):
+            what = f"{built.dataset!r} ({built.source}, substitute {built.substitute})"
+            raise SourceError(f"task {name}: its META.datasets has no {what}")
         for split in SPLITS:
             check(meta, split, built.splits.get(split, Split.of([], [])), recipe.data.seq_len)
         splits, removed, repeated = disjoint(built.splits, meta.towers)

@@ -6,12 +6,19 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+import lra.leaderboard.page
 from lra.__main__ import main
 from lra.figures import plots, style
 from lra.records import measured
 from lra.records.cells import build
 from tests.lra.builders import FIVE, LINEAR, QUADRATIC, answer, bench, point, put
 from tests.lra.figures.builders import HOSTILE, fill, give_curve, texts
+
+
+@pytest.fixture(autouse=True)
+def believed(monkeypatch):
+    """`put` writes no whole records: they are taken as they are."""
+    monkeypatch.setattr(lra.leaderboard.page, "judge", lambda *_: {})
 
 
 def drawn(results, capsys, *words, code=0):

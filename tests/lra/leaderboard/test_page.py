@@ -11,10 +11,10 @@ import urllib.request
 import numpy as np
 import pytest
 
+import lra.leaderboard.levels
 import lra.leaderboard.page
-import lra.leaderboard.submit
 from lra.__main__ import main
-from lra.leaderboard.submit import Reproduction, Verdict
+from lra.leaderboard.levels import Reproduction, Verdict
 from lra.records.markup import Bullets, Grid, Heading, Text, html_fragment, markdown
 from lra.records.record import SCHEMA
 from lra.records.stats import Estimate
@@ -51,8 +51,9 @@ def results(tmp_path_factory):
     return folder
 
 
-def verdicts(results):
-    """softmax V2, performer V2 and V1, wide rejected, a V4 that is disputed, the others never verified."""
+def verdicts(places, level=1):
+    """softmax V2, performer V2 and V1, wide V0 with a reason, a V4 that is disputed, the others unverified."""
+    results = places.results
     levels = {"softmax": (0, 1, 2), "performer": (0, 1)}
     found = {}
     for path in (results / "records").glob("*/*/*/seed*.json"):
@@ -61,7 +62,7 @@ def verdicts(results):
         if place.parts[2] == "performer" and path.stem == "seed1":
             found[place] = Verdict((0, 1, 2), reason="")
         if place.parts[2] == "wide":
-            found[place] = Verdict((), True, f"n_correct was changed {HOSTILE}")
+            found[place] = Verdict((0,), False, f"outside code {HOSTILE}")
         if place.parts[1:3] == ("text", "constant"):
             gap = Estimate(0.03, 0.01, 0.05)
             found[place] = Verdict((0, 1), False, "", Reproduction("else", 3, "disputed", gap, 0.01))
@@ -70,9 +71,9 @@ def verdicts(results):
 
 @pytest.fixture(scope="module", autouse=True)
 def known():
-    """What `verified` answers in this file."""
+    """What `judge` answers in this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lra.leaderboard.page, "verified", verdicts)
+        patch.setattr(lra.leaderboard.page, "judge", verdicts)
         yield patch
 
 
@@ -100,19 +101,18 @@ def test_badge_is_that_of_the_least_verified_run_with_its_reason(page):
         if 'class="floor"' not in row:
             badges[task, name] = re.search('title="([^"]*)">([^<]*)</span></td>', row).groups()
     assert badges["image", "softmax"][1] == "V2" and badges["image", "performer"][1] == "V1"
-    assert badges["image", "constant"][1] == "unverified" and "never verified" in badges["image", "constant"][0]
-    assert badges["listops", "wide"][1] == "rejected" and "n_correct was changed" in badges["listops", "wide"][0]
+    assert badges["image", "constant"][1] == "unverified"
+    assert badges["listops", "wide"][1] == "V0" and "outside code" in badges["listops", "wide"][0]
     assert badges["text", "constant"][1] == "V1 disputed" and "disputed by else" in badges["text", "constant"][0]
 
 
-def test_badges_of_a_folder_are_those_of_its_verification(tmp_path, known):
-    put(tmp_path)
+def test_a_rejected_record_has_no_row_and_no_badge_and_is_listed_with_the_reason(tmp_path):
+    put(tmp_path)  # no whole record
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lra.leaderboard.page, "verified", lra.leaderboard.submit.verified)
-        assert ">unverified</span>" in built(tmp_path)
-        assert main(["leaderboard", "verify", f"--results={tmp_path}"]) == 1  # put() writes no whole record
-        page = built(tmp_path)
-    assert ">rejected</span>" in page and json.loads((tmp_path / "verification.json").read_text())["records"]
+        patch.setattr(lra.leaderboard.page, "judge", lra.leaderboard.levels.judge)
+        page = built(tmp_path, code=1)
+    assert "Left out of every table, average and figure" in page and "seed0.json: rejected: " in page
+    assert "<tr data-preset=" not in page and 'class="badge"' not in page
 
 
 def test_page_names_no_place_but_its_own_records(page):
@@ -219,14 +219,10 @@ def test_a_name_of_a_record_never_becomes_a_path(tmp_path):
     assert not list(tmp_path.rglob("*escaped*"))
 
 
-def test_damaged_files_of_others_are_one_line(tmp_path, error_line, monkeypatch):
-    monkeypatch.setattr(lra.leaderboard.page, "verified", lra.leaderboard.submit.verified)
+def test_damaged_files_of_others_are_one_line(tmp_path, error_line):
     put(tmp_path)
     path = bench(tmp_path, [{"name": "a"}])
     assert str(path) in error_line("leaderboard", "build", "--results", tmp_path)
-    path.unlink()
-    (tmp_path / "verification.json").write_text("[")
-    assert "verification.json is damaged" in error_line("leaderboard", "build", "--results", tmp_path)
     assert not (tmp_path / "index.html").exists()
 
 
@@ -297,10 +293,10 @@ def test_a_click_sorts_by_accuracy_best_first_then_worst_first_failed_runs_last(
 def test_a_click_sorts_by_badge_most_verified_first(fresh):
     fresh.click(head(12))
     levels = fresh.run(SHOWN + ".filter(r => r.className !== 'floor').map(r => Number(r.cells[11].dataset.v))")
-    assert levels == sorted(levels, reverse=True) and levels[0] == 2 and levels[-1] == -2
+    assert levels == sorted(levels, reverse=True) and levels[0] == 2 and levels[-1] == -1
     badges = SHOWN + ".filter(r => r.className !== 'floor').map(r => r.cells[11].textContent.trim())"
     shown = fresh.run(badges)
-    assert shown[:5] == ["V2"] * 5 and shown[-1] == "rejected"
+    assert shown[:5] == ["V2"] * 5 and shown[-1] == "unverified"
     colour = "return getComputedStyle(document.querySelector('.badge[data-ok]')).color"
     assert fresh.run(colour) == "rgb(26, 127, 71)"
 

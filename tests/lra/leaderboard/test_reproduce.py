@@ -3,9 +3,6 @@
 import json
 
 from lra.__main__ import main
-from lra.leaderboard.submit import verified
-from lra.records.record import predictions_path
-from tests.conftest import timeless
 
 
 def reproduce(lab, *words):
@@ -18,17 +15,13 @@ def counters(lab):
     return sorted(lab.results.glob("counter/*/records/*/*/*/seed*.json"))
 
 
-def test_a_smoke_run_is_bitwise_equal_and_its_rerun_a_counter_record(lab, capsys):
-    record = lab.train(attention="performer", seed=1)
+def test_a_smoke_run_is_bitwise_equal_and_its_rerun_no_counter_record(lab, capsys):
+    lab.train(attention="performer", seed=1)
     before = lab.records()[0].read_bytes()
     assert reproduce(lab) == 0
     out = capsys.readouterr().out
     assert "threads 1, against the record: bitwise equal" in out
-    (counter,) = counters(lab)
-    place = lab.records()[0].relative_to(lab.results)
-    assert counter == lab.results / "counter" / "rerun" / place and f"counter-record: {counter}" in out
-    assert timeless(json.loads(counter.read_text())) == timeless(record)
-    assert predictions_path(counter).read_bytes() == predictions_path(lab.records()[0]).read_bytes()
+    assert "no counter-record: nothing tells an equal run from a copy" in out and not counters(lab)
     assert lab.records()[0].read_bytes() == before
 
 
@@ -43,7 +36,6 @@ def test_two_thread_counts_are_compared_with_the_record_and_each_other(lab, caps
     assert reproduce(lab, "--threads=1,2") == 0
     lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("threads")]
     assert lines == ["threads 1, against the record", "threads 2, against the record", "threads 2 against 1"]
-    assert len(counters(lab)) == 1
 
 
 def test_data_that_are_not_there_are_prepared(lab, tmp_path, capsys):
@@ -55,6 +47,7 @@ def test_data_that_are_not_there_are_prepared(lab, tmp_path, capsys):
 
 def test_a_counter_record_is_never_overwritten(lab, error_line):
     lab.train()
+    edited(lab, lambda r: r["result"]["curve"][2].__setitem__(2, r["result"]["curve"][2][2] * (1 + 1e-7)))
     assert reproduce(lab) == 0
     words = ("reproduce", lab.records()[0], *lab.places)
     assert "is there already: give another --by" in error_line(*words)
@@ -97,15 +90,6 @@ def test_a_run_that_failed_fails_again(lab, capsys):
     lab.train("--set", "train.lr=1e30")
     assert reproduce(lab) == 0
     assert "bitwise equal: failed: loss is not finite at step" in capsys.readouterr().out
-
-
-def test_reruns_of_all_seeds_verify_as_v4(lab):
-    for seed in range(3):
-        lab.train(seed=seed)
-    for path in lab.records():
-        assert main(["reproduce", str(path), "--by=me", *lab.places]) == 0
-    assert main(["leaderboard", "verify", *lab.places]) == 0
-    assert [v.badge for place, v in verified(lab.results).items() if place.parts[0] == "records"] == ["V4"] * 3
 
 
 def test_threads_and_names_that_make_no_sense_are_one_line(lab, error_line):

@@ -5,10 +5,17 @@ import json
 
 import pytest
 
+import lra.leaderboard.page
 from lra.__main__ import main
 from tests.lra.builders import put
 
 N = 4000  # the margin at 34% is 1.5 points
+
+
+@pytest.fixture(autouse=True)
+def believed(monkeypatch):
+    """`put` writes no whole records: they are taken as they are."""
+    monkeypatch.setattr(lra.leaderboard.page, "judge", lambda *_: {})
 
 
 def runs(results, *corrects, attention="softmax", curve=0.5, **options):

@@ -6,7 +6,6 @@ import subprocess
 
 import pytest
 
-from lra.leaderboard.submit import reproductions
 from lra.records.markup import refresh_block
 from lra.records.table import render
 from tests.conftest import ROOT
@@ -16,7 +15,7 @@ REFERENCE = ROOT / "results" / "reference"
 
 def test_the_wide_tables_are_what_the_records_say():
     text = (REFERENCE / "TABLE.md").read_text()
-    made = render(REFERENCE, "long", None, pytest.fail, reproductions(REFERENCE))
+    made = render(REFERENCE, "long", None, pytest.fail)
     assert refresh_block(text, "results", made) == text, (
         "run: python -m lra table --results results/reference --format long --write results/reference/TABLE.md"
     )

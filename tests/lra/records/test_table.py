@@ -54,7 +54,7 @@ def test_fp32_and_bf16_stand_in_columns_of_their_own_and_fp32_is_averaged(tmp_pa
     for task in FIVE:
         put(tmp_path, task, correct=1000)
     put(tmp_path, correct=3000, precision="bf16")
-    row = grid(render(tmp_path, "md"))["softmax"]
+    row = grid(render(tmp_path, "long"))["softmax"]
     assert [row[f"listops<br>100 tokens{way}"].split()[0] for way in ("", "<br>bf16")] == ["25.0", "75.0"]
     (table,) = build(tmp_path)
     assert len(table.averaged) == 5 and not any(column.execution for column in table.averaged)

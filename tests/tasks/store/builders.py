@@ -45,6 +45,6 @@ def returning(changes):
     splits = {name: Split.of(sequences(text), [0]) for name, text in zip(SPLITS, "abc")} | changes
 
     def build(recipe, *, source, data_dir, workers, scratch):
-        return Built(splits=splits, dataset="d", source=source, revision="1", licence="none")
+        return Built(splits=splits, dataset="tiny", source=source, revision="1", licence="none")
 
     return build
