@@ -10,6 +10,7 @@ from lra.gemma.experiment import VERSION, Experiment, Method, plug_in
 from lra.gemma.weights import Base
 from lra.options import UsageError
 from lra.training import checkpoint
+from models.gemma.saved import restore
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,8 @@ def load(path: Path, base: Base) -> torch.nn.Module:
         )
     method = Method(**state["method"] | {"layers": tuple(state["method"]["layers"])})
     plug_in(base, method, seed=state["seed"], length=state["length"])
-    left = base.model.load_state_dict(tensors, strict=False)
-    missing = [n for n in left.missing_keys if ".socket." in n]
-    if left.unexpected_keys or missing:
-        raise UsageError(f"{path} does not fit: {(left.unexpected_keys + missing)[0]} has no partner")
+    try:
+        restore(base.model, tensors, path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return base.model

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from lra.__main__ import main
 from lra.gemma import rows, stats, table, tiny
 from lra.gemma.data import documents, pack, split
 from lra.options import BUSY
+from lra.registry import build_attention
 from lra.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -341,6 +343,35 @@ def test_adapter_gives_back_the_finetuned_model_and_belongs_to_one_base(
     assert percent in capsys.readouterr().out
     monkeypatch.setattr(tiny, "RECIPE", dataclasses.replace(tiny.RECIPE, seed=1))
     assert "was trained on tiny" in error_line("gemma", "evaluate", *places, f"--adapter={adapter}")
+
+
+def test_a_changed_model_is_trained_by_transformers_saved_and_loaded_again(data, recipe, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from lra.gemma import weights
+    from models.gemma import bridge, saved
+
+    model = weights.load("tiny", data).model
+    ids = torch.tensor(tiny.encode(["a good old film", "a bad plot, so "]))
+    exact = model(input_ids=ids).logits
+    build = partial(build_attention, "darkformer", num_features=7, align="balance")
+    bridge.attach(model, build, bridge.select_layers(model, "all"))
+    bridge.calibrate(model, ids)
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 18)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".socket." in name)
+    before = model(input_ids=ids).logits
+    where = dict(output_dir=tmp_path, max_steps=1, learning_rate=0.1, report_to="none", use_cpu=True)
+    examples = [{"input_ids": row, "labels": row} for row in ids]
+    transformers.Trainer(model, transformers.TrainingArguments(**where), train_dataset=examples).train()
+    after = model.eval()(input_ids=ids).logits
+    assert (after - before).abs().max() > 1e-3
+    for folder in (tmp_path / "saved", tmp_path / "checkpoint-1"):  # the second is the Trainer's own
+        if "saved" in folder.name:
+            model.save_pretrained(folder)
+        found = saved.load(folder)(input_ids=ids).logits
+        torch.testing.assert_close(found, after, rtol=0, atol=1e-6)
+    bridge.detach(model)
+    assert torch.equal(model(input_ids=ids).logits, exact)
 
 
 # Resuming
