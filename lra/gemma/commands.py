@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -24,7 +23,7 @@ from lra.gemma.finetune import trainable
 from lra.gemma.spectra import spectra
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
-from lra.options import STOPPED, UsageError
+from lra.options import STOPPED, UsageError, command_of
 from lra.records.record import read_record, write_record
 from lra.registry import attention_class
 from lra.training.provenance import Clocks, build_record
@@ -135,7 +134,9 @@ class Setting:
             for spec in args.attention:
                 method(spec, self.features[0], layers=())
         self.recipe = recipe(args) if hasattr(args, "train") else {}
-        self.args, self.device, self.command = args, pick_device(args.device), command(args)
+        words = ["python", "-m", "lra", "gemma", args.run.rpartition(":")[2]]
+        self.command = command_of(words, args, ELSEWHERE, eval_blocks="eval")
+        self.args, self.device = args, pick_device(args.device)
         set_threads(args.threads)
         self.documents = documents(args.text)
         self.base = load_base(args.model, args.data)
@@ -217,17 +218,6 @@ def recipe(args: Namespace) -> dict[str, Any]:
     elif args.transfer_tokens:
         raise UsageError("--transfer-tokens has no effect without --warmstart transfer")
     return chosen
-
-
-def command(args: Namespace) -> str:
-    """The command that repeats an experiment, for its record; folders and the machine do not belong there."""
-    words = ["python", "-m", "lra", "gemma", args.run.rpartition(":")[2]]
-    for name, value in vars(args).items():
-        if name not in ELSEWHERE and value not in (None, False):
-            option = "--eval" if name == "eval_blocks" else "--" + name.replace("_", "-")
-            for one in value if isinstance(value, list) else [value]:
-                words += [option] if one is True else [option, str(one)]
-    return shlex.join(words)
 
 
 def start() -> Clocks:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -207,9 +206,29 @@ def test_methods_are_compared_with_the_baseline_that_validates_best():
     assert rows.baseline(trained, "softmax") == [good, seed] and rows.baseline(trained, "constant") == []
     crashed = {"result": None} | {k: good[k] for k in ("model", "training")}
     assert rows.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
-    kept, ignored = (record("constant", 0, curve=False, keeps=keeps) for keeps in (True, False))
-    assert rows.baseline({("constant", ""): [kept]}, "constant") == [kept]
-    assert rows.baseline({("constant", ""): [kept], ("constant", "w"): [ignored]}, "constant") == []
+    average, window, sink = (
+        record(name, 0, curve=False) | {"result": {"n_correct": n, "n_test": 10}}
+        for name, n in (("constant", 3), ("local", 5), ("local", 6))
+    )
+    floors = {("constant", ""): [average], ("local", "window=3"): [window], ("local", "window=3, sinks=1"): [sink]}
+    assert rows.baseline(floors, *rows.FLOORS) == [sink]
+    assert rows.label_of(floors, [sink]) == ("local", "window=3, sinks=1")
+
+
+def test_the_share_recovered_begins_at_the_best_floor_and_a_blind_setting_is_named(places, tmp_path):
+    words = ["--attention=softmax", "--attention=constant", "--attention=local,window=1", "--attention=performer"]
+    run("swap", *places, *words, "--features=8")
+    results = tmp_path / "results"
+    lines = table.render(results)["swap"]
+    assert "| local (window=1) | " in lines and "No row of local" not in lines
+    found = records(tmp_path, "swap")
+    exact, performer = ([found[name, 0]] for name in ("softmax", "performer"))
+    best = max(([found[name, 0]] for name in ("constant", "local")), key=lambda runs: stats.accuracy(runs[0]))
+    share = stats.recovered(exact, best, performer)
+    shown = table.MISSING if share is None else table.percent(share, 0)
+    assert f"| {shown} | " in next(line for line in lines.splitlines() if line.startswith("| performer"))
+    run("swap", *places, "--attention=local,window=31")  # all of a block: exact but for Gemma's own windows
+    assert "local (window=31) is not told apart from exact attention" in table.render(results)["swap"]
 
 
 def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tmp_path, capsys):
@@ -221,11 +240,7 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tm
     run("table", f"--results={results}")
     made = {p.stem: p.read_text() for p in (results / "gemma").glob("*.md")}
     assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == table.render(results)
-    (tmp_path / "page.md").write_text("before <!-- gemma:begin --><!-- gemma:end --> after")
-    run("table", f"--results={results}", f"--write={tmp_path / 'page.md'}")
-    before, block, after = re.split("<!-- gemma:begin -->|<!-- gemma:end -->", (tmp_path / "page.md").read_text())
-    assert (before, after, block.strip()) == ("before ", " after", table.summary(results).strip())
-    assert block.count("| constant | ") == 2 and "validation accuracy after" not in block
+    assert "No row of local" in made["swap"] and "tokens/s |" in made["finetune"]
     run("plot", f"--results={results}")
     drawn = {p.name for p in (results / "gemma" / "figures").iterdir()}
     assert drawn == {f"{kind}.{form}" for kind in made for form in ("svg", "png")}
@@ -472,13 +487,13 @@ def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["finetune", "--features=0"], "--features: must be numbers above 0, comma-separated; got 0"),
+        (["finetune", "--features=0"], "--features: must be different numbers, comma-separated, of 1 or more; got 0"),
         (["finetune", "--features=8,x"], "--features"),
-        (["finetune", "--lr=0"], "--lr: must be a number above 0; got 0"),
-        (["finetune", "--lr-kernel=nan"], "--lr-kernel: must be a number above 0"),
+        (["finetune", "--lr=0"], "--lr: must be a number of 1e-12 or more; got 0"),
+        (["finetune", "--lr-kernel=nan"], "--lr-kernel: must be a number"),
         (["finetune", "--tokens=60"], "less than one step"),
-        (["stability", "--lrs=1e-3,0"], "--lrs: must be numbers above 0"),
-        (["stability", "--lrs=fast"], "--lrs: must be numbers"),
+        (["stability", "--lrs=1e-3,0"], "--lrs: must be different numbers"),
+        (["stability", "--lrs=fast"], "--lrs: must be different numbers"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_before_a_model_is_loaded(places, monkeypatch, capsys, words, message):
