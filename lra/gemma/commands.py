@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lra.gemma import adapter
 from lra.gemma.data import Blocks, documents, pack, split
 from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references
 from lra.gemma.finetune import finetune as finetune_one
-from lra.gemma.finetune import trainable
+from lra.gemma.finetune import trainable, with_adapter
 from lra.gemma.spectra import spectra
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
@@ -54,7 +53,7 @@ def swap(args: Namespace) -> None:
     for experiment in tqdm(experiments, desc="swap", unit="experiment", disable=None):
         path = experiment.path(args.results)
         if not path.exists():
-            clocks, memory = start(), PeakMemory(device)
+            clocks, memory = (datetime.now(timezone.utc), time.perf_counter()), PeakMemory(device)
             try:
                 experiment.plug_in(device)
                 exact = exact or references(model, head, blocks["test"], args.precision, device)
@@ -86,25 +85,20 @@ def anisotropy(args: Namespace) -> None:
     experiment = Experiment("anisotropy", *source, {"test": blocks}, exact, args.precision, 0)
     path = experiment.path(args.results)
     if not path.exists():
-        clocks = start()
+        clocks = datetime.now(timezone.utc), time.perf_counter()
         try:
             experiment.plug_in(setting.device)
             rows = spectra(model, torch.from_numpy(blocks.tokens).long().to(setting.device))
             setting.publish(experiment, {"layers": rows}, {}, clocks)
         finally:
             bridge.detach(model)
-    for row in read_record(path)["result"]["layers"]:
-        print(
-            f"layer {row['layer']:2}: mean |q|^2 {row['q_norm2']:.0f}, |k|^2 {row['k_norm2']:.0f}; largest eigenvalue "
-            f"{max(row['top']):.3g}; aligned: |q|^2 {row['aligned_norm2']:.1f}, largest {max(row['aligned_top']):.3g}"
-        )
     print(path)
 
 
 def evaluate_adapter(args: Namespace) -> None:
     """`gemma evaluate`: the test blocks with an adapter on its base model."""
     setting = Setting(args)
-    model = adapter.load(args.adapter, setting.base)
+    model = with_adapter(args.adapter, setting.base)
     head = Head.of(model.requires_grad_(False), args.precision)
     scores = evaluate(model, head, setting.blocks("test"), args.precision, setting.device).facts()
     accuracy = 100 * scores["n_correct"] / scores["n_test"]
@@ -200,9 +194,8 @@ class Setting:
 
     def publish(self, experiment: Experiment, result: dict, cost: dict, clocks: Clocks) -> None:
         """Write the record of an experiment without training."""
+        sections = experiment.sections({"optimizer": None, "steps": 0}, cost | {"device": self.device.type})
         facts = {"command": self.command, "device": self.device, "clocks": clocks}
-        cost = cost | {"device": self.device.type}
-        sections = experiment.sections({"optimizer": None, "steps": 0}, cost)
         record = build_record(sections, result, status="ok", **facts)
         write_record(experiment.path(self.args.results), record, None)
 
@@ -218,11 +211,6 @@ def recipe(args: Namespace) -> dict[str, Any]:
     elif args.transfer_tokens:
         raise UsageError("--transfer-tokens has no effect without --warmstart transfer")
     return chosen
-
-
-def start() -> Clocks:
-    """What build_record counts from."""
-    return datetime.now(timezone.utc), time.perf_counter()
 
 
 def report(path: Path) -> None:

@@ -171,19 +171,11 @@ def anisotropy(records: Sequence[Record]) -> list[Block]:
 def spectrum(x: dict) -> tuple[str, ...]:
     """The row of one layer."""
     best = [v for v in x["aligned_log10_optimal"] if v is not None]
-    return (
-        str(x["layer"]),
-        f"{x['q_norm2']:.0f}",
-        f"{x['k_norm2']:.0f}",
-        f"{max(x['top']):.3g}",
-        f"{max(x['condition']):.2g}",
-        f"{x['log10_pair']['median']:.1f}",
-        f"{x['aligned_norm2']:.1f}",
-        f"{max(x['aligned_top']):.3g}",
-        str(max(x["aligned_above_half"])),
-        f"{x['aligned_log10_pair']['median']:.1f}",
-        f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite",
-    )
+    optimal = f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite"
+    raw = (f"{x['q_norm2']:.0f}", f"{x['k_norm2']:.0f}", f"{max(x['top']):.3g}", f"{max(x['condition']):.2g}")
+    aligned = (f"{x['aligned_norm2']:.1f}", f"{max(x['aligned_top']):.3g}", str(max(x["aligned_above_half"])))
+    pairs = [f"{x[name]['median']:.1f}" for name in ("log10_pair", "aligned_log10_pair")]
+    return (str(x["layer"]), *raw, pairs[0], *aligned, pairs[1], optimal)
 
 
 # Text
