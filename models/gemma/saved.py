@@ -25,6 +25,8 @@ from models.gemma.bridge import attach
 
 def load(path: str | Path) -> nn.Module:
     """The changed model, in evaluation mode. Raises ValueError, one line, where the folder holds none."""
+    if not Path(path).is_dir():
+        raise ValueError(f"no folder at {path}: give the one that save_pretrained wrote")
     groups = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "lra_attention", None)
     if not groups:
         raise ValueError(f"{path} has no lra_attention in its config.json: load it with from_pretrained")

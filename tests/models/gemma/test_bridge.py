@@ -232,6 +232,8 @@ def test_a_saved_model_is_the_changed_one_or_the_exact_one_and_detach_gives_the_
 def test_a_folder_without_the_kernels_or_with_others_is_refused(tmp_path):
     model = gemma("gemma3")
     model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no folder at"):
+        saved.load(tmp_path / "absent")
     with pytest.raises(ValueError, match="no lra_attention"):
         saved.load(tmp_path)
     plug(model, "performer", num_features=5)
