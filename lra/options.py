@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
+import shlex
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,6 +90,23 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def numbers(kind: type, least: float, several: bool = False):
+    """An argparse type: a number of `least` or more; with `several`, the text of different ones, comma-separated."""
+    what = "different numbers, comma-separated," if several else "a number"
+
+    def check(text: str):
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        ok = all(least <= value < math.inf for value in values) and len(set(values)) == len(values) > 0
+        if not ok or len(values) > 1 and not several:
+            raise argparse.ArgumentTypeError(f"must be {what} of {least:g} or more; got {text}")
+        return text if several else values[0]
+
+    return check
+
+
 def size(text: str) -> int:
     """An argparse type: bytes, with K, M, G or T for powers of 1000."""
     number, unit = (text[:-1], text[-1]) if text[-1:] in "KMGT" else (text, "")
@@ -133,6 +151,19 @@ def written(place: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """The option of a folder, for a command that writes to it: one that cannot be written to is refused at once."""
     name, facts = place
     return name, facts | {"type": writable, "default": str(facts["default"])}  # argparse converts a text alone
+
+
+def command_of(words: list[str], args: argparse.Namespace, elsewhere: Iterable[str], **names: str) -> str:
+    """The command that repeats a measurement: every option with a value, but those `elsewhere` that decide no result.
+
+    `names`: the option of an argument that is stored under another name.
+    """
+    for name, value in vars(args).items():
+        if name not in elsewhere and value is not None and value is not False:
+            option = "--" + names.get(name, name).replace("_", "-")
+            for one in value if isinstance(value, list) else [value]:
+                words += [option] if one is True else [option, str(one)]
+    return shlex.join(words)
 
 
 # Options that commands of several rooms share.

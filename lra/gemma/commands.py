@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -17,15 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lra.gemma import adapter
 from lra.gemma.data import Blocks, documents, pack, split
 from lra.gemma.experiment import Experiment, Method, check_options, evaluate, method, plug_in, references
 from lra.gemma.finetune import finetune as finetune_one
-from lra.gemma.finetune import trainable
+from lra.gemma.finetune import trainable, with_adapter
 from lra.gemma.spectra import spectra
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
-from lra.options import STOPPED, UsageError
+from lra.options import STOPPED, UsageError, command_of
 from lra.records.record import read_record, write_record
 from lra.registry import attention_class
 from lra.training.provenance import Clocks, build_record
@@ -56,7 +54,7 @@ def swap(args: Namespace) -> None:
     for experiment in tqdm(experiments, desc="swap", unit="experiment", disable=None):
         path = experiment.path(args.results)
         if not path.exists():
-            clocks, memory = start(), PeakMemory(device)
+            clocks, memory = (datetime.now(timezone.utc), time.perf_counter()), PeakMemory(device)
             try:
                 experiment.plug_in(device)
                 exact = exact or references(model, head, blocks["test"], args.precision, device)
@@ -88,25 +86,20 @@ def anisotropy(args: Namespace) -> None:
     experiment = Experiment("anisotropy", *source, {"test": blocks}, exact, args.precision, 0)
     path = experiment.path(args.results)
     if not path.exists():
-        clocks = start()
+        clocks = datetime.now(timezone.utc), time.perf_counter()
         try:
             experiment.plug_in(setting.device)
             rows = spectra(model, torch.from_numpy(blocks.tokens).long().to(setting.device))
             setting.publish(experiment, {"layers": rows}, {}, clocks)
         finally:
             bridge.detach(model)
-    for row in read_record(path)["result"]["layers"]:
-        print(
-            f"layer {row['layer']:2}: mean |q|^2 {row['q_norm2']:.0f}, |k|^2 {row['k_norm2']:.0f}; largest eigenvalue "
-            f"{max(row['top']):.3g}; aligned: |q|^2 {row['aligned_norm2']:.1f}, largest {max(row['aligned_top']):.3g}"
-        )
     print(path)
 
 
 def evaluate_adapter(args: Namespace) -> None:
     """`gemma evaluate`: the test blocks with an adapter on its base model."""
     setting = Setting(args)
-    model = adapter.load(args.adapter, setting.base)
+    model = with_adapter(args.adapter, setting.base)
     head = Head.of(model.requires_grad_(False), args.precision)
     scores = evaluate(model, head, setting.blocks("test"), args.precision, setting.device).facts()
     accuracy = 100 * scores["n_correct"] / scores["n_test"]
@@ -136,7 +129,9 @@ class Setting:
             for spec, m in product(args.attention, self.features):
                 check_options(method(spec, m, layers=()), args.length)
         self.recipe = recipe(args) if hasattr(args, "train") else {}
-        self.args, self.device, self.command = args, pick_device(args.device), command(args)
+        words = ["python", "-m", "lra", "gemma", args.run.rpartition(":")[2]]
+        self.command = command_of(words, args, ELSEWHERE, eval_blocks="eval")
+        self.args, self.device = args, pick_device(args.device)
         set_threads(args.threads)
         self.documents = documents(args.text)
         self.base = load_base(args.model, args.data)
@@ -200,9 +195,8 @@ class Setting:
 
     def publish(self, experiment: Experiment, result: dict, cost: dict, clocks: Clocks) -> None:
         """Write the record of an experiment without training."""
+        sections = experiment.sections({"optimizer": None, "steps": 0}, cost | {"device": self.device.type})
         facts = {"command": self.command, "device": self.device, "clocks": clocks}
-        cost = cost | {"device": self.device.type}
-        sections = experiment.sections({"optimizer": None, "steps": 0}, cost)
         record = build_record(sections, result, status="ok", **facts)
         write_record(experiment.path(self.args.results), record, None)
 
@@ -218,22 +212,6 @@ def recipe(args: Namespace) -> dict[str, Any]:
     elif args.transfer_tokens:
         raise UsageError("--transfer-tokens has no effect without --warmstart transfer")
     return chosen
-
-
-def command(args: Namespace) -> str:
-    """The command that repeats an experiment, for its record; folders and the machine do not belong there."""
-    words = ["python", "-m", "lra", "gemma", args.run.rpartition(":")[2]]
-    for name, value in vars(args).items():
-        if name not in ELSEWHERE and value not in (None, False):
-            option = "--eval" if name == "eval_blocks" else "--" + name.replace("_", "-")
-            for one in value if isinstance(value, list) else [value]:
-                words += [option] if one is True else [option, str(one)]
-    return shlex.join(words)
-
-
-def start() -> Clocks:
-    """What build_record counts from."""
-    return datetime.now(timezone.utc), time.perf_counter()
 
 
 def report(path: Path) -> None:

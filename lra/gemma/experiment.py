@@ -94,41 +94,19 @@ class Experiment:
         n_params = sum(p.numel() for p in base.model.parameters())
         own = sum(p.numel() for k in kernels for p in k.parameters())
         encoder = {"base": base.name, "weights_source": base.source, "weights_sha256": base.sha256}
+        task = {"name": f"gemma-{self.kind}", "version": VERSION, "preset": base.name, "protocol": "open"}
+        task |= {"seq_len": self.length, "dataset": docs.dataset, "substitute": False}
+        splits = {name: {"n": len(b.tokens), "sha256": b.sha256} for name, b in self.blocks.items()}
+        data = {"source": docs.source, "revision": docs.revision, "files": docs.files, "splits": splits}
+        model = {"attention": m.attention, "attention_config": m.config}
+        model |= {"encoder": encoder | {"layers": list(m.layers), "keeps_window": m.keeps_window}}
+        model |= {"exact": attention_class(m.attention).exact, "n_params": n_params}
+        own_training = {"seed": self.seed, "precision": self.precision, "compile": False, "recipe": self.recipe}
         return {
-            "task": {
-                "name": f"gemma-{self.kind}",
-                "version": VERSION,
-                "preset": base.name,
-                "protocol": "open",
-                "seq_len": self.length,
-                "dataset": docs.dataset,
-                "substitute": False,
-            },
-            "data": {
-                "source": docs.source,
-                "revision": docs.revision,
-                "files": docs.files,
-                "splits": {name: {"n": len(b.tokens), "sha256": b.sha256} for name, b in self.blocks.items()},
-                "floors": {},
-                "val_rule": "held-out",
-            },
-            "model": {
-                "attention": m.attention,
-                "attention_config": m.config,
-                "encoder": encoder | {"layers": list(m.layers), "keeps_window": m.keeps_window},
-                "exact": attention_class(m.attention).exact,
-                "n_params": n_params,
-                "n_params_ratio_to_softmax": n_params / (n_params - own),
-            },
-            "training": {
-                "seed": self.seed,
-                "precision": self.precision,
-                "compile": False,
-                "recipe": self.recipe,
-                "overrides": {},
-                "world_size": 1,
-            }
-            | training,
+            "task": task,
+            "data": data | {"floors": {}, "val_rule": "held-out"},
+            "model": model | {"n_params_ratio_to_softmax": n_params / (n_params - own)},
+            "training": own_training | {"overrides": {}, "world_size": 1} | training,
             "cost": cost,
             "env": {"transformers": metadata.version("transformers")},
         }

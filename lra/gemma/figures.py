@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from lra.figures import style
 from lra.figures.labels import label_ends
-from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
-from lra.gemma.stats import Record, above, accuracy, gap, recovered, spikes
+from lra.gemma.rows import FLOORS, baseline, features, grouped, label_of, order, row_of, setting_of, titled, without
+from lra.gemma.stats import Record, above, accuracy, gap, recovered, spike_rate, validation
 from lra.gemma.table import by_kind
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Label = tuple[str, str]  # attention, options
 NAME = 58  # characters of a name beside a panel
-BASELINES = ("softmax", "constant")
+BASELINES = ("softmax", *FLOORS)
 
 
 def show(args: Namespace) -> None:
@@ -93,24 +93,25 @@ def _styles(labels: Sequence[Label]) -> dict[Label, dict[str, str]]:
 
 
 def _recovery(rows: dict[Label, list[Record]]) -> str:
-    """How many rows lie above averaging, and what the best of them recovers of exact attention, as a sentence."""
-    exact, constant = (baseline(rows, kind) for kind in BASELINES)
+    """How many rows lie above the best floor, and what the best of them recovers of exact attention, as a sentence."""
+    exact, floor = baseline(rows, "softmax"), baseline(rows, *FLOORS)
+    if not exact or not floor:
+        return "no exact attention or no floor to compare with"
+    name = titled(label_of(rows, floor))
+    name = "averaging (constant)" if name == "constant" else name
     others = {label: runs for label, runs in rows.items() if label[0] not in BASELINES}
-    if not exact or not constant:
-        return "no exact attention or no averaging to compare with"
-    shares = {label: recovered(exact, constant, runs) for label, runs in others.items()}
+    shares = {label: recovered(exact, floor, runs) for label, runs in others.items()}
     known = {label: share for label, share in shares.items() if share}
     if not known:
-        return "averaging (constant) is not told apart from exact attention"
-    higher = above(constant, [others[label] for label in known])
+        return f"{name} is not told apart from exact attention: this setting cannot see far attention"
+    higher = above(floor, [others[label] for label in known])
     better = {label: share.value for (label, share), yes in zip(known.items(), higher, strict=True) if yes}
     if not better:
-        return f"none of {len(known)} rows is significantly above averaging (constant)"
+        return f"none of {len(known)} rows is significantly above {name}"
     best = max(better, key=better.__getitem__)
-    return (
-        f"{len(better)} of {len(known)} rows significantly above averaging (constant); the best, "
-        f"{style.short(titled(best), 90)}, goes {100 * better[best]:.0f}% of the way from averaging to exact attention"
-    )
+    way = f"goes {100 * better[best]:.0f}% of the way from {name.partition(' (')[0]} to exact attention"
+    shown = style.short(titled(best), 90)
+    return f"{len(better)} of {len(known)} rows significantly above {name}; the best, {shown}, {way}"
 
 
 def finetune(records: Sequence[Record]) -> Figure:
@@ -125,12 +126,9 @@ def finetune(records: Sequence[Record]) -> Figure:
         lines = []
         for label, look in _styles(list(shown)).items():
             runs = shown[label]
-            per_step = runs[0]["training"]["recipe"]["batch"] * runs[0]["task"]["seq_len"]
-            curves = [{c[0]: 100 * c[3] / c[4] for c in r["result"]["curve"]} for r in runs]
-            steps = sorted(set.intersection(*map(set, curves)))
-            values = [[c[s] for c in curves] for s in steps]
-            points = [(statistics.fmean(v), min(v), max(v)) for v in values]
-            lines.append(_bars(axes, [s * per_step for s in steps], points, look))
+            values = {t: [100 * x for x in v] for t, v in validation(runs).items() if len(v) == len(runs)}
+            points = [(statistics.fmean(v), min(v), max(v)) for v in values.values()]
+            lines.append(_bars(axes, list(values), points, look))
         left = f" ({len(shown)} of {len(rows)} rows: the best rate and start of each, the best methods)"
         axes.set(xlabel="training tokens" + left * (len(shown) < len(rows)), ylabel="validation accuracy, %")
         _finish(axes, _recovery(shown), setting, lines)
@@ -195,8 +193,7 @@ def stability(records: Sequence[Record]) -> Figure:
                 lines += axes.plot(at, values, **look)
                 losses[titled(label)] = max(values) - min(values)
             for x, value in zip(at, values, strict=True):
-                steps = [r["training"]["losses"] for r in by_rate[x]]
-                if count := 100 * sum(map(spikes, steps)) / max(1, sum(map(len, steps))):
+                if count := spike_rate(by_rate[x]):
                     axes.annotate(f"{count:.1f}", (x, value), (0, 4), textcoords="offset points", fontsize=6)
             for x in set(by_rate) - set(at):
                 axes.plot([x], [0], color=look["color"], marker="x", linestyle="none")

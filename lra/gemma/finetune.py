@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lra.gemma.adapter import describe
-from lra.gemma.experiment import BlockScores, Experiment, evaluate, hidden
+from lra.gemma.experiment import VERSION, BlockScores, Experiment, Method, evaluate, hidden, plug_in
+from lra.gemma.weights import Base
 from lra.machine import PeakMemory, StopSignals
 from lra.options import UsageError
 from lra.records.record import finite, write_record
@@ -26,8 +26,11 @@ from lra.training.train import Interrupted, carry_out
 from lra.training.trainer import Progress, Training, Where
 from models.gemma import bridge
 from models.gemma.loss import Head, cross_entropy
+from models.gemma.saved import restore
 from models.gemma.transfer import PROJECTIONS, Transfer, layer_parameters
 from tasks.base import Optim
+
+FORMAT = f"lra-gemma-adapter/{VERSION}"  # one safetensors file: what was trained; in its header, the base model
 
 
 def finetune(experiment: Experiment, results: Path, runs: Path, device: torch.device, command: str) -> Path:
@@ -156,7 +159,10 @@ class Finetuner(Training):
 
     def outcome(self, tested: BlockScores, folder: Path) -> dict[str, Any]:
         """Counts of every block. What was trained becomes an adapter, with what puts it on its base model again."""
-        checkpoint.save(folder / "adapter.safetensors", self.tensors(), describe(self.experiment))
+        e = self.experiment
+        base = {"name": e.base.name, "source": e.base.source, "sha256": e.base.sha256}
+        state = {"format": FORMAT, "base": base, "method": asdict(e.method), "seed": e.seed, "length": e.length}
+        checkpoint.save(folder / "adapter.safetensors", self.tensors(), state)
         curve = self.progress.curve
         return tested.facts() | {"curve": curve, "val_n_correct": curve[-1][3], "n_val": curve[-1][4]}
 
@@ -188,6 +194,28 @@ class Finetuner(Training):
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put them back; the base model has the rest."""
         self.model.load_state_dict(tensors, strict=False)
+
+
+def with_adapter(path: Path, base: Base) -> nn.Module:
+    """The base model with the adapter of a finetuning on it, ready to score or to generate.
+
+    Raises UsageError when the file is no adapter, or belongs to another base model.
+    """
+    tensors, state = checkpoint.load(path)
+    if state.get("format") != FORMAT:
+        raise UsageError(f"{path} is not an adapter of format {FORMAT}: found {state.get('format')!r}")
+    if state["base"]["sha256"] != base.sha256:
+        raise UsageError(
+            f"{path} was trained on {state['base']['name']} ({state['base']['source']}), whose weights differ from "
+            f"those of {base.name} ({base.source}): give the base model it was trained on with --model"
+        )
+    method = Method(**state["method"] | {"layers": tuple(state["method"]["layers"])})
+    plug_in(base, method, seed=state["seed"], length=state["length"])
+    try:
+        restore(base.model, tensors, path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return base.model
 
 
 def trainable(model: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

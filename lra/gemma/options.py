@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from lra.options import DEVICE, THREADS, Command, at_least, folder, option, writable
+from lra.options import DATA, READ, THREADS, WRITTEN, Command, at_least, numbers, option
 
-
-def above_zero(kind: type, several: bool = False):
-    """An argparse type: a number above 0; with `several`, the text of such numbers, comma-separated."""
-
-    def number(text: str):
-        try:
-            values = [kind(part) for part in text.split(",")]
-        except ValueError:
-            values = [0]
-        if not all(0 < value < float("inf") for value in values) or len(values) > 1 and not several:
-            what = "numbers above 0, comma-separated" if several else "a number above 0"
-            raise argparse.ArgumentTypeError(f"must be {what}; got {text}")
-        return text if several else values[0]
-
-    return number
-
-
-DATA = option("--data", "folder that holds gemma/", Path, Path("data"))
-TABLES = option("--results", "folder whose gemma/ holds the records", folder, Path("results"))
+TINY = 1e-12  # above 0
 MODEL = option("--model", "tiny, gemma-3-270m (PyPI, 253 MB), a hub id, or a folder", default="gemma-3-270m")
 BASE = (
     MODEL,
@@ -34,15 +15,12 @@ BASE = (
     option("--calibration", "sequences to calibrate on (default: tiny 8, others 4)", at_least(1)),
     option("--precision", "bf16: autocast, and a bf16 output layer", ("fp32", "bf16"), "fp32"),
     THREADS,
-    DEVICE,
-    DATA,
-    option("--results", "folder of records", writable, "results"),
-    option("--runs", "folder of TensorBoard logs, checkpoints, adapters", writable, "runs"),
+    *WRITTEN,
 )
 METHOD = (
     option("--attention", "a name of `list attentions`, or NAME,OPTION=VALUE,...", list, required=True),
     option("--layers", "all, full (those without a window), or indices such as 0,5,11", default="all"),
-    option("--features", "random features M a head, or its like: 64,256", above_zero(int, True), "256"),
+    option("--features", "random features M a head, or its like: 64,256", numbers(int, 1, True), "256"),
     option("--window", "of replaced layers; auto: only exact ones keep it", ("auto", "keep", "ignore"), "auto"),
     option("--ignore-softcap", "replace capped logits (Gemma 2) by uncapped ones", bool),
     option("--seeds", "seeds 0..N-1", at_least(1), 1),
@@ -53,8 +31,8 @@ TRAIN = (
     option("--train", "qk, qkvo: projections of replaced layers; all: but the embedding", TRAINED, TRAINED[2]),
     option("--tokens", "training tokens (default: tiny 16384, others 40960)", at_least(1)),
     option("--batch", "sequences per step (default: tiny 8, others 2)", at_least(1)),
-    option("--lr", "peak learning rate of pretrained weights", above_zero(float), 1e-4),
-    option("--lr-kernel", "peak learning rate of what the kernel itself learns", above_zero(float), 1e-3),
+    option("--lr", "peak learning rate of pretrained weights", numbers(float, TINY), 1e-4),
+    option("--lr-kernel", "peak learning rate of what the kernel itself learns", numbers(float, TINY), 1e-3),
     option("--warmstart", "transfer: each layer first learns its exact output", ("none", "transfer"), "none"),
     option("--transfer-tokens", "tokens of the transfer (default: half of --tokens)", at_least(1)),
     option("--validation", "sequences of a validation (default: tiny 16, others 4)", at_least(2)),
@@ -63,7 +41,7 @@ TRAIN = (
     option("--recompute", "recompute activations in the backward pass, to save memory", bool),
 )
 LRS = "1e-5,1e-4,1e-3,3e-3,1e-2"
-RATES = option("--lrs", "peak learning rates of both groups", above_zero(float, True), LRS)
+RATES = option("--lrs", "peak learning rates of both groups", numbers(float, TINY, True), LRS)
 COMMANDS = {
     "gemma swap": Command(
         "lra.gemma.commands:swap",
@@ -85,10 +63,6 @@ COMMANDS = {
         "score a saved adapter on its base model",
     ),
     "gemma weights": Command("lra.gemma.commands:weights", (MODEL, DATA), "fetch or make a model, and say what it is"),
-    "gemma table": Command(
-        "lra.gemma.table:show",
-        (TABLES, option("--write", "a Markdown file; only the text between its gemma markers changes", Path)),
-        "make results/gemma/*.md from the records alone",
-    ),
-    "gemma plot": Command("lra.gemma.figures:show", (TABLES,), "draw its figures from the records alone"),
+    "gemma table": Command("lra.gemma.table:show", (READ,), "make results/gemma/*.md from the records alone"),
+    "gemma plot": Command("lra.gemma.figures:show", (READ,), "draw its figures from the records alone"),
 }

@@ -7,10 +7,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from lra.gemma.stats import Record
+from lra.gemma.stats import Record, accuracy
 
 DEFAULTS = {("orthogonal", True), ("redraw_every", 0), ("pool", 8)}  # which records name all the same
 NAMES = {"num_features": "M"}
+FLOORS = ("constant", "local")  # averaging; a window of near keys, with or without the first tokens
 RECIPE = ("lr", "lr_kernel", "batch", "warmstart", "transfer_tokens")  # of finetuning
 
 
@@ -71,16 +72,23 @@ def order(label: tuple[str, str]) -> tuple:
     return {"softmax": 0, "constant": 1}.get(label[0], 2), label[0], numbers
 
 
-def baseline(rows, attention: str) -> list[Record]:
-    """The runs that methods are compared with: of `softmax` with its windows, or of `constant`; no failed run.
+def baseline(rows, *names: str) -> list[Record]:
+    """The runs that methods are compared with, of the attentions of these names; [] where there are none.
 
-    * One row has such runs: that row.
-    * Several rows, finetuned in different ways: the row with the least validation loss. A method must not look good
-      because the baseline's learning rate was bad.
-    * Several rows without training, or no row: none.
+    Failed runs are left out, and softmax without its windows. Of several rows it is the best one: of finetuned rows
+    that of least validation loss, of others that of most accuracy. A method must not look good because the learning
+    rate of its baseline was bad, or because a better floor was left out.
     """
-    ended = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] == attention]
-    usable = [x for x in ended if x and (attention == "constant" or x[0]["model"]["encoder"]["keeps_window"])]
-    if len(usable) > 1 and usable[0][0]["training"]["recipe"]:
-        return min(usable, key=lambda runs: statistics.fmean(r["result"]["curve"][-1][2] for r in runs))
-    return usable[0] if len(usable) == 1 else []
+
+    def loss(runs):
+        trained = runs[0]["training"]["recipe"]
+        return statistics.fmean(r["result"]["curve"][-1][2] if trained else -accuracy(r) for r in runs)
+
+    ended = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] in names]
+    usable = [x for x in ended if x and ("softmax" not in names or x[0]["model"]["encoder"]["keeps_window"])]
+    return min(usable, key=loss, default=[])
+
+
+def label_of(rows, runs: Sequence[Record]) -> tuple[str, str]:
+    """The row that holds the first of the runs."""
+    return next(label for label, others in rows.items() if runs[0] in others)

@@ -34,43 +34,30 @@ def spectra(model: torch.nn.Module, tokens_BN: torch.Tensor) -> list[dict[str, A
 
 
 def describe(q_BHND: torch.Tensor, k_BHND: torch.Tensor, scale: float) -> dict[str, Any]:
-    """The row of one layer."""
-    q_HTD, k_HTD = ((scale**0.5 * x.double()).transpose(0, 1).flatten(1, 2) for x in (q_BHND, k_BHND))
-    qa_HTD, ka_HTD = align(q_HTD, k_HTD)
-    t_HD, a_HD = spectrum(q_HTD, k_HTD), spectrum(qa_HTD, ka_HTD)
-    return {
-        "q_norm2": norm2(q_HTD),
-        "k_norm2": norm2(k_HTD),
-        "top": rounded(t_HD[:, 0]),
-        "condition": rounded(t_HD[:, 0] / t_HD[:, -1].clamp(min=1e-12)),
-        "above_half": (t_HD > 0.5).sum(-1).tolist(),
-        "spectrum": rounded(t_HD[:, :32]),
-        "log10_pair": log10_pair(q_HTD, k_HTD),
-        "aligned_norm2": norm2(qa_HTD),
-        "aligned_top": rounded(a_HD[:, 0]),
-        "aligned_above_half": (a_HD > 0.5).sum(-1).tolist(),
-        "aligned_spectrum": rounded(a_HD[:, :32]),
-        "aligned_log10_pair": log10_pair(qa_HTD, ka_HTD),
-        "aligned_log10_isotropic": log10(-0.5 * ((1 - 6 * a_HD).log() + (1 + 2 * a_HD).log()).sum(-1)),
-        "aligned_log10_optimal": log10(-(1 - 2 * a_HD).log().sum(-1)),
+    """The row of one layer, of queries and keys as they are and aligned."""
+    q, k = ((scale**0.5 * x.double()).transpose(0, 1).flatten(1, 2) for x in (q_BHND, k_BHND))  # (H, T, D)
+    row: dict[str, Any] = {"q_norm2": norm2(q), "k_norm2": norm2(k)}
+    for prefix in ("", "aligned_"):
+        if prefix:  # T^-1 (q - mean q) and T (k - mean k), which have one covariance; T is symmetric
+            q, k = (x - x.mean(1, keepdim=True) for x in (q, k))
+            T = balance(second_moment(q), second_moment(k))
+            q, k = q @ inverse(T), k @ T
+        t_HD = torch.linalg.eigvalsh((second_moment(q) + second_moment(k)) / 2).flip(-1).clamp(min=0)
+        if not prefix:
+            row["condition"] = rounded(t_HD[:, 0] / t_HD[:, -1].clamp(min=1e-12))
+        facts = {"top": rounded(t_HD[:, 0]), "above_half": (t_HD > 0.5).sum(-1).tolist()}
+        facts |= {"spectrum": rounded(t_HD[:, :32]), "log10_pair": log10_pair(q, k)}
+        row |= {prefix + name: value for name, value in facts.items()}
+    return row | {
+        "aligned_norm2": norm2(q),
+        "aligned_log10_isotropic": log10(-0.5 * ((1 - 6 * t_HD).log() + (1 + 2 * t_HD).log()).sum(-1)),
+        "aligned_log10_optimal": log10(-(1 - 2 * t_HD).log().sum(-1)),
     }
-
-
-def spectrum(q_HTD: torch.Tensor, k_HTD: torch.Tensor) -> torch.Tensor:
-    """Eigenvalues of the mean second moment of queries and keys, the largest first: (H, D)."""
-    return torch.linalg.eigvalsh((second_moment(q_HTD) + second_moment(k_HTD)) / 2).flip(-1).clamp(min=0)
 
 
 def second_moment(x_HTD: torch.Tensor) -> torch.Tensor:
     """E[x x^T] per head, (H, D, D)."""
     return x_HTD.transpose(-1, -2) @ x_HTD / x_HTD.shape[1]
-
-
-def align(q_HTD: torch.Tensor, k_HTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centred and balanced: T^-1 (q - mean q) and T (k - mean k), which have one covariance (projections.balance)."""
-    q, k = (x - x.mean(1, keepdim=True) for x in (q_HTD, k_HTD))
-    T = balance(second_moment(q), second_moment(k))
-    return q @ inverse(T), k @ T  # T is symmetric
 
 
 def log10_pair(q_HTD: torch.Tensor, k_HTD: torch.Tensor, pairs: int = 4096) -> dict[str, float]:

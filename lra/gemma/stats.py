@@ -67,30 +67,30 @@ def gap(exact: Sequence[Record], runs: Sequence[Record]) -> Uncertain:
     return with_training(ratio([(e[d][0] - m[d][0], e[d][1]) for d in sorted(e)]), [(1.0, exact), (-1.0, runs)])
 
 
-def recovered(exact, constant, runs) -> Uncertain | None:
-    """s = (method - constant) / (exact - constant), paired by document; None where constant does not clearly lose.
+def recovered(exact, floor, runs) -> Uncertain | None:
+    """s = (method - floor) / (exact - floor), paired by document; None where the floor does not clearly lose.
 
-    Derivatives of s, which weigh the noise of training: 1, s - 1 and -s by method, constant and exact, each over
-    exact - constant.
+    Derivatives of s, which weigh the noise of training: 1, s - 1 and -s by method, floor and exact, each over
+    exact - floor.
     """
-    distance = gap(exact, constant)
+    distance = gap(exact, floor)
     if distance.low <= 0:
         return None
-    e, c, m = clusters(exact), clusters(constant), clusters(runs)
-    share = ratio([(m[d][0] - c[d][0], e[d][0] - c[d][0]) for d in sorted(e)])
-    if runs == constant or runs == exact:
+    e, f, m = clusters(exact), clusters(floor), clusters(runs)
+    share = ratio([(m[d][0] - f[d][0], e[d][0] - f[d][0]) for d in sorted(e)])
+    if runs == floor or runs == exact:
         return share  # 0 or 1 whatever the runs are
-    weights = (1.0, runs), (share.value - 1.0, constant), (-share.value, exact)
+    weights = (1.0, runs), (share.value - 1.0, floor), (-share.value, exact)
     return with_training(share, [(weight / distance.value, method) for weight, method in weights])
 
 
-def above(constant: Sequence[Record], rows: Sequence[Sequence[Record]]) -> list[bool]:
-    """Which rows are significantly above constant: paired by document, Holm over the rows.
+def above(floor: Sequence[Record], rows: Sequence[Sequence[Record]]) -> list[bool]:
+    """Which rows are significantly above the floor: paired by document, Holm over the rows.
 
-    A row and constant both have several runs, or both have one; else it is not tested. One run beside several shows
+    A row and the floor both have several runs, or both have one; else it is not tested. One run beside several shows
     none of its noise.
     """
-    gaps = [gap(runs, constant) if (len(runs) == 1) == (len(constant) == 1) else None for runs in rows]
+    gaps = [gap(runs, floor) if (len(runs) == 1) == (len(floor) == 1) else None for runs in rows]
     adjusted = iter(holm([g.p_value for g in gaps if g]))
     return [g is not None and next(adjusted) < ALPHA and g.value > 0 for g in gaps]
 
@@ -105,3 +105,18 @@ def spikes(losses: Sequence[float | None]) -> int:
         middle = statistics.median(before)
         count += losses[i] > middle + SPIKE * statistics.median(abs(x - middle) for x in before)
     return count
+
+
+def spike_rate(runs: Sequence[Record]) -> float:
+    """Spikes per 100 steps."""
+    losses = [r["training"]["losses"] for r in runs]
+    return 100 * sum(map(spikes, losses)) / max(1, sum(map(len, losses)))
+
+
+def validation(runs: Sequence[Record]) -> dict[int, list[float]]:
+    """Training tokens to the validation accuracy of each run."""
+    points: dict[int, list[float]] = defaultdict(list)
+    for r in runs:
+        for step, _, _, correct, n in r["result"]["curve"]:
+            points[step * r["training"]["recipe"]["batch"] * r["task"]["seq_len"]].append(correct / n)
+    return points

@@ -8,36 +8,28 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from lra.gemma.rows import baseline, features, grouped, order, row_of, setting_of, titled, without
-from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, gap, recovered, score, spikes
+from lra.gemma.rows import FLOORS, baseline, grouped, label_of, order, row_of, setting_of, titled, without
+from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, gap, recovered, score, spike_rate, validation
 from lra.options import UsageError
-from lra.records.markup import Block, Grid, Heading, Text, markdown, refresh_block
+from lra.records.markup import MISSING, Block, Grid, Heading, Text, markdown
 from lra.records.record import iterate_records
 from lra.records.stats import Uncertain
 from tasks.store.files import atomic_path
 
-MISSING = "–"
 LEGEND = (
     "Next-token accuracy in percent on the test blocks [95% interval] (number of seeds). Intervals are clustered by "
     "document and hold, where there are several seeds, the noise of training (Student's t), in gaps and shares that of "
     "every method in them. A single seed shows none, so its training noise is in no interval. gap: exact minus the "
-    "method, on the same tokens. recovered: (method − constant) / (exact − constant), the share of what attention is "
-    "worth here; it is left out where constant is not told apart from exact. Where exact or constant attention was "
-    "trained in several ways, its row of least validation loss is the one compared with. KL: from the exact model's "
-    "predictions, nats per "
-    "token. tokens/s: of training steps by the clock of the run, which may have shared the machine; in brackets the "
-    "bound, its matrix products alone at the machine's measured peak. MB: peak memory of training."
+    "method, on the same tokens. recovered: (method − floor) / (exact − floor). The floor is the best row of constant "
+    "(averaging) and local (a window, with or without the first tokens). The share is left out where the floor is not "
+    "told apart from exact. Where exact attention or a floor was trained in several ways, its row of least validation "
+    "loss is the one compared with. KL: from the exact model's predictions, nats per token. tokens/s: of training "
+    "steps by the clock of the run, which may have shared the machine. MB: peak memory of training."
 )
 
 
 def show(args: Namespace) -> None:
-    """`gemma table`: write DIR/gemma/<kind>.md for every kind that has records, and name the files; with --write, the
-    summary instead, between the gemma markers of a Markdown file."""
-    if args.write:
-        text = refresh_block(args.write.read_text("utf-8"), "gemma", summary(args.results))
-        with atomic_path(args.write) as temporary:
-            temporary.write_text(text, "utf-8")
-        return print(args.write)
+    """`gemma table`: write DIR/gemma/<kind>.md for every kind that has records, and name the files."""
     for name, text in render(args.results).items():
         path = args.results / "gemma" / f"{name}.md"
         with atomic_path(path) as temporary:
@@ -64,34 +56,31 @@ def by_kind(results: Path) -> dict[str, list[Record]]:
     return {kind: kinds[kind] for kind in MAKERS if kinds[kind]}
 
 
-def summary(results: Path) -> str:
-    """What a first reader wants: finetuning, and exchange without training at the most features."""
-    kinds = by_kind(results)
-    trained, swapped = kinds.get("finetune", []), kinds.get("swap", [])
-    sizes = {features(r) for r in swapped} - {None}
-    most = [r for r in swapped if features(r) in (None, max(sizes, default=None))]
-    return markdown([Text(LEGEND), *grids(trained, with_curves=False), *grids(most)])
-
-
 # Swap and finetune
 
 
 def scores(records: Sequence[Record]) -> list[Block]:
     """One table per setting, and for finetuning one of accuracy against tokens."""
-    return [Text(LEGEND), *grids(records)]
-
-
-def grids(records: Sequence[Record], with_curves: bool = True) -> list[Block]:
-    """The tables alone."""
-    blocks: list[Block] = []
+    blocks: list[Block] = [Text(LEGEND)]
     for setting, runs in grouped(records, setting_of).items():
         rows = grouped(runs, lambda r: row_of(r, runs))
         trained = runs[0]["task"]["name"] == "gemma-finetune"
-        last = ("validation before", "tokens/s (bound)", "MB") if trained else ("KL",)
+        last = ("validation before", "tokens/s", "MB") if trained else ("KL",)
         cells = tuple(line(label, rows[label], rows) for label in sorted(rows, key=order))
         header = ("attention", "accuracy", "gap to exact", "recovered", "loss", *last)
-        blocks += [Heading(setting), Grid(header, cells), *(curves(rows) if trained and with_curves else [])]
+        blocks += [Heading(setting), Grid(header, cells), *sight(rows), *(curves(rows) if trained else [])]
     return blocks
+
+
+def sight(rows) -> list[Block]:
+    """What the setting cannot see, as a sentence."""
+    exact, floor = baseline(rows, "softmax"), baseline(rows, *FLOORS)
+    if exact and floor and recovered(exact, floor, exact) is None:
+        name = titled(label_of(rows, floor))
+        return [Text(f"{name} is not told apart from exact attention: this setting cannot see far attention.")]
+    if any(label[0] == "local" for label in rows):
+        return []
+    return [Text("No row of local: what near keys and the first token bring alone is not known here.")]
 
 
 def line(label, runs, rows) -> list[str]:
@@ -102,39 +91,30 @@ def line(label, runs, rows) -> list[str]:
         return [name, runs[0]["status"], *[MISSING] * (6 if runs[0]["training"]["recipe"] else 4)]
     failed = f", {len(runs) - len(done)} failed" if len(done) < len(runs) else ""
     own = score(done)
-    exact, constant = (baseline(rows, kind) for kind in ("softmax", "constant"))
+    exact, floor = baseline(rows, "softmax"), baseline(rows, *FLOORS)
     cells = [name, f"{percent(own)} ({len(done)}{failed})"]
     cells.append(percent(gap(exact, done)) if exact and exact != done else MISSING)
-    share = recovered(exact, constant, done) if exact and constant else None
-    cells.append(MISSING if share is None or label[0] in ("softmax", "constant") else percent(share, 0))
+    share = recovered(exact, floor, done) if exact and floor else None
+    cells.append(MISSING if share is None or label[0] in ("softmax", *FLOORS) else percent(share, 0))
     cells.append(f"{statistics.fmean(r['result']['loss'] for r in done):.3f}")
     if not runs[0]["training"]["recipe"]:
         kl = [r["result"]["kl"] for r in done if r["result"]["kl"] is not None]
         return [*cells, f"{statistics.fmean(kl):.3f}" if kl else MISSING]
     first = [r["result"]["curve"][0] for r in done]
     cells.append(f"{100 * statistics.fmean(c[3] / c[4] for c in first):.1f}")
-    rate, floor, peak = (
-        statistics.median(r["cost"].get(key) or 0 for r in done)
-        for key in ("tokens_per_s", "floor_tokens_per_s", "peak_bytes")
-    )
-    bound = f" ({floor:,.0f})" if floor else ""  # in records of suite 0.1
-    return [*cells, f"{rate:,.0f}{bound}", f"{peak / 1e6:,.0f}"]
+    rate, peak = (statistics.median(r["cost"].get(key) or 0 for r in done) for key in ("tokens_per_s", "peak_bytes"))
+    return [*cells, f"{rate:,.0f}", f"{peak / 1e6:,.0f}"]
 
 
 def curves(rows) -> list[Block]:
     """Validation accuracy against training tokens, mean over seeds."""
-    done = {label: [r for r in runs if r["result"]] for label, runs in rows.items()}
-    some = next((runs[0] for runs in done.values() if runs), None)
-    if some is None:
+    points = {label: validation([r for r in rows[label] if r["result"]]) for label in sorted(rows, key=order)}
+    at = next((list(found) for found in points.values() if found), None)
+    if at is None:
         return []
-    per_step = some["training"]["recipe"]["batch"] * some["task"]["seq_len"]
-    steps = [c[0] for c in some["result"]["curve"]]
-    table = []
-    for label in sorted(done, key=order):
-        at = [{c[0]: c[3] / c[4] for c in r["result"]["curve"]} for r in done[label]]
-        values = [[a[s] for a in at if s in a] for s in steps]
-        table.append((titled(label), *(f"{100 * statistics.fmean(v):.1f}" if v else MISSING for v in values)))
-    return [Grid(("validation accuracy after tokens", *(f"{s * per_step:,}" for s in steps)), tuple(table))]
+    mean = {t: {x: f"{100 * statistics.fmean(v):.1f}" for x, v in found.items()} for t, found in points.items()}
+    table = tuple((titled(label), *(mean[label].get(t, MISSING) for t in at)) for label in points)
+    return [Grid(("validation accuracy after tokens", *(f"{t:,}" for t in at)), table)]
 
 
 # Stability and anisotropy
@@ -166,11 +146,9 @@ def stable(runs: Sequence[Record]) -> str:
     if not runs:
         return MISSING
     done = [r for r in runs if r["result"]]
-    steps = sum(len(r["training"]["losses"]) for r in runs)
-    rate = 100 * sum(spikes(r["training"]["losses"]) for r in runs) / max(1, steps)
     lost = f", {len(runs) - len(done)} of {len(runs)} diverged" if len(done) < len(runs) else ""
     shown = f"{100 * statistics.fmean(map(accuracy, done)):.1f}" if done else MISSING
-    return f"{shown} / {rate:.1f}{lost}"
+    return f"{shown} / {spike_rate(runs):.1f}{lost}"
 
 
 def anisotropy(records: Sequence[Record]) -> list[Block]:
@@ -193,19 +171,11 @@ def anisotropy(records: Sequence[Record]) -> list[Block]:
 def spectrum(x: dict) -> tuple[str, ...]:
     """The row of one layer."""
     best = [v for v in x["aligned_log10_optimal"] if v is not None]
-    return (
-        str(x["layer"]),
-        f"{x['q_norm2']:.0f}",
-        f"{x['k_norm2']:.0f}",
-        f"{max(x['top']):.3g}",
-        f"{max(x['condition']):.2g}",
-        f"{x['log10_pair']['median']:.1f}",
-        f"{x['aligned_norm2']:.1f}",
-        f"{max(x['aligned_top']):.3g}",
-        str(max(x["aligned_above_half"])),
-        f"{x['aligned_log10_pair']['median']:.1f}",
-        f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite",
-    )
+    optimal = f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite"
+    raw = (f"{x['q_norm2']:.0f}", f"{x['k_norm2']:.0f}", f"{max(x['top']):.3g}", f"{max(x['condition']):.2g}")
+    aligned = (f"{x['aligned_norm2']:.1f}", f"{max(x['aligned_top']):.3g}", str(max(x["aligned_above_half"])))
+    pairs = [f"{x[name]['median']:.1f}" for name in ("log10_pair", "aligned_log10_pair")]
+    return (str(x["layer"]), *raw, pairs[0], *aligned, pairs[1], optimal)
 
 
 # Text

@@ -26,14 +26,14 @@ KINDS = ("matched", "skewed")
 HEADS = 2  # of synthetic data: independent samples
 EXAMPLES = 4  # of the validation split, for --run
 GAUSSIAN = {  # options of synthetic data alone, and their defaults
+    "dim": 64,
     "condition": "1,10,100,1000",
-    "trace": None,
+    "trace": "1.5",  # where no `largest` is given
     "largest": None,
     "kinds": "matched,skewed",
     "shift": 3.0,
     "tokens": 256,
 }
-TRACE = "1.5"  # where neither --trace nor --largest is given
 
 
 class Case(NamedTuple):
@@ -63,26 +63,7 @@ def cases(args: Namespace) -> list[Case]:
     for option in GAUSSIAN:
         if getattr(args, option) is not None:
             raise UsageError(f"--{option} is an option of synthetic data: leave it out with {given[0]}")
-    chosen = _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
-    if args.dim is not None and args.dim != (width := chosen[0].q_BHND.shape[-1]):
-        raise UsageError(f"--dim {args.dim} is not the head width of {args.run_of or args.tensors}: {width}")
-    return chosen
-
-
-def numbers(text: str, option: str, least: float, kind: type = float) -> list:
-    """A comma-separated list of different numbers, not below `least`; UsageError names the bad one."""
-    values = []
-    for part in text.split(","):
-        try:
-            value = kind(part)
-        except ValueError:
-            raise UsageError(f"{option} takes numbers separated by commas; got {part!r}") from None
-        if not least <= value < float("inf"):
-            raise UsageError(f"{option} must be at least {least:g} and finite; got {part}")
-        if value in values:
-            raise UsageError(f"{option} has {part} twice: leave one out")
-        values.append(value)
-    return values
+    return _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
 
 
 def _synthetic_grid(args: Namespace) -> list[Case]:
@@ -91,18 +72,14 @@ def _synthetic_grid(args: Namespace) -> list[Case]:
     given = {name: getattr(args, name) for name in GAUSSIAN}
     options = {name: GAUSSIAN[name] if value is None else value for name, value in given.items()}
     by = "largest" if args.largest else "trace"
-    scales = numbers(options[by] or TRACE, f"--{by}", 1e-6)
-    conditions = numbers(options["condition"], "--condition", 1)
+    scales, conditions = ([float(x) for x in options[name].split(",")] for name in (by, "condition"))
     kinds = options["kinds"].split(",")
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("kind of synthetic data", kind, KINDS)
-    if not 0 <= options["shift"] < float("inf"):
-        raise UsageError(f"--shift must be at least 0 and finite; got {options['shift']}")
     sizes = {name: options[name] for name in ("shift", "tokens")} | {"seed": args.seed}
-    dim = 64 if args.dim is None else args.dim
     grid = itertools.product(kinds, scales, conditions)
-    return [synthetic(kind, dim, condition, **{by: scale}, **sizes) for kind, scale, condition in grid]
+    return [synthetic(kind, options["dim"], condition, **{by: scale}, **sizes) for kind, scale, condition in grid]
 
 
 def synthetic(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import warnings
 from argparse import Namespace
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from lra.machine import set_threads
-from lra.options import UsageError, unknown
+from lra.options import UsageError, command_of, unknown
 from lra.registry import build_attention
 from lra.scaling.reports import write_report
 from lra.variance import figures
-from lra.variance.cases import Case, cases, numbers
+from lra.variance.cases import Case, cases
 from lra.variance.measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
 from lra.variance.report import variance_tables
 
@@ -48,32 +47,19 @@ def variance(args: Namespace) -> None:
     if args.redraw:
         print(*figures.redraw(args.results / "bench" / f"{args.name}.json", folder, args.name), sep="\n")
         return
-    if args.target_norm <= 0 or not math.isfinite(args.target_norm):
-        raise UsageError(f"--target-norm must be above 0 and finite; got {args.target_norm}")
-    features = numbers(args.features, "--features", 1, int)
+    features = sorted(map(int, args.features.split(",")))
     names = list(SCHEMES) if args.schemes == "all" else list(dict.fromkeys(args.schemes.split(",")))
     for name in set(names) - set(SCHEMES):
         raise unknown("scheme", name, SCHEMES)
     set_threads(args.threads)
     chosen = cases(args)
     with tqdm(total=len(chosen) * len(names) * len(features), unit="point", disable=None, leave=False) as bar:
-        measured = [_case(case, names, sorted(features), args, bar) for case in chosen]
+        measured = [_case(case, names, features, args, bar) for case in chosen]
     report = {"draws": args.draws, "target_norm": args.target_norm, "pairings": PAIRINGS, "cases": measured}
-    command = _command(args)
+    command = command_of(["python", "-m", "lra", "variance"], args, ELSEWHERE, run_of="run")
     text = variance_tables(report, command)
     written = write_report(args.results, args.name, command, report, text)
     print(text, *written, *figures.draw(report, folder, args.name), sep="\n")
-
-
-def _command(args: Namespace) -> str:
-    """The command that repeats this: every option that says what is measured and has a value."""
-    words = ["python", "-m", "lra", "variance"]
-    for name, value in vars(args).items():
-        if name in ELSEWHERE or value is None or value is False:
-            continue
-        option = "--run" if name == "run_of" else "--" + name.replace("_", "-")
-        words += [option] if value is True else [option, str(value)]
-    return shlex.join(words)
 
 
 def _case(case: Case, names: list[str], features: list[int], args: Namespace, bar: tqdm) -> dict[str, Any]:

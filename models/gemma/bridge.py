@@ -1,11 +1,13 @@
 """The bridge: any causal attention of models/attention inside a pretrained Gemma of transformers.
 
-`attach` does two things to a loaded model:
+`attach` does three things to a loaded model:
 
 * It puts a `Socket` with a kernel on each chosen layer. It cannot do so while the model is loaded: a module made inside
   `from_pretrained` starts on the meta device, and its buffers come out as garbage.
 * It switches the model to the function `attention` below. A layer without a socket keeps exact attention, with its
   window and its soft cap.
+* It writes what it attached into `config.lra_attention`, so that saved.load can attach it again. Nothing else in the
+  config changes.
 
 The switch takes two registrations. transformers gives an attention without a mask function no mask at all. The mask
 function here is that of flash attention, which passes the padding mask (B, S) on; this file adds causality and windows.
@@ -19,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,9 +31,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from models.base import AttentionBase
+from models.gemma.cache import keep_keys
 
 NAME = "lra"
-WINDOW = "_lra_sliding_window"  # attribute of a model: what its config said before `attach`
+BEFORE = "_lra_before"  # attribute of a model: the attention it had before `attach`, and the hook on its decoder
 Tap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], None]
 
 
@@ -98,7 +102,7 @@ def attach(
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"attention_dropout {config.attention_dropout} is not supported: set it to 0")
     _switch(model)
-    sockets = []
+    attached = []
     for index in layers:
         attention = found[index].self_attn
         heads = attention.q_proj.out_features // attention.head_dim
@@ -107,25 +111,24 @@ def attach(
         ignored = (not kernel.exact) if ignore_window is None else ignore_window
         socket = Socket(kernel, ignore_window=ignored, ignore_softcap=ignore_softcap)
         attention.socket = socket.to(attention.q_proj.weight.device).train(model.training)
-        if sockets:
-            kernel.tie(sockets[0].kernel)
-        sockets.append(socket)
-    if any(s.ignore_window for s in sockets) and getattr(config, "sliding_window", None):
-        # Only the cache still reads this (each layer has its own copy): without windows, keep every key.
-        if not hasattr(model, WINDOW):
-            setattr(model, WINDOW, config.sliding_window)
-        config.sliding_window = config.max_position_embeddings
-    return sockets
+        if attached:
+            kernel.tie(attached[0].kernel)
+        attached.append(socket)
+    config.lra_attention = _description(model)
+    return attached
 
 
 def detach(model: nn.Module) -> None:
-    """Take all sockets away: the model is again the exact one that was loaded."""
+    """Take all sockets away: the model and its config are again what was loaded, but for what was trained."""
     for layer in text_layers(model):
         if hasattr(layer.self_attn, "socket"):
             del layer.self_attn.socket
-    if hasattr(model, WINDOW):
-        model.config.sliding_window = getattr(model, WINDOW)
-        delattr(model, WINDOW)
+    if hasattr(model, BEFORE):
+        implementation, hook = getattr(model, BEFORE)
+        hook.remove()
+        model.set_attn_implementation(implementation)
+        delattr(model, BEFORE)
+    vars(model.config).pop("lra_attention", None)
 
 
 def sockets(model: nn.Module) -> dict[int, Socket]:
@@ -253,8 +256,23 @@ def exact(
     return weights.to(v_BHSD.dtype) @ v_BHSD
 
 
+def _description(model: nn.Module) -> list[dict[str, Any]]:
+    """What is attached, as JSON: attention, options and layers; the layers of an entry share all that is in it."""
+    groups: list[dict[str, Any]] = []
+    for index, socket in sockets(model).items():
+        kernel = socket.kernel
+        facts = {"attention": kernel.name, "options": asdict(kernel.config), "seed": kernel.seed}
+        facts |= {"max_len": kernel.max_len, "ignore_window": socket.ignore_window}
+        facts |= {"ignore_softcap": socket.ignore_softcap}
+        if not groups or groups[-1] | {"layers": None} != facts | {"layers": None}:
+            groups.append(facts | {"layers": []})
+        groups[-1]["layers"].append(index)
+    return groups
+
+
 def _switch(model: nn.Module) -> None:
-    """Make the model use `attention`. Raises ValueError where it has no attention interface."""
+    """Make the model use `attention` and `keep_keys`. Raises ValueError where it has no attention interface."""
+    before = model.config._attn_implementation
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
     try:
@@ -263,6 +281,8 @@ def _switch(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no attention interface: {error}") from None
     if model.config._attn_implementation != NAME:
         raise ValueError(f"{type(model).__name__} has no attention interface: transformers 5 Gemma models do")
+    if not hasattr(model, BEFORE):
+        setattr(model, BEFORE, (before, model.model.register_forward_pre_hook(keep_keys, with_kwargs=True)))
 
 
 def _check(kernel: AttentionBase, config: Any, ignore_softcap: bool) -> None:

@@ -10,7 +10,6 @@ No layer sees the errors of another: all learn at once, and the activations of o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
@@ -18,12 +17,9 @@ from torch import nn
 
 from models.gemma.bridge import exact_attention, sockets, text_layers
 
-PROJECTIONS = {
-    "kernel": (),
-    "kernel+qk": ("q_proj", "k_proj", "q_norm", "k_norm"),
-    "kernel+qkvo": ("q_proj", "k_proj", "q_norm", "k_norm", "v_proj", "o_proj"),
-    "all": ("q_proj", "k_proj", "q_norm", "k_norm", "v_proj", "o_proj"),  # all of a layer's attention
-}
+QK = ("q_proj", "k_proj", "q_norm", "k_norm")
+QKVO = (*QK, "v_proj", "o_proj")
+PROJECTIONS = {"kernel": (), "kernel+qk": QK, "kernel+qkvo": QKVO, "all": QKVO}  # of a layer's attention
 
 
 def layer_parameters(attention: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -80,7 +76,7 @@ class Transfer:
         finally:
             for hook in hooks:
                 hook.remove()
-        nn.utils.clip_grad_norm_(self._parameters(), 1.0)
+        nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
         self.optimizer.step()
         return sum(losses) / len(losses)
 
@@ -88,6 +84,3 @@ class Transfer:
         """Copy the students' weights into the model."""
         for index, student in self.students.items():
             text_layers(self.model)[index].self_attn.load_state_dict(student.state_dict())
-
-    def _parameters(self) -> Iterable[nn.Parameter]:
-        return (p for g in self.optimizer.param_groups for p in g["params"])

@@ -132,7 +132,7 @@ def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypa
         (["train", "image", "--attention=softmax", "--results=/proc/x"], "--results: cannot write to /proc/x: "),
         (["sweep", "--runs=README.md/x"], "--runs: cannot write to README.md/x: "),
         (["tensorboard", "--port=99999"], "must be at most 65535; got 99999"),
-        (["gemma", "swap", "--attention=softmax", "--features=64,0"], "numbers above 0, comma-separated; got 64,0"),
+        (["gemma", "swap", "--attention=softmax", "--features=64,0"], "of 1 or more; got 64,0"),
     ],
 )
 def test_mistyped_arguments_are_one_line_with_the_way_out(words, said, capsys):

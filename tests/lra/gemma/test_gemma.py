@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from lra.__main__ import main
 from lra.gemma import rows, stats, table, tiny, weights
 from lra.gemma.data import documents, pack, split
 from lra.options import BUSY
+from lra.registry import build_attention
 from lra.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -250,9 +251,29 @@ def test_methods_are_compared_with_the_baseline_that_validates_best():
     assert rows.baseline(trained, "softmax") == [good, seed] and rows.baseline(trained, "constant") == []
     crashed = {"result": None} | {k: good[k] for k in ("model", "training")}
     assert rows.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
-    kept, ignored = (record("constant", 0, curve=False, keeps=keeps) for keeps in (True, False))
-    assert rows.baseline({("constant", ""): [kept]}, "constant") == [kept]
-    assert rows.baseline({("constant", ""): [kept], ("constant", "w"): [ignored]}, "constant") == []
+    average, window, sink = (
+        record(name, 0, curve=False) | {"result": {"n_correct": n, "n_test": 10}}
+        for name, n in (("constant", 3), ("local", 5), ("local", 6))
+    )
+    floors = {("constant", ""): [average], ("local", "window=3"): [window], ("local", "window=3, sinks=1"): [sink]}
+    assert rows.baseline(floors, *rows.FLOORS) == [sink]
+    assert rows.label_of(floors, [sink]) == ("local", "window=3, sinks=1")
+
+
+def test_the_share_recovered_begins_at_the_best_floor_and_a_blind_setting_is_named(places, tmp_path):
+    words = ["--attention=softmax", "--attention=constant", "--attention=local,window=1", "--attention=performer"]
+    run("swap", *places, *words, "--features=8")
+    results = tmp_path / "results"
+    lines = table.render(results)["swap"]
+    assert "| local (window=1) | " in lines and "No row of local" not in lines
+    found = records(tmp_path, "swap")
+    exact, performer = ([found[name, 0]] for name in ("softmax", "performer"))
+    best = max(([found[name, 0]] for name in ("constant", "local")), key=lambda runs: stats.accuracy(runs[0]))
+    share = stats.recovered(exact, best, performer)
+    shown = table.MISSING if share is None else table.percent(share, 0)
+    assert f"| {shown} | " in next(line for line in lines.splitlines() if line.startswith("| performer"))
+    run("swap", *places, "--attention=local,window=31")  # all of a block: exact but for Gemma's own windows
+    assert "local (window=31) is not told apart from exact attention" in table.render(results)["swap"]
 
 
 def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tmp_path, capsys):
@@ -264,11 +285,7 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(places, tm
     run("table", f"--results={results}")
     made = {p.stem: p.read_text() for p in (results / "gemma").glob("*.md")}
     assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == table.render(results)
-    (tmp_path / "page.md").write_text("before <!-- gemma:begin --><!-- gemma:end --> after")
-    run("table", f"--results={results}", f"--write={tmp_path / 'page.md'}")
-    before, block, after = re.split("<!-- gemma:begin -->|<!-- gemma:end -->", (tmp_path / "page.md").read_text())
-    assert (before, after, block.strip()) == ("before ", " after", table.summary(results).strip())
-    assert block.count("| constant | ") == 2 and "validation accuracy after" not in block
+    assert "constant is not told apart from exact attention" in made["swap"] and "tokens/s |" in made["finetune"]
     run("plot", f"--results={results}")
     drawn = {p.name for p in (results / "gemma" / "figures").iterdir()}
     assert drawn == {f"{kind}.{form}" for kind in made for form in ("svg", "png")}
@@ -388,6 +405,35 @@ def test_adapter_gives_back_the_finetuned_model_and_belongs_to_one_base(
     assert "was trained on tiny" in error_line("gemma", "evaluate", *places, f"--adapter={adapter}")
 
 
+def test_a_changed_model_is_trained_by_transformers_saved_and_loaded_again(data, recipe, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from lra.gemma import weights
+    from models.gemma import bridge, saved
+
+    model = weights.load("tiny", data).model
+    ids = torch.tensor(tiny.encode(["a good old film", "a bad plot, so "]))
+    exact = model(input_ids=ids).logits
+    build = partial(build_attention, "darkformer", num_features=7, align="balance")
+    bridge.attach(model, build, bridge.select_layers(model, "all"))
+    bridge.calibrate(model, ids)
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 18)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".socket." in name)
+    before = model(input_ids=ids).logits
+    where = dict(output_dir=tmp_path, max_steps=1, learning_rate=0.1, report_to="none", use_cpu=True)
+    examples = [{"input_ids": row, "labels": row} for row in ids]
+    transformers.Trainer(model, transformers.TrainingArguments(**where), train_dataset=examples).train()
+    after = model.eval()(input_ids=ids).logits
+    assert (after - before).abs().max() > 1e-3
+    for folder in (tmp_path / "saved", tmp_path / "checkpoint-1"):  # the second is the Trainer's own
+        if "saved" in folder.name:
+            model.save_pretrained(folder)
+        found = saved.load(folder)(input_ids=ids).logits
+        torch.testing.assert_close(found, after, rtol=0, atol=1e-6)
+    bridge.detach(model)
+    assert torch.equal(model(input_ids=ids).logits, exact)
+
+
 # Resuming
 
 
@@ -486,14 +532,14 @@ def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["finetune", "--features=0"], "--features: must be numbers above 0, comma-separated; got 0"),
+        (["finetune", "--features=0"], "--features: must be different numbers, comma-separated, of 1 or more; got 0"),
         (["finetune", "--features=8,x"], "--features"),
         (["finetune", "--attention=performer,num_features=0"], "performer: num_features must be at least 1; got 0"),
-        (["finetune", "--lr=0"], "--lr: must be a number above 0; got 0"),
-        (["finetune", "--lr-kernel=nan"], "--lr-kernel: must be a number above 0"),
+        (["finetune", "--lr=0"], "--lr: must be a number of 1e-12 or more; got 0"),
+        (["finetune", "--lr-kernel=nan"], "--lr-kernel: must be a number"),
         (["finetune", "--tokens=60"], "less than one step"),
-        (["stability", "--lrs=1e-3,0"], "--lrs: must be numbers above 0"),
-        (["stability", "--lrs=fast"], "--lrs: must be numbers"),
+        (["stability", "--lrs=1e-3,0"], "--lrs: must be different numbers"),
+        (["stability", "--lrs=fast"], "--lrs: must be different numbers"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_before_a_model_is_loaded(places, monkeypatch, capsys, words, message):

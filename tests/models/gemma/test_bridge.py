@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from lra.registry import attention_class, attention_names, build_attention
-from models.gemma import bridge
+from models.gemma import bridge, saved
 
 WINDOW = 7
 SHAPE = dict(
@@ -166,19 +168,89 @@ def test_bad_input_is_one_line_with_the_way_out(kind, options, message):
         plug(gemma(kind), **options)
 
 
+@pytest.mark.parametrize("name", ["softmax", "performer"])
+def test_every_kind_of_cache_that_transformers_offers_is_right_or_refused(name):
+    ids, mask = prompt()
+    options = dict(attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    model = gemma("gemma3")
+    plug(model, name, ignore_window=True)
+    expected, outcomes = model.generate(ids, use_cache=False, **options), {}
+    for kind in ALL_CACHE_IMPLEMENTATIONS:
+        try:
+            outcomes[kind] = torch.equal(model.generate(ids, cache_implementation=kind, **options), expected)
+        except (ValueError, AssertionError, ImportError) as error:  # AssertionError: offloading wants CUDA
+            outcomes[kind] = str(error)
+    assert outcomes["dynamic"] is True and False not in outcomes.values()
+    assert all("use_cache=False; got Static" in outcomes[kind] for kind in ("static", "offloaded_static"))
+
+
+@torch.no_grad()
+def test_a_cache_given_by_hand_is_right_or_refused():
+    ids, _ = prompt()
+    model = gemma("gemma3")
+    filled = model(ids, use_cache=True).past_key_values
+    plug(model, "performer")
+    expected = model(ids).logits[:, -1]
+    for cache in (None, transformers.DynamicCache(), transformers.DynamicCache(config=model.config)):
+        cache = model(ids[:, :-3], past_key_values=cache, use_cache=True).past_key_values
+        found = model(ids[:, -3:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    offloaded, quantized = transformers.DynamicCache(), transformers.DynamicCache()
+    offloaded.offloading, quantized.layers = True, [type("Quantized", (DynamicLayer,), {})()]
+    wrong = {"dropped keys": filled, "got one that is offloaded": offloaded, "got Quantized": quantized}
+    for message, cache in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model(ids[:, -1:], past_key_values=cache)
+
+
 @pytest.mark.parametrize("layers", ["all", "full"])
-def test_detach_leaves_the_model_and_its_config_as_they_were(layers, tmp_path):
+def test_a_saved_model_is_the_changed_one_or_the_exact_one_and_detach_gives_the_exact_one_back(layers, tmp_path):
     model = gemma("gemma3")
     ids, _ = prompt()
-    before = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)  # which sets dtype and architectures
+    config, before = model.config.to_dict(), model(input_ids=ids).logits
     plug(model, "constant", layers)
-    plug(model, "constant", layers)
-    assert model.config.sliding_window != WINDOW
-    bridge.detach(model)
-    assert model.config.sliding_window == WINDOW
+    plug(model, "darkformer", layers, num_features=5, align="balance")
+    bridge.calibrate(model, ids)
+    after = model(input_ids=ids).logits
+    (description,) = model.config.lra_attention
+    assert description["attention"] == "darkformer" and description["options"]["num_features"] == 5
+    assert model.config.to_dict() == config | {"lra_attention": [description]}
     model.save_pretrained(tmp_path)
-    again = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+    again = saved.load(tmp_path)
+    torch.testing.assert_close(again(input_ids=ids).logits, after, rtol=0, atol=1e-6)
+    assert torch.equal(again.generate(ids, max_new_tokens=5), model.generate(ids, max_new_tokens=5))
+    exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for one in (exact, model, again):
+        bridge.detach(one)
+        assert torch.equal(one(input_ids=ids).logits, before) or one is again
+        assert "lra_attention" not in one.config.to_dict()
+    torch.testing.assert_close(again(input_ids=ids).logits, before, rtol=0, atol=1e-4)  # sdpa
+    assert model.config.to_dict() == config
+
+
+def test_a_folder_without_the_kernels_or_with_others_is_refused(tmp_path):
+    model = gemma("gemma3")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no folder at"):
+        saved.load(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no lra_attention"):
+        saved.load(tmp_path)
+    plug(model, "performer", num_features=5)
+    (group,) = model.config.lra_attention
+    kernels = {n: t for n, t in model.state_dict().items() if ".socket." in n}
+    assert kernels
+    bridge.detach(model)
+    for change, message in (
+        ({}, r"socket\.kernel\.\w+ has no partner"),
+        ({"attention": "os"}, "'os' is not in models/attention"),
+        ({"options": {"size": 3}}, "cannot be attached: TypeError"),
+        ({"layers": [7]}, "cannot be attached: IndexError"),
+    ):
+        model.config.lra_attention = [group | change]
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            saved.load(tmp_path)
 
 
 def test_a_model_that_is_no_gemma_is_refused():
