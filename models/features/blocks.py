@@ -170,9 +170,8 @@ def _kernel(q, k, key_bias, past_L, aq, ak, feature_bias):
 
 def _rows(q_BHLD, aq_HMD):
     """How many blocks `inside` takes at a time."""
-    return (
-        max(1, CACHE // (q_BHLD[0, ..., 0].numel() * aq_HMD.shape[1])) if q_BHLD.device.type == "cpu" else len(q_BHLD)
-    )
+    numbers = q_BHLD[0, ..., 0].numel() * aq_HMD.shape[1]
+    return max(1, CACHE // numbers if q_BHLD.device.type == "cpu" else 2**26 // (numbers * q_BHLD.shape[2]))
 
 
 class _Inside(torch.autograd.Function):
@@ -203,10 +202,8 @@ class _Inside(torch.autograd.Function):
             if S is None:
                 dr, dl = (dA @ E).mul_(R), (dA.mT @ R).mul_(E)
             else:
-                weights = (
-                    R[..., :, None, :] + E[..., None, :, :] - S.masked_fill(A == 0, float("inf"))[..., None]
-                ).exp()
-                weights = (A * dA)[..., None] * weights
+                S_BHLL1 = S.masked_fill(A == 0, float("inf"))[..., None]
+                weights = (A * dA)[..., None] * (R[..., :, None, :] + E[..., None, :, :] - S_BHLL1).exp()
                 dr, dl = weights.sum(-2), weights.sum(-3)
             grads.append(((dr @ aq).to(q.dtype), (dl @ ak).to(k.dtype), dv.to(v.dtype), dl.sum(-1)))
             for i, (d, y) in enumerate(((dr, q_), (dl, k_))):

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 NEVER = -1e30  # bias of a key that nothing may look at: finite, and exp(NEVER - any logit) is exactly 0
-SMALL = 2**20  # numbers in p, (B, H, Q, K), up to which a CPU writes it out and keeps it for the backward pass
+TINY = 2**17  # numbers in p, (B, H, Q, K), up to which a CPU is fastest with `plain` and PyTorch's own gradients of it
+SMALL = 2**23  # up to which it keeps p for the backward pass
 CHUNK = 2**19  # numbers of p that a CPU computes again at a time, for the sake of its cache
 aten = torch.ops.aten
 
@@ -54,7 +55,14 @@ def flash(
             return flash(q_BHQD, k_BHKD, v_BHKD, key_bias_BHK, causal=causal)
     work = dtype if dtype == torch.bfloat16 and device != "cpu" else wide(dtype)
     inputs = q_BHQD.to(work), k_BHKD.to(work), v_BHKD.to(work), key_bias_BHK.to(wide(work))
-    return (_forward_op if torch.compiler.is_compiling() else _Flash.apply)(*inputs, causal)
+    if torch.compiler.is_compiling():
+        return _forward_op(*inputs, causal)
+    return plain(*inputs, causal)[:2] if of_size(*inputs[:2], TINY) else _Flash.apply(*inputs, causal)
+
+
+def of_size(q: Tensor, k: Tensor, limit: int) -> bool:
+    """Whether p has at most so many numbers, on a CPU."""
+    return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= limit
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -194,9 +202,7 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         *tensors, ctx.causal = inputs
-        q, k = tensors[:2]
-        small = q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= SMALL
-        out, lse, *p = (plain if small else forward)(*inputs)
+        out, lse, *p = (plain if of_size(*tensors[:2], SMALL) else forward)(*inputs)
         ctx.save_for_backward(*tensors, out, lse, *p)
         return out, lse
 

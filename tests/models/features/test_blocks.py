@@ -102,7 +102,7 @@ def test_fp32_is_as_close_as_fp32_can_be(causal):
 
 @pytest.mark.parametrize("block", [1, 2, 5, 300, 301])
 def test_the_size_of_a_block_changes_nothing(block, monkeypatch):
-    monkeypatch.setattr(family, "BLOCK", block)
+    monkeypatch.setitem(family.BLOCK, "cpu", block)
     monkeypatch.setattr(blocks, "CACHE", 5 * M)
     for mask in masks(LONG).values():
         assert_equals_the_textbook(LONG, mask, True)

@@ -110,7 +110,8 @@ def test_half_precision_is_computed_in_fp32_on_a_cpu(half):
 
 
 def test_autocast_changes_nothing():
-    xs = [x.detach() for x in leaves(torch.float32)]
+    q, *rest = (x.detach() for x in leaves(torch.float32))
+    xs = q.expand(B, -1, -1, -1), *rest
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = flash(*xs)
     assert torch.equal(out, flash(*xs)[0]) and torch.equal(lse, flash(*xs)[1])
@@ -150,11 +151,12 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 
 
 @CAUSAL
+@pytest.mark.parametrize("limit", ["TINY", "SMALL"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_small_sizes_are_written_out_with_the_same_results(dtype, causal, monkeypatch):
+def test_small_sizes_are_written_out_with_the_same_results(dtype, limit, causal, monkeypatch):
     xs = leaves(dtype, causal=causal)
     fused = results(called, xs, causal)
-    monkeypatch.setattr(module, "SMALL", B * H * Q * K)
+    monkeypatch.setattr(module, limit, B * H * Q * K)
     monkeypatch.setattr(module, "backward", None)
     assert_close(results(called, xs, causal), fused, TOLERANCE[dtype])
 
