@@ -130,7 +130,8 @@ def test_compiled_it_is_one_node_with_the_same_gradients(causal):
 
 
 def test_gradients_are_given_where_they_are_asked_for_only():
-    xs = [x.detach() for x in leaves()]
+    q, *rest = (x.detach() for x in leaves())
+    xs = [q.expand(B, -1, -1, -1), *rest]
     xs[2].requires_grad_()
     flash(*xs)[0].sum().backward()
     assert xs[2].grad is not None and all(x.grad is None for i, x in enumerate(xs) if i != 2)
@@ -144,8 +145,9 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
-    xs = leaves()
-    grads = torch.autograd.grad(flash(*xs)[0].square().sum(), xs, create_graph=True)
+    q, *rest = xs = leaves()
+    out, _ = flash(q.expand(B, -1, -1, -1), *rest)
+    grads = torch.autograd.grad(out.square().sum(), xs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(g.sum() for g in grads).backward()
 
