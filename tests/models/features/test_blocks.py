@@ -100,8 +100,10 @@ def test_fp32_is_as_close_as_fp32_can_be(causal):
     assert_equals_the_textbook(LONG, masks(LONG)["holes"], causal, dtype=torch.float32, tolerance=4e-5)
 
 
-@pytest.mark.parametrize("block", [1, 2, 5, 300, 301])
-def test_the_size_of_a_block_changes_nothing(block, monkeypatch):
+@pytest.mark.parametrize("block, growth", [(1, 60), (2, 60), (5, 60), (5, -1e9), (300, 60), (301, 60)])
+def test_the_size_of_a_block_changes_nothing(block, growth, monkeypatch):
+    """Nor does summing every block term by term, as on a GPU."""
+    monkeypatch.setattr(blocks, "GROWTH", growth)
     monkeypatch.setitem(family.BLOCK, "cpu", block)
     monkeypatch.setattr(blocks, "CACHE", 5 * M)
     for mask in masks(LONG).values():
