@@ -35,7 +35,7 @@ What must hold, and `python -m tests.models.contract NAME` checks (NAME also `pa
 PYTHONPATH and its reference `naive_<class in lower case>` beside it):
 
   * Sums, norms and exponentials are in fp32 at least, whatever the type of q, k, v and under autocast.
-  * `mask_BN` is True at real tokens. Padding, and whatever numbers stand there, changes nothing at real tokens.
+  * `mask_BN` is True at real tokens. Padding, and whatever stands there (in k and v NaN too), changes nothing at them.
   * A row without a real token gives zeros and finite gradients. A softmax over nothing is NaN, and so is its gradient.
   * A result never depends on N, the padded length of this batch. What needs a length takes `max_len`.
   * `fixed_length = True`: the method cannot take more than max_len tokens. Learned positions are one reason for it.
@@ -115,6 +115,9 @@ class AttentionBase(nn.Module):
         """
         self._check(q_BHND, k_BHND, v_BHND, mask_BN, causal)
         scale = self.head_dim**-0.5 if scale is None else scale
+        if mask_BN is not None:  # 0 times a number that is not finite is not 0
+            padding_B1N1 = ~mask_BN[:, None, :, None]
+            k_BHND, v_BHND = k_BHND.masked_fill(padding_B1N1, 0), v_BHND.masked_fill(padding_B1N1, 0)
         return self.attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
 
     def attend(
@@ -126,7 +129,7 @@ class AttentionBase(nn.Module):
         scale: float,
         causal: bool,
     ) -> torch.Tensor:
-        """The method itself, on checked inputs; `causal` is never True where the trait is not."""
+        """The method itself, on checked inputs, k and v 0 at padding; `causal` is True only where the trait is."""
         raise NotImplementedError
 
     def step(

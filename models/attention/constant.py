@@ -32,11 +32,10 @@ class Attention(AttentionBase):
         if mask_BN is None:
             mask_BN = torch.ones(B, N, dtype=torch.bool, device=v_BHND.device)
         real_B1N1 = mask_BN[:, None, :, None]
-        v = v_BHND.masked_fill(~real_B1N1, 0)
         if causal:
-            mean = v.cumsum(2, dtype=wide) / real_B1N1.cumsum(2).clamp(min=1)
+            mean = v_BHND.cumsum(2, dtype=wide) / real_B1N1.cumsum(2).clamp(min=1)
         else:
-            mean = v.sum(2, keepdim=True, dtype=wide) / real_B1N1.sum(2, keepdim=True).clamp(min=1)
+            mean = v_BHND.sum(2, keepdim=True, dtype=wide) / real_B1N1.sum(2, keepdim=True).clamp(min=1)
         return mean.to(v_BHND.dtype).expand_as(v_BHND)
 
     def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):

@@ -50,9 +50,6 @@ class Attention(AttentionBase):
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         N = q_BHND.shape[2]
-        if mask_BN is not None:
-            padding_B1N1 = ~mask_BN[:, None, :, None]
-            k_BHND, v_BHND = k_BHND.masked_fill(padding_B1N1, 0), v_BHND.masked_fill(padding_B1N1, 0)
         k_BHKD = self.project_k_HKN[..., :N].to(k_BHND.dtype) @ k_BHND
         v_BHKD = self.project_v_HKN[..., :N].to(v_BHND.dtype) @ v_BHND
         return F.scaled_dot_product_attention(q_BHND, k_BHKD, v_BHKD, scale=scale)

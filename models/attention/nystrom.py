@@ -50,7 +50,6 @@ class Attention(AttentionBase):
         with torch.autocast(v_BHND.device.type, enabled=False):
             wide = torch.promote_types(dtype, torch.float32)
             q_BHND, k_BHND, v_BHND = (x.to(wide) for x in (q_BHND, k_BHND, v_BHND))
-            v_BHND = v_BHND.masked_fill(~mask_BN[:, None, :, None], 0)
             index_BN, inside_BKN = segments(mask_BN, min(self.config.num_landmarks, N))
             q_BHKD, k_BHKD = (means(x, index_BN, inside_BKN) for x in (q_BHND, k_BHND))
             landmark_BK = inside_BKN.any(-1)

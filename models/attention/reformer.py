@@ -84,7 +84,7 @@ class Attention(AttentionBase):
             wide = torch.promote_types(dtype, torch.float32)
             padding_B1N1 = ~mask_BN[:, None, :, None]
             s_BHND = ((q_BHND.to(wide) + k_BHND.to(wide)) / 2).masked_fill(padding_B1N1, 0)
-            v_BHND = v_BHND.to(wide).masked_fill(padding_B1N1, 0)
+            v_BHND = v_BHND.to(wide)
             qkv = scale * s_BHND, F.normalize(s_BHND, dim=-1), v_BHND
             few_B1N, everything = self._few(qkv, mask_BN, causal)
             parts, marks = [everything], []

@@ -66,7 +66,7 @@ class Attention(AttentionBase):
                 return self._convolve(v_BHND, causal).to(dtype)
             # Real tokens to the front, in their order, zeros behind them.
             order_BN, real_B1N1 = real_first(mask_BN), mask_BN[:, None, :, None]
-            out_BHND = self._convolve(take(v_BHND.masked_fill(~real_B1N1, 0), order_BN), causal)
+            out_BHND = self._convolve(take(v_BHND, order_BN), causal)
             return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_B1N1, 0).to(dtype)
 
     def _convolve(self, v_BHND, causal):

@@ -75,85 +75,142 @@ def shifted(x_BHLD: Tensor, B: int, by: int, fill: float = 0.0) -> Tensor:
     return wide[:, max(-by, 0) : max(-by, 0) + J].flatten(0, 1)
 
 
+@torch.compiler.disable
 def sums(states: State, B: int, reach: int, *, both: bool) -> State:
     """For each of the folded blocks the state of all blocks more than `reach` before it, and with `both` behind it."""
 
-    def beyond(states: State, direction: int) -> State:
-        turned = State(*(x.unflatten(0, (B, -1)).flip(1) if direction < 0 else x.unflatten(0, (B, -1)) for x in states))
-        before = earlier(turned)
-        L, Y = (x.flip(1) if direction < 0 else x for x in before)
-        fills = zip((L, Y), (NEVER, 0.0), strict=True)
-        return State(*(shifted(x.flatten(0, 1), B, direction * reach, fill) for x, fill in fills))
+    def beyond(direction: int) -> State:
+        L, Y = (x.unflatten(0, (B, -1)) for x in states)
+        return State(*(x.flatten(0, 1) for x in _Earlier.apply(L, Y, direction, reach)))
 
-    return joined(beyond(states, 1), beyond(states, -1)) if both else beyond(states, 1)
+    return joined(beyond(1), beyond(-1)) if both else beyond(1)
 
 
-def earlier(states: State) -> State:
-    """The state of all blocks before each one, over axis 1: sums of pairs, of pairs of pairs, and back."""
-    J = states.L_BHM.shape[1]
-    if J == 1:
-        return State(torch.full_like(states.L_BHM, NEVER), torch.zeros_like(states.Y_BHMD))
-    fills = zip(states, (NEVER, 0.0), strict=True)
-    padded = (F.pad(x, (0, 0) * (x.dim() - 2) + (0, J % 2), value=fill).unflatten(1, (-1, 2)) for x, fill in fills)
-    first, second = (State(*pair) for pair in zip(*(x.unbind(2) for x in padded), strict=True))
-    before = earlier(joined(first, second))
-    return State(*(torch.stack(x, 2).flatten(1, 2)[:, :J] for x in zip(before, joined(before, first), strict=True)))
+def _earlier(L_BJHM, Y_BJHMD, direction, reach):
+    """The state of all blocks more than `reach` before each one, over axis 1; direction -1: behind it."""
+    J = L_BJHM.shape[1]
+    L, Y = torch.full_like(L_BJHM[:, 0], NEVER), torch.zeros_like(Y_BJHMD[:, 0])
+    order = range(J)[::direction]
+    Ls, Ys = [L] * J, [Y] * J
+    for j, new in zip(order[1 + reach :], order, strict=False):
+        L, Y = joined(State(L, Y), State(L_BJHM[:, new], Y_BJHMD[:, new]))
+        Ls[j], Ys[j] = L, Y
+    return torch.stack(Ls, 1), torch.stack(Ys, 1)
 
 
+class _Earlier(torch.autograd.Function):
+    """`_earlier` with a backward pass that keeps nothing but its results.
+
+    With S' = S + x (states), a = exp(L - L') and b = exp(l - L'): Y' = a Y + b y, so that dY = a dY',
+    dL = a (dL' + dY'.(Y - Y')), and the same for x with b.
+    """
+
+    @staticmethod
+    def forward(ctx, L, Y, direction, reach):
+        ctx.direction, ctx.reach = direction, reach
+        sums = _earlier(L, Y, direction, reach)
+        ctx.save_for_backward(L, Y, *sums)
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gL_BJHM, gY_BJHMD):
+        l_BJHM, y_BJHMD, L_BJHM, Y_BJHMD = ctx.saved_tensors
+        dl, dy = torch.zeros_like(l_BJHM), torch.zeros_like(y_BJHMD)
+        gL, gY = torch.zeros_like(l_BJHM[:, 0]), torch.zeros_like(y_BJHMD[:, 0])
+        order = range(l_BJHM.shape[1])[:: ctx.direction]
+        steps = list(zip(order[ctx.reach + 1 :], order[ctx.reach :], order, strict=False))
+        for j, before, new in reversed(steps):
+            gL, gY = gL + gL_BJHM[:, j], gY + gY_BJHMD[:, j]
+            L, Y = L_BJHM[:, j], Y_BJHMD[:, j]
+            a, b = (L_BJHM[:, before] - L).exp(), (l_BJHM[:, new] - L).exp()
+            base = gL - (gY * Y).sum(-1)
+            dl[:, new] = b * (base + (gY * y_BJHMD[:, new]).sum(-1))
+            torch.mul(gY, b[..., None], out=dy[:, new])
+            gL = a * (base + (gY * Y_BJHMD[:, before]).sum(-1))
+            gY = gY * a[..., None]
+        return dl, dy, None, None
+
+
+@torch.compiler.disable
 def inside(q_BHLD, k_BHLD, v_BHLD, aq_HMD, ak_HMD, key_bias_BHL, feature_bias_HM, past_L_BHM):
     """The part of a block's own keys n <= i through the features; `past_L` is that of the blocks before.
 
-    The N x M weights are recomputed in the backward pass, by chunks of blocks.
+        A_in = exp(-top_i) sum_j exp(r_ij + l_jn)  (n <= i),   out = A v / A 1,   lse = log A 1 + top
+
+    A is one product of exp(r_ij + c_j - top_i) <= 1 and exp(l_jn - c_j). The reference c_j is the log-sum-exp of l_jn
+    over the past and the block's first token, never over later ones: what comes after i cannot change out_i through
+    rounding. The whole sum over n, the past included, is then at least exp(top_i), so that nothing underflows that
+    counts. Where a later key exceeds the reference by more than GROWTH, A is summed term by term, and so it is
+    everywhere but on a CPU: a GPU would have to wait for the answer.
     """
-    tensors = q_BHLD, k_BHLD, v_BHLD, key_bias_BHL, past_L_BHM
-    shared = aq_HMD, ak_HMD, feature_bias_HM
-    if torch.compiler.is_compiling():
-        return _inside(*tensors, *shared)
-    rows = len(q_BHLD)
-    if q_BHLD.device.type == "cpu":
-        rows = max(1, CACHE // (q_BHLD[0, ..., 0].numel() * aq_HMD.shape[1]))
-    chunks = zip(*(x.split(rows) for x in tensors), strict=True)
-    return tuple(torch.cat(x) for x in zip(*(_Inside.apply(*c, *shared) for c in chunks), strict=True))
+    inputs = q_BHLD, k_BHLD, v_BHLD, key_bias_BHL, past_L_BHM.detach(), aq_HMD, ak_HMD, feature_bias_HM
+    with torch.autocast(q_BHLD.device.type, enabled=False):
+        return _Inside.apply(*inputs)
+
+
+def _kernel(q, k, key_bias, past_L, aq, ak, feature_bias):
+    """r_ij + c_j - top_i, l_jn - c_j, their exponentials, A of `inside` and top; without exponentials the first two
+    are exact for any growth, and A is relative to its own largest entry."""
+    r_BHLM = (q.to(aq.dtype) @ aq.mT).add_(feature_bias[:, None])
+    l_BHLM = (k.to(ak.dtype) @ ak.mT).add_(key_bias[..., None])
+    c_BH1M = torch.logaddexp(past_L, l_BHLM[..., 0, :])[..., None, :]
+    r_BHLM, l_BHLM = r_BHLM.add_(c_BH1M), l_BHLM.sub_(c_BH1M)
+    top_BHL1 = r_BHLM.amax(-1, keepdim=True)
+    r_BHLM = r_BHLM.sub_(top_BHL1)
+    if q.device.type != "cpu" or l_BHLM.amax() > GROWTH:
+        S_BHLL = (r_BHLM[..., :, None, :] + l_BHLM[..., None, :, :]).logsumexp(-1)
+        later_LL = torch.ones_like(S_BHLL[0, 0], dtype=torch.bool).triu(1)
+        S_BHLL = S_BHLL.masked_fill(later_LL, float("-inf"))
+        rise_BHL1 = S_BHLL.detach().amax(-1, keepdim=True)
+        return r_BHLM, l_BHLM, S_BHLL, (S_BHLL - rise_BHL1).exp(), top_BHL1 + rise_BHL1
+    R_BHLM, E_BHLM = r_BHLM.exp_(), l_BHLM.exp_()
+    return R_BHLM, E_BHLM, None, (R_BHLM @ E_BHLM.mT).tril_(), top_BHL1
+
+
+def _rows(q_BHLD, aq_HMD):
+    """How many blocks `inside` takes at a time."""
+    numbers = q_BHLD[0, ..., 0].numel() * aq_HMD.shape[1]
+    return max(1, CACHE // numbers if q_BHLD.device.type == "cpu" else 2**26 // (numbers * q_BHLD.shape[2]))
 
 
 class _Inside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *tensors):
-        ctx.save_for_backward(*tensors)
-        return _inside(*tensors)
+    def forward(ctx, *inputs):
+        q, shared, parts = inputs[0], inputs[5:], []
+        for q_, k_, v_, *biases in zip(*(x.split(_rows(q, shared[0])) for x in inputs[:5]), strict=True):
+            *_, A, top = _kernel(q_, k_, *biases, *shared)
+            total = A.sum(-1, keepdim=True).clamp_min_(1e-37)
+            parts.append(((A @ v_.to(A.dtype)).div_(total), total.log_().add_(top)[..., 0]))
+        out, lse = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(*inputs, out)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        with torch.enable_grad():
-            tensors = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            return torch.autograd.grad(_inside(*tensors), tensors, grads, allow_unused=True)
-
-
-def _inside(q_BHLD, k_BHLD, v_BHLD, key_bias_BHL, past_L_BHM, aq_HMD, ak_HMD, feature_bias_HM):
-    """`inside`: the log kernel S_in = log sum_j exp(r_ij + l_jn), then a masked softmax over n.
-
-    The sum is one product of exp(r_ij + c_j - top_i) <= 1 and exp(l_jn - c_j). The reference c_j is the log-sum-exp of
-    l_jn over the past and the block's first token, never over later ones: what comes after i cannot change out_i
-    through rounding. The whole sum over n, the past included, is then at least exp(top_i), so that nothing underflows
-    that counts. Where a later key exceeds the reference by more than GROWTH, S is summed term by term.
-    """
-    wide = aq_HMD.dtype
-    with torch.autocast(q_BHLD.device.type, enabled=False):
-        r_BHLM = q_BHLD.to(wide) @ aq_HMD.mT + feature_bias_HM[:, None]
-        l_BHLM = k_BHLD.to(wide) @ ak_HMD.mT + key_bias_BHL[..., None]
-        c_BH1M = torch.logaddexp(past_L_BHM, l_BHLM[..., 0, :]).detach()[..., None, :]
-        r_BHLM, growth_BHLM = r_BHLM + c_BH1M, l_BHLM - c_BH1M
-        top_BHL1 = r_BHLM.amax(-1, keepdim=True).detach()
-        r_BHLM = r_BHLM - top_BHL1
-        if growth_BHLM.max() > GROWTH:
-            S_BHLL = (r_BHLM[..., :, None, :] + growth_BHLM[..., None, :, :]).logsumexp(-1)
-        else:
-            S_BHLL = (r_BHLM.exp() @ growth_BHLM.exp().mT).clamp_min(1e-37).log()
-        later_LL = torch.ones(S_BHLL.shape[-2:], dtype=torch.bool, device=S_BHLL.device).triu(1)
-        S_BHLL = S_BHLL.masked_fill(later_LL, float("-inf"))
-        out_BHLD = S_BHLL.softmax(-1).to(v_BHLD.dtype) @ v_BHLD
-        return out_BHLD, S_BHLL.logsumexp(-1) + top_BHL1[..., 0]
+    def backward(ctx, g, dlse):
+        *inputs, out = ctx.saved_tensors
+        (q, k, v), (aq, ak, feature_bias) = inputs[:3], inputs[5:]
+        delta = (g * out).sum(-1) - dlse
+        grads, shared = [], [torch.zeros_like(x) for x in (aq, ak, feature_bias)]
+        for *x, g_, delta_ in zip(*(x.split(_rows(q, aq)) for x in (*inputs[:5], g, delta)), strict=True):
+            q_, k_, v_, *biases = x
+            R, E, S, A, _ = _kernel(q_, k_, *biases, *inputs[5:])
+            total = A.sum(-1, keepdim=True).clamp_min_(1e-37)
+            dA = (g_ @ v_.to(A.dtype).mT).sub_(delta_[..., None]).div_(total).tril_()
+            dv = (A / total).mT @ g_
+            if S is None:
+                dr, dl = (dA @ E).mul_(R), (dA.mT @ R).mul_(E)
+            else:
+                S_BHLL1 = S.masked_fill(A == 0, float("inf"))[..., None]
+                weights = (A * dA)[..., None] * (R[..., :, None, :] + E[..., None, :, :] - S_BHLL1).exp()
+                dr, dl = weights.sum(-2), weights.sum(-3)
+            grads.append(((dr @ aq).to(q.dtype), (dl @ ak).to(k.dtype), dv.to(v.dtype), dl.sum(-1)))
+            for i, (d, y) in enumerate(((dr, q_), (dl, k_))):
+                if ctx.needs_input_grad[5 + i]:
+                    shared[i] += (d.mT @ y.to(d.dtype)).sum(0)
+            shared[2] += dr.sum((0, 2))
+        return *map(torch.cat, zip(*grads, strict=True)), None, *shared
 
 
 def near(q_BHLD, k_BHLD, v_BHLD, dead_BHL, B: int, sinks: int, *, causal: bool) -> list[tuple[Tensor, Tensor]]:

@@ -28,7 +28,8 @@ from models.features.blocks import fold, inside, joined, merge, near, read, stat
 from models.features.flash import NEVER, flash, wide
 from models.features.projections import gaussian
 
-BLOCK = 128  # tokens of a block of the causal form without a window
+BLOCK = {"cpu": 128}  # tokens of a block of the causal form without a window
+LEAF = 16  # the same where blocks are summed term by term
 
 
 class Maps(NamedTuple):
@@ -104,7 +105,7 @@ class FeatureAttention(AttentionBase):
         if mask_BN is not None:
             order_BN = real_first(mask_BN)
             q_BHND, k_BHND, v_BHND = (take(x, order_BN) for x in (q_BHND, k_BHND, v_BHND))
-        maps, L = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale), min(window or BLOCK, N)
+        maps, L = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale), min(window or BLOCK.get(q_BHND.device.type, LEAF), N)
         dead_BHN = torch.zeros_like(maps.key_bias_BHN)
         if mask_BN is not None:
             dead_BHN = dead_BHN.masked_fill(~mask_BN.gather(1, order_BN)[:, None], NEVER)

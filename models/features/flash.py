@@ -1,21 +1,25 @@
 """One attention that also returns its log-sum-exp, and is differentiable in all of it.
 
-    out_i = sum_n softmax_n(q_i.k_n + bias_n) v_n,    lse_i = log sum_n exp(q_i.k_n + bias_n)
+    out_i = sum_n p_in v_n,    p_in = exp(q_i.k_n + bias_n - lse_i),    lse_i = log sum_n exp(q_i.k_n + bias_n)
 
-is what every method of the family is made of. PyTorch's fused kernels compute it in linear memory, but know neither a
-bias of the keys with a gradient nor a gradient through lse. Both are extra columns of the operands:
+is what every method of the family is made of. With g and dlse the gradients of out and lse,
 
-    q' = [q, 1]   k' = [k, bias]   v' = [v, 0]          dbias is the column of dk'
-    out' = [out, -dlse]   dout' = [dout, 1]             for the backward kernel
+    S_in = p_in (g_i.v_n - delta_i)     delta_i = g_i.out_i - dlse_i
+    dq = S k     dk = S^T q     dv = p^T g     dbias_n = sum_i S_in
 
-The second line works because the kernel computes dlogits_in = p_in (dout_i.v_n - delta_i) with delta_i = dout_i.out_i:
-the columns change delta to delta - dlse, and nothing else. In half precision bias and dlse take several columns, each
-the rounding error of those before.
+PyTorch's fused kernels run it in linear memory. On a CPU that is the forward pass: their backward pass knows neither a
+gradient of the bias nor one of lse, and computes dq and dk whether they are wanted or not. On CUDA bias and dlse are
+extra columns of the operands:
+
+    q' = [q, 1]   k' = [k, bias]   v' = [v, 0]   out' = [out, -dlse]   g' = [g, 1]       dbias is the column of dk'
+
+In half precision bias and dlse take several columns, each the rounding error of those before.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,45 +27,17 @@ import torch
 from torch import Tensor
 
 NEVER = -1e30  # bias of a key that nothing may look at: finite, and exp(NEVER - any logit) is exactly 0
-SMALL = 2**20  # numbers in the B x H x Q x K matrix up to which, on a CPU, writing it out is the faster way
+TINY = 2**17  # numbers in p, (B, H, Q, K), up to which a CPU is fastest with `plain` and PyTorch's own gradients of it
+SMALL = 2**23  # up to which it keeps p for the backward pass
+CHUNK = 2**19  # numbers of p that a CPU computes again at a time, for the sake of its cache
 aten = torch.ops.aten
 
 
 class Kernels(NamedTuple):
-    """A fused attention without scale: (q, k, v, causal) -> (out, lse), its backward, and a divisor of widths."""
+    """A forward and a backward pass, as `forward` and `backward` describe them."""
 
-    forward: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    divisor: int
-
-
-def cpu_forward(q, k, v, causal):
-    """PyTorch's flash attention on a CPU: (out, lse)."""
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=1.0)
-
-
-def cpu_backward(g, q, k, v, out, lse, causal):
-    """Its gradients of q, k and v."""
-    operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return operator(g, q, k, v, out, lse, 0.0, causal, scale=1.0)
-
-
-def cuda_forward(q, k, v, causal):
-    """PyTorch's memory-efficient attention on CUDA: (out, lse)."""
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=1.0)
-    return out, lse[..., : q.shape[2]]
-
-
-def cuda_backward(g, q, k, v, out, lse, causal):
-    """Its gradients of q, k and v."""
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # as its forward returns it
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    wanted = [True, True, True, False]
-    operator = aten._scaled_dot_product_efficient_attention_backward
-    return operator(g, q, k, v, None, out, lse, seed, seed, 0.0, wanted, causal, scale=1.0)[:3]
-
-
-KERNELS = {"cpu": Kernels(cpu_forward, cpu_backward, 1), "cuda": Kernels(cuda_forward, cuda_backward, 8)}
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., list[Tensor | None]]
 
 
 def flash(
@@ -69,16 +45,24 @@ def flash(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), (B, H, Q, D) and (B, H, Q), as above; causal (Q = K): over n <= i.
 
-    Computes in the type of v, in fp32 instead of fp16, and never follows autocast; lse is in fp32 at least. Batch or
-    heads may be expanded. Differentiable once, in every input and through both outputs.
+    Computes in fp32 at least, but on a GPU in bf16 where v is: a CPU without instructions for bf16 takes four times as
+    long in it. Never follows autocast; lse is in fp32 at least. Batch or heads may be expanded. Differentiable once,
+    in every input and through both outputs.
     """
-    work = torch.float32 if v_BHKD.dtype == torch.float16 else v_BHKD.dtype
+    device, dtype = v_BHKD.device.type, v_BHKD.dtype
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return flash(q_BHQD, k_BHKD, v_BHKD, key_bias_BHK, causal=causal)
+    work = dtype if dtype == torch.bfloat16 and device != "cpu" else wide(dtype)
     inputs = q_BHQD.to(work), k_BHKD.to(work), v_BHKD.to(work), key_bias_BHK.to(wide(work))
-    with torch.autocast(v_BHKD.device.type, enabled=False):
-        if torch.compiler.is_compiling():
-            return _forward_op(*inputs, causal)
-        small = v_BHKD.device.type == "cpu" and q_BHQD.shape[:3].numel() * k_BHKD.shape[2] <= SMALL
-        return plain(*inputs, causal) if small else _Flash.apply(*inputs, causal)
+    if torch.compiler.is_compiling():
+        return _forward_op(*inputs, causal)
+    return plain(*inputs, causal)[:2] if of_size(*inputs[:2], TINY) else _Flash.apply(*inputs, causal)
+
+
+def of_size(q: Tensor, k: Tensor, limit: int) -> bool:
+    """Whether p has at most so many numbers, on a CPU."""
+    return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= limit
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -86,26 +70,88 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def logits(q, k, key_bias, causal):
-    """q.k + bias, (.., Q, K); -inf where a causal query may not look."""
-    logits_QK = q.to(key_bias) @ k.to(key_bias).mT + key_bias[..., None, :]
-    if not causal:
-        return logits_QK
-    return logits_QK.masked_fill(torch.ones_like(logits_QK, dtype=torch.bool).triu(1), float("-inf"))
-
-
 def plain(q, k, v, key_bias, causal):
-    """The definition, with the Q x K matrix in memory."""
-    logits_QK = logits(q, k, key_bias, causal)
-    return (logits_QK.softmax(-1) @ v.to(key_bias)).to(v.dtype), logits_QK.logsumexp(-1)
+    """The definition, with the matrix p in memory: out, lse, p."""
+    logits = (q.to(key_bias) @ k.to(key_bias).mT).add_(key_bias[..., None, :])
+    if causal:
+        logits = logits.masked_fill_(torch.ones(logits.shape[-2:], dtype=torch.bool).to(q.device).triu(1), -torch.inf)
+    p = logits.softmax(-1)
+    return (p @ v.to(key_bias)).to(v.dtype), logits.amax(-1) - p.amax(-1).log(), p
 
 
-def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal):
-    """Its gradients, with p_QK computed again."""
-    p, g, q_, k_ = (logits(q, k, key_bias, causal) - lse[..., None]).exp(), *(x.to(lse) for x in (g, q, k))
-    delta = (g * out).sum(-1) - dlse
-    S = p * (g @ v.to(lse).mT - delta[..., None])
-    return (S @ k_).to(q.dtype), (S.mT @ q_).to(k.dtype), (p.mT @ g).to(v.dtype), S.sum(-2)
+def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted, p=None):
+    """Its gradients. Without p, by chunks of the batch and of the longer one of queries and keys."""
+    (B, H, Q, _), K = q.shape, k.shape[2]
+    size = CHUNK if p is None and q.device.type == "cpu" else B * H * Q * K
+    rows, tokens = max(1, size // (H * Q * K)), max(1, size // (H * min(Q, K)))
+    delta, everything = (g * out).sum(-1).to(lse).sub_(dlse), slice(None)
+    dq, dk, dv = (lse.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted[:3], strict=True))
+    dbias = lse.new_zeros(key_bias.shape)
+    for b, start in itertools.product(range(0, B, rows), range(0, max(Q, K), tokens)):
+        some = slice(start, start + tokens)
+        i, n = (some, everything) if Q >= K else (everything, some)
+
+        def part(x, tokens, b=b):
+            return x[b : b + rows, :, tokens].flatten(0, 1)
+
+        if p is None:
+            logits = torch.baddbmm(part(key_bias, n)[:, None], part(q, i).to(lse), part(k, n).to(lse).mT)
+            weights = logits.sub_(part(lse, i)[..., None]).exp_()
+            weights = weights.tril_(start if Q >= K else -start) if causal else weights
+        else:
+            weights = p.flatten(0, 1)
+        S = torch.baddbmm(part(delta, i)[..., None], part(g, i).to(lse), part(v, n).to(lse).mT, beta=-1).mul_(weights)
+        for grad, t, left, x, s in ((dq, i, S, k, n), (dk, n, S.mT, q, i), (dv, n, weights.mT, g, i)):
+            if grad is not None:  # beta = 0 does not read what stands there
+                target = grad[b : b + rows].flatten(0, 1)[:, t]
+                target.baddbmm_(left, part(x, s).to(lse), beta=0.0 if t is some or not start else 1.0)
+        dbias[b : b + rows, :, n] += S.sum(-2).unflatten(0, (-1, H))
+    grads = zip((dq, dk, dv, dbias), (q, k, v, key_bias), strict=True)
+    return [x if x is None else x.to(y.dtype) for x, y in grads]
+
+
+def cpu_forward(q, k, v, key_bias, causal):
+    """`forward` by PyTorch's flash attention on a CPU."""
+    bias = key_bias[..., None, :]
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=1.0)
+
+
+def cuda_forward(q, k, v, key_bias, causal):
+    """`forward` by PyTorch's memory-efficient attention on CUDA."""
+    operands = (widened(x, fill) for x, fill in ((q, 1.0), (k, key_bias), (v, 0.0)))
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(*operands, None, True, 0.0, causal, scale=1.0)
+    return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
+
+
+def cuda_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted):
+    """`backward` by the same."""
+    operands = [widened(x, fill) for x, fill in ((g, 1.0), (q, 1.0), (k, key_bias), (v, 0.0), (out, -dlse))]
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))  # as its forward returns it
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    operator = aten._scaled_dot_product_efficient_attention_backward
+    found = [True, True, True, False]
+    grads = operator(*operands[:4], None, operands[4], lse, seed, seed, 0.0, found, causal, scale=1.0)
+    D = v.shape[-1]
+    return [*(x[..., :D] for x in grads[:3]), grads[1][..., D].to(key_bias.dtype)]
+
+
+def widened(x: Tensor, fill: Tensor | float) -> Tensor:
+    """x with more columns, to a multiple of 8: a number, or the columns whose sum is the tensor `fill`, then zeros."""
+    if x.shape[0] > 1 and x.stride(0) == 0 and not isinstance(fill, Tensor):
+        return widened(x[:1], fill).expand(*x.shape[:-1], -1)
+    D, columns = x.shape[-1], 3 if x.dtype == torch.bfloat16 else 1  # that hold a number of fp32
+    out = x.new_zeros((*x.shape[:-1], D + columns + -(D + columns) % 8))
+    out[..., :D] = x
+    if not isinstance(fill, Tensor):
+        out[..., D:] = fill
+        return out
+    for column in range(D, D + columns):
+        out[..., column] = fill
+        fill = fill - out[..., column]
+    return out
+
+
+KERNELS = {"cpu": Kernels(cpu_forward, plain_backward), "cuda": Kernels(cuda_forward, cuda_backward)}
 
 
 def backend(device: str, dtype: torch.dtype) -> str:
@@ -133,9 +179,9 @@ def _trial(device, dtype):
     try:
         results = []
         with torch.no_grad():
-            for run, back in ((fused, fused_backward), (plain, plain_backward)):
-                out, lse = run(*inputs, False)
-                results.append([out, lse, *back(out, lse, *inputs, out, lse, False)])
+            for run, back in (KERNELS[device], (plain, plain_backward)):
+                out, lse, *_ = run(*inputs, False)
+                results.append([out, lse, *back(out, lse, *inputs, out, lse, False, [True] * 4)])
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"the kernel of PyTorch raises {type(error).__name__}"
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
@@ -143,59 +189,52 @@ def _trial(device, dtype):
     return "" if same else "the kernel of PyTorch gives other numbers than the definition"
 
 
-def widened(x: Tensor, extra: int, fill: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """x with `extra` more columns: a number, or the columns whose sum is the tensor `fill`, then zeros."""
-    if x.shape[0] > 1 and x.stride(0) == 0 and not isinstance(fill, Tensor):
-        return widened(x[:1], extra, fill, dtype).expand(*x.shape[:-1], -1)
-    D = x.shape[-1]
-    out = torch.empty((*x.shape[:-1], D + extra), dtype=dtype, device=x.device)
-    out[..., :D] = x
-    if not isinstance(fill, Tensor):
-        out[..., D:] = fill
-        return out
-    for column in range(D, D + columns(dtype)):
-        out[..., column] = fill
-        fill = fill - out[..., column]
-    out[..., D + columns(dtype) :] = 0
-    return out
-
-
-def columns(dtype: torch.dtype) -> int:
-    """How many columns of `dtype` hold a number of fp32."""
-    return 3 if dtype == torch.bfloat16 else 1
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """`flash`, without gradients."""
-    if backend(v.device.type, v.dtype) == "plain":
-        return plain(q, k, v, key_bias, causal)
-    return fused(q, k, v, key_bias, causal)
+    fused = backend(v.device.type, v.dtype) == "fused"
+    return KERNELS[v.device.type].forward(q, k, v, key_bias, causal) if fused else plain(q, k, v, key_bias, causal)[:2]
 
 
-def fused(q, k, v, key_bias, causal):
-    """`flash` by the kernel of the device."""
-    kernels, (D, dtype) = KERNELS[v.device.type], (v.shape[-1], v.dtype)
-    extra = columns(dtype) + -(D + columns(dtype)) % kernels.divisor
-    operands = ((q, 1.0), (k, key_bias), (v, 0.0))
-    out, lse = kernels.forward(*(widened(x, extra, fill, dtype) for x, fill in operands), causal)
-    return out[..., :D], lse
+def backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted):
+    """Gradients of q, k, v and key_bias; of one that is not `wanted`, None or what the kernel gives nevertheless."""
+    fused = backend(v.device.type, v.dtype) == "fused"
+    run = KERNELS[v.device.type].backward if fused else plain_backward
+    return run(g, dlse, q, k, v, key_bias, out, lse, causal, wanted)
 
 
-def backward(
-    g: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and key_bias."""
-    run = plain_backward if backend(v.device.type, v.dtype) == "plain" else fused_backward
-    return run(g, dlse, q, k, v, key_bias, out, lse, causal)
+class _Flash(torch.autograd.Function):
+    """`forward` and `backward` for eager mode. There is no second derivative: asking for one raises."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.causal = inputs
+        out, lse, *p = (plain if of_size(*tensors[:2], SMALL) else forward)(*inputs)
+        ctx.save_for_backward(*tensors, out, lse, *p)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, dlse):
+        *tensors, p = (*ctx.saved_tensors, None)[:7]
+        run = backward if p is None else functools.partial(plain_backward, p=p)
+        return *run(g, dlse, *tensors, ctx.causal, ctx.needs_input_grad[:4]), None
 
 
-def fused_backward(g, dlse, q, k, v, key_bias, out, lse, causal):
-    """The same by the kernel of the device."""
-    kernels, (D, dtype) = KERNELS[v.device.type], (v.shape[-1], v.dtype)
-    extra = columns(dtype) + -(D + columns(dtype)) % kernels.divisor
-    operands = ((g, 1.0), (q, 1.0), (k, key_bias), (v, 0.0), (out, -dlse))
-    dq, dk, dv = kernels.backward(*(widened(x, extra, fill, dtype) for x, fill in operands), lse, causal)
-    return dq[..., :D], dk[..., :D], dv[..., :D], dk[..., D].to(key_bias.dtype)
+# The same for torch.compile, each one node of its graph, which is fused or plain when it runs.
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor key_bias"
+operation = functools.partial(torch.library.custom_op, mutates_args=())
+
+
+@operation("lra::flash", schema=f"({INPUTS}, bool causal) -> (Tensor, Tensor)")
+def _forward_op(*inputs):
+    return tuple(x.contiguous() for x in forward(*inputs))
+
+
+@operation(
+    "lra::flash_backward", schema=f"(Tensor g, Tensor dlse, {INPUTS}, Tensor out, Tensor lse, bool causal) -> Tensor[]"
+)
+def _backward_op(*inputs):
+    return [x.contiguous() for x in backward(*inputs, [True] * 4)]
 
 
 def _save(ctx, inputs, output):
@@ -204,31 +243,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, g, dlse):
-    run = _backward_op if torch.compiler.is_compiling() else backward
-    return *run(g, dlse, *ctx.saved_tensors, ctx.causal), None
-
-
-class _Flash(torch.autograd.Function):
-    """`forward` and `backward` for eager mode. There is no second derivative: asking for one raises."""
-
-    forward = staticmethod(forward)
-    setup_context = staticmethod(_save)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_gradients))
-
-
-# The same for torch.compile, each one node of its graph, which is fused or plain when it runs.
-@functools.partial(torch.library.custom_op, "lra::flash", mutates_args=())
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse = forward(q, k, v, key_bias, causal)
-    return out.contiguous(), lse.contiguous()
-
-
-@functools.partial(torch.library.custom_op, "lra::flash_backward", mutates_args=())
-def _backward_op(
-    g: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = backward(g, dlse, q, k, v, key_bias, out, lse, causal)
-    return tuple(x.contiguous() for x in grads)
+    return *_backward_op(g, dlse, *ctx.saved_tensors, ctx.causal), None
 
 
 _forward_op.register_autograd(_gradients, setup_context=_save)
@@ -241,4 +256,4 @@ def _(q, k, v, key_bias, causal):
 
 @_backward_op.register_fake
 def _(g, dlse, q, k, v, key_bias, out, lse, causal):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, key_bias))
+    return [x.new_empty(x.shape) for x in (q, k, v, key_bias)]

@@ -128,15 +128,13 @@ def garbage_at_masked_tokens_changes_nothing(case: Case, setting: Setting) -> No
     attention = case.build(setting)
     for mask in masks:
         q, k, v = inputs(setting)
-        zeros, garbage = (
-            [
-                real_tokens(x, mask) + real_tokens(value * y, ~mask)
-                for x, y in zip((q, k, v), inputs(setting, seed=1), strict=True)
-            ]
-            for value in (0, 1e3)
-        )
-        wanted, got = attention(*zeros, mask), attention(*garbage, mask)
-        assert_same({"out": real_tokens(got, mask)}, {"out": real_tokens(wanted, mask)}, 1e-10)
+        present = mask[:, None, :, None]
+        wanted = run(attention, *inputs(setting), mask)
+        for in_q, in_k_and_v in ((1e3, 1e3), (0.0, float("nan")), (0.0, float("inf"))):
+            garbage = ((in_q, q), (in_k_and_v, k), (in_k_and_v, v))
+            got = run(attention, *(x.detach().where(present, value).requires_grad_() for value, x in garbage), mask)
+            assert_same(*({name: real_tokens(x, mask) if x.dim() == 4 else x for name, x in result.items()}
+                          for result in (got, wanted)), 1e-10)  # fmt: skip
 
 
 @check(sized=True)

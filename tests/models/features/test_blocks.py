@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.features import blocks, family
-from models.features.blocks import State, earlier, joined, merge, read, state_of, sums
+from models.features.blocks import State, joined, merge, read, state_of, sums
 from models.features.family import FeatureAttention, FeatureConfig, Maps
 from models.features.flash import NEVER, flash
 
@@ -100,9 +100,11 @@ def test_fp32_is_as_close_as_fp32_can_be(causal):
     assert_equals_the_textbook(LONG, masks(LONG)["holes"], causal, dtype=torch.float32, tolerance=4e-5)
 
 
-@pytest.mark.parametrize("block", [1, 2, 5, 300, 301])
-def test_the_size_of_a_block_changes_nothing(block, monkeypatch):
-    monkeypatch.setattr(family, "BLOCK", block)
+@pytest.mark.parametrize("block, growth", [(1, 60), (2, 60), (5, 60), (5, -1e9), (300, 60), (301, 60)])
+def test_the_size_of_a_block_changes_nothing(block, growth, monkeypatch):
+    """Nor does summing every block term by term, as on a GPU."""
+    monkeypatch.setattr(blocks, "GROWTH", growth)
+    monkeypatch.setitem(family.BLOCK, "cpu", block)
     monkeypatch.setattr(blocks, "CACHE", 5 * M)
     for mask in masks(LONG).values():
         assert_equals_the_textbook(LONG, mask, True)
@@ -174,10 +176,11 @@ def test_sums_are_over_all_blocks_beyond_the_reach(J, reach, both):
 
 
 def test_a_sum_of_earlier_blocks_does_not_depend_on_later_ones():
-    L, Y = (normal(B, 13, *s).float() for s in ((H, M), (H, M, D)))
-    wanted = earlier(State(L, Y))
-    L[:, 6:], Y[:, 6:] = 300 * L[:, 6:], 1e4 * Y[:, 6:]
-    assert all(torch.equal(x[:, :7], y[:, :7]) for x, y in zip(earlier(State(L, Y)), wanted, strict=True))
+    L, Y = (normal(13, *s).float() for s in ((H, M), (H, M, D)))
+    wanted = sums(State(L, Y), 1, 0, both=False)
+    L[6:], Y[6:] = 300 * L[6:], 1e4 * Y[6:]
+    got = sums(State(L, Y), 1, 0, both=False)
+    assert all(torch.equal(x[:7], y[:7]) for x, y in zip(got, wanted, strict=True))
 
 
 # The causal form

@@ -54,21 +54,25 @@ def called(q, k, v, bias, causal):
     return flash(q, k, v, bias, causal=causal)
 
 
+def defined(*inputs):
+    return plain(*inputs)[:2]
+
+
 @CAUSAL
-@pytest.mark.parametrize("divisor", [1, 8], ids=["width + 1", "widths of 8"])
+@pytest.mark.parametrize("chunk", [1, 3 * H, 2**19])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_fused_kernel_equals_the_definition(dtype, divisor, causal, monkeypatch):
-    monkeypatch.setitem(KERNELS, "cpu", KERNELS["cpu"]._replace(divisor=divisor))
+def test_the_fused_kernel_equals_the_definition(dtype, chunk, causal, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
     xs = leaves(dtype, causal=causal)
     exact = [x.detach().double().requires_grad_() for x in xs]
-    assert_close(results(called, xs, causal), results(plain, exact, causal), TOLERANCE[dtype])
+    assert_close(results(called, xs, causal), results(defined, exact, causal), TOLERANCE[dtype])
 
 
 def efficient(q, k, v, bias, compute_lse, dropout, causal, *, scale):
     """Stands in for CUDA's operator: lse is filled up to a multiple of 32."""
     assert bias is None and compute_lse and not dropout and scale == 1.0
     assert all(x.shape[-1] % 8 == 0 for x in (q, k, v))
-    out, lse = plain(q, k, v, torch.zeros_like(k[..., 0], dtype=wide(k.dtype)), causal)
+    out, lse, _ = plain(q, k, v, torch.zeros_like(k[..., 0], dtype=wide(k.dtype)), causal)
     return out, torch.nn.functional.pad(lse, (0, -Q % 32), value=float("inf")), None, None
 
 
@@ -94,29 +98,21 @@ def test_the_path_of_a_gpu_is_right_up_to_its_kernel(dtype, causal, monkeypatch)
     monkeypatch.setitem(KERNELS, "cpu", KERNELS["cuda"])
     xs = leaves(dtype, causal=causal)
     exact = [x.detach().double().requires_grad_() for x in xs]
-    assert_close(results(called, xs, causal), results(plain, exact, causal), TOLERANCE[dtype])
+    assert_close(results(called, xs, causal), results(defined, exact, causal), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("strength", [1.0, 5.0, 30.0])
-def test_bf16_is_within_two_percent_with_biases_of_any_size(strength):
-    q, k, v, _ = (x.detach() for x in leaves(torch.bfloat16, strength=strength, width=64))
-    bias = -k.float().square().sum(-1) / 2
-    out, lse = flash(q.expand(B, -1, -1, -1), k, v, bias)
-    wanted, exact = plain(q.double(), k.double(), v.double(), bias.double(), False)
-    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
-    assert (out - wanted).norm() < 0.02 * wanted.norm()
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=0.1)
-
-
-def test_fp16_is_computed_in_fp32():
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_fp32_on_a_cpu(half):
     q, k, v, bias = (x.detach() for x in leaves(torch.float32, strength=30.0))
-    out, lse = flash(q.half(), k.half(), v.half(), bias)
+    halves = [x.to(half) for x in (q.expand(B, -1, -1, -1), k, v)]
+    out, lse = flash(*halves, bias)
     assert out.dtype == lse.dtype == torch.float32
-    torch.testing.assert_close(out, flash(q.half().float(), k.half().float(), v.half().float(), bias)[0])
+    torch.testing.assert_close(out, flash(*(x.float() for x in halves), bias)[0])
 
 
 def test_autocast_changes_nothing():
-    xs = [x.detach() for x in leaves(torch.float32)]
+    q, *rest = (x.detach() for x in leaves(torch.float32))
+    xs = q.expand(B, -1, -1, -1), *rest
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = flash(*xs)
     assert torch.equal(out, flash(*xs)[0]) and torch.equal(lse, flash(*xs)[1])
@@ -135,7 +131,8 @@ def test_compiled_it_is_one_node_with_the_same_gradients(causal):
 
 
 def test_gradients_are_given_where_they_are_asked_for_only():
-    xs = [x.detach() for x in leaves()]
+    q, *rest = (x.detach() for x in leaves())
+    xs = [q.expand(B, -1, -1, -1), *rest]
     xs[2].requires_grad_()
     flash(*xs)[0].sum().backward()
     assert xs[2].grad is not None and all(x.grad is None for i, x in enumerate(xs) if i != 2)
@@ -149,19 +146,21 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
-    xs = leaves()
-    grads = torch.autograd.grad(flash(*xs)[0].square().sum(), xs, create_graph=True)
+    q, *rest = xs = leaves()
+    out, _ = flash(q.expand(B, -1, -1, -1), *rest)
+    grads = torch.autograd.grad(out.square().sum(), xs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(g.sum() for g in grads).backward()
 
 
 @CAUSAL
+@pytest.mark.parametrize("limit", ["TINY", "SMALL"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_small_sizes_are_written_out_with_the_same_results(dtype, causal, monkeypatch):
+def test_small_sizes_are_written_out_with_the_same_results(dtype, limit, causal, monkeypatch):
     xs = leaves(dtype, causal=causal)
     fused = results(called, xs, causal)
-    monkeypatch.setattr(module, "SMALL", B * H * Q * K)
-    monkeypatch.setattr(module, "_Flash", None)
+    monkeypatch.setattr(module, limit, B * H * Q * K)
+    monkeypatch.setattr(module, "backward", None)
     assert_close(results(called, xs, causal), fused, TOLERANCE[dtype])
 
 
@@ -177,7 +176,7 @@ def forget():
 
 
 def test_a_cpu_has_a_fused_kernel_and_others_are_plain():
-    assert {backend("cpu", dtype) for dtype in TOLERANCE} == {"fused"}
+    assert {backend("cpu", dtype) for dtype in (torch.float32, torch.float64)} == {"fused"}
     assert backend("mps", torch.float32) == backend("meta", torch.float32) == "plain"
     with sdpa_kernel(SDPBackend.MATH):
         assert backend("cpu", torch.float32) == "plain"
@@ -200,4 +199,4 @@ def test_a_kernel_that_is_absent_or_changed_is_not_used(kernels, forget, monkeyp
     assert backend("cpu", torch.float32) == "plain"
     assert re.search("raises AttributeError|other numbers", why_plain("cpu", torch.float32))
     xs = leaves(torch.float32)
-    assert_close(results(called, xs, False), results(plain, xs, False), 1e-6)
+    assert_close(results(called, xs, False), results(defined, xs, False), 1e-6)
