@@ -1,14 +1,15 @@
-"""Recall: pairs of a key and its value at random places, and one of the keys at the end: what was its value?
+"""Recall: pairs of a key and its value among filler, and one of the keys at the end: what was its value?
 
 Associative recall (Ba et al., arXiv 1610.06258; the tokens of Arora et al., arXiv 2312.04927, with one query), as
-classification. It is not of Long Range Arena, and no average takes it in. A sequence is
+classification, with the noise of MAD's noisy recall (Poli et al., arXiv 2403.17844). It is not of Long Range Arena,
+and no average takes it in.
 
-    place  place  ...  place  key
-
-where a place is two tokens: a key and its value, or two blanks. P different keys and values drawn independently stand
-at P places drawn at random, in random order; `filler` places stay empty when P is the most, and filler=0 with one P is
-the fixed layout. P is drawn from `pairs` in proportion to 1 / P. The average of all tokens knows how often each value
-is shown, and no more: the floor "commonest value shown".
+P pairs, of different keys and of values drawn independently, and `filler` single tokens stand in random order, so that
+no place has a meaning of its own; the query follows. A filler token is a blank or a value without a key, at even
+chances. Validation and test have the numbers of pairs in `pairs`, in equal shares. Train has a single pair, too, and P
+in proportion to 1 / P: one pair among lone values teaches to look at what stands ahead of a value, and without it no
+attention that was tried found more within the steps. The average of all tokens knows how often each value is shown,
+and no more: the floor "commonest value shown".
 """
 
 from pathlib import Path
@@ -31,8 +32,8 @@ META = Meta(
     description="the value that stood behind a key, among pairs of keys and values",
 )
 
-_SMALL = dict(pairs="2 4 8", keys=16, values=8, filler=2)
-_PAPER = dict(pairs="4 16 64", keys=128, values=16, filler=447)
+_SMALL = dict(pairs="2 4 8", keys=32, values=8, filler=4)
+_PAPER = dict(pairs="4 16 64", keys=128, values=16, filler=895)
 RECIPES = {
     "smoke": Recipe(
         data=Data(seq_len=21, train=2000, val=200, test=400, source="generated", options=_SMALL),
@@ -78,8 +79,8 @@ def _checked(data: Data) -> np.ndarray:
     if options.keys() != _SMALL.keys():
         raise SourceError(f"recall options {', '.join(options)}: use {', '.join(_SMALL)}")
     words = str(options.pop("pairs")).split()
-    if not words or not all(word.isdecimal() and int(word) for word in words):
-        raise SourceError(f"recall: pairs {data.options['pairs']!r}: use whole numbers from 1 on, such as '2 4 8'")
+    if not words or not all(word.isdecimal() and int(word) > 1 for word in words):
+        raise SourceError(f"recall: pairs {data.options['pairs']!r}: use whole numbers from 2 on, such as '2 4 8'")
     counts = np.array(sorted({int(word) for word in words}))
     for name, low, high in (("keys", 1, KEYS), ("values", 2, VALUES), ("filler", 0, data.seq_len)):
         if not isinstance(options[name], int) or not low <= options[name] <= high:
@@ -87,8 +88,8 @@ def _checked(data: Data) -> np.ndarray:
     most, keys, filler = counts[-1], options["keys"], options["filler"]
     if most > keys:
         raise SourceError(f"recall: {most} pairs have {most} different keys, and keys is {keys}: use fewer pairs")
-    if (length := 2 * (most + filler) + 1) > data.seq_len:
-        told = f"{most} pairs, {filler} empty places and a query are {length} tokens"
+    if (length := 2 * most + filler + 1) > data.seq_len:
+        told = f"{most} pairs, {filler} tokens of filler and a query are {length} tokens"
         raise SourceError(f"recall: {told}, and seq_len is {data.seq_len}: use fewer pairs or less filler")
     if min(sizes := [getattr(data, name) for name in SPLITS]) < 1:
         raise SourceError(f"recall sizes {sizes}: generated splits need 1 or more examples each")
@@ -97,18 +98,25 @@ def _checked(data: Data) -> np.ndarray:
 
 def _split(rng: np.random.Generator, name: str, data: Data, counts: np.ndarray, held: set[bytes]) -> Split:
     """One split in random order, apart from what is in `held`; test and val are added there."""
-    count, places = getattr(data, name), counts[-1] + data.options["filler"]
-    tokens, labels = np.full((count, 2 * places + 1), BLANK, np.uint16), np.empty(count, np.uint8)
-    number = rng.multinomial(count, 1 / counts / (1 / counts).sum())
-    for P, rows in zip(counts, np.split(rng.permutation(count), number.cumsum()[:-1])):
-        for start in range(0, len(rows), _CHUNK):
-            row = rows[start : start + _CHUNK, None]
-            keys, values, asked = _pairs(rng, len(row), P, data.options, held, name)
-            place = 2 * rng.random((len(row), places)).argsort(1)[:, :P]
-            tokens[row, place], tokens[row, place + 1] = KEY + keys, VALUE + values
-            tokens[row, -1] = KEY + np.take_along_axis(keys, asked, 1)
-            labels[row] = np.take_along_axis(values, asked, 1)
-    return Split.of(list(tokens), labels)
+    count, filler, values = getattr(data, name), data.options["filler"], data.options["values"]
+    counts = np.union1d(counts, [1]) if name == "train" else counts
+    share = 1 / counts if name == "train" else np.ones(len(counts))
+    sequences, labels = [], []
+    for P, n in zip(counts, rng.multinomial(count, share / share.sum())):
+        for start in range(0, n, _CHUNK):
+            m = min(_CHUNK, n - start)
+            drawn = _pairs(rng, m, P, data.options, held, name)
+            key, value = KEY + drawn[0], VALUE + drawn[1]
+            tokens = rng.choice([BLANK, VALUE], (m, 2 * P + filler + 1)).astype(np.uint16)
+            tokens[tokens == VALUE] += rng.integers(0, values, (tokens == VALUE).sum(), np.uint16)
+            # The items that are pairs, of P + filler; each pair ahead moves a token on by one.
+            row, place = np.arange(m)[:, None], np.sort(rng.random((m, P + filler)).argsort(1)[:, :P], 1) + np.arange(P)
+            tokens[row, place], tokens[row, place + 1] = key, value
+            tokens[row, -1] = np.take_along_axis(key, drawn[2], 1)
+            sequences += list(tokens)
+            labels.append(np.take_along_axis(value, drawn[2], 1)[:, 0] - VALUE)
+    order, labels = rng.permutation(count), np.concatenate(labels)
+    return Split.of([sequences[i] for i in order], labels[order])
 
 
 def _pairs(rng: np.random.Generator, n: int, P: int, options: dict, held: set[bytes], name: str) -> list[np.ndarray]:
@@ -144,5 +152,5 @@ def commonest(split: Split) -> float:
 
 
 def decode(tokens: np.ndarray) -> str:
-    """`k7 v3 _ _ k7`: keys and values by number, a blank as `_`."""
+    """`_ v5 k7 v3 _ k7`: keys and values by number, a blank as `_`."""
     return " ".join("_" if t == BLANK else f"v{t - VALUE}" if t < KEY else f"k{t - KEY}" for t in tokens)

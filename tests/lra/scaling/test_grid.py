@@ -93,7 +93,7 @@ def test_rule_10_substitutes_say_so(records):
             assert task in ("image", "retrieval") and record["data"]["source"] == "embedded"
             assert "substitute" in record["task"]["dataset"]
         else:
-            assert task in ("listops", "text", "pathfinder")
+            assert task in ("listops", "text", "pathfinder", "recall")
 
 
 @pytest.mark.parametrize("task", task_names())
