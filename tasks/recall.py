@@ -7,9 +7,9 @@ and no average takes it in.
 P pairs, of different keys and of values drawn independently, and `filler` single tokens stand in random order, so that
 no place has a meaning of its own; the query follows. A filler token is a blank or a value without a key, at even
 chances. Validation and test have the numbers of pairs in `pairs`, in equal shares. Train has a single pair, too, and P
-in proportion to 1 / P: one pair among lone values teaches to look at what stands ahead of a value; in all trials without
-it softmax stayed at its floor. The average of all tokens knows how often each value is shown, and no more: the floor
-"commonest value shown".
+in proportion to 1 / P: one pair among lone values teaches to look at what stands ahead of a value; in all trials
+without it softmax stayed at its floor. The average of all tokens knows how often each value is shown, and no more: the
+floor "commonest value shown".
 """
 
 from pathlib import Path
