@@ -22,9 +22,7 @@ def sample(attention="softmax", batch=3, padded=True, **sets):
     return Sample(run, batch, 67, padded)
 
 
-@pytest.mark.parametrize(
-    "attention", ["softmax", "performer", "optimal", "nystrom", "linformer", "s4d", "gated_deltanet", "local"]
-)
+@pytest.mark.parametrize("attention", ["softmax", "performer", "optimal", "nystrom", "linformer", "s4d", "local"])
 def test_step_without_numbers_counts_what_a_real_step_does(attention):
     step, real = sample(attention).stepper(), Counter()
     with real:
