@@ -17,8 +17,8 @@ usage: bash run_all.sh [--preset P] [--tasks A,B] [--attentions A,B] [--seeds N]
 TEXT
 }
 
-preset="" seeds="" data=data results=results attentions=softmax,constant,performer,linformer,darkformer gemma=yes extra=()
-tasks=listops,text,retrieval,image,pathfinder
+preset="" seeds="" data=data results=results gemma=yes extra=() status=0
+tasks=listops,text,retrieval,image,pathfinder attentions=softmax,constant,performer,linformer,darkformer
 while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
@@ -41,7 +41,6 @@ source lra/environment.sh                                       # 1-3 minutes th
 [[ -n $seeds ]] || seeds=$([[ $preset == small ]] && echo 3 || echo 1)
 
 # The sweep predicts its time and memory before it starts; `python -m lra cost` with its options says the same alone.
-status=0
 "$PY" -m lra sweep --preset "$preset" --tasks "$tasks" --attentions "$attentions" --seeds "$seeds" --data "$data" \
   --results "$results" ${extra[@]+"${extra[@]}"} || status=$?
 case $status in 0 | 1 | 75) ;; *) exit $status ;; esac           # 1: the table shows what failed; 75: another runs the rest
