@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lra.options import UsageError
 from lra.records import compact, markup, measured, published
-from lra.records.cells import Cell, Column, Row, Table, build, row_name
+from lra.records.cells import TASKS, Cell, Column, Row, Table, build, row_name
 from lra.records.markup import MISSING, Block, Bold, Bullets, Grid, Heading, Italic, Text, flat, refresh_block
 from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, report_skipped
 from lra.records.significance import BASELINES, Comparison, Key, clusters, compare_all, footnote
@@ -141,6 +141,7 @@ def _preset(table: Table, reproduced: Mapping[Path, object]) -> list[Block]:
 def _headers(table: Table) -> dict[Column, str]:
     """Names of the columns; where two would read the same, the hash of their data tells them apart."""
     names = {c: "\n".join(map(flat, c.parts)) for c in table.columns}
+    names = {c: n if c.task in TASKS else f"{n}\noutside the LRA average" for c, n in names.items()}
     texts = list(names.values())
     return {c: n if texts.count(n) == 1 else f"{n}\nv{c.version} {c.data[:8]}" for c, n in names.items()}
 

@@ -15,8 +15,8 @@ from tests.conftest import PLUGINS
 SHAPE = dict(heads=2, head_dim=3, max_len=5)
 
 
-def test_lists_the_five_tasks_and_the_attentions_without_helpers():
-    assert {"listops", "text", "retrieval", "image", "pathfinder"} == set(task_names())
+def test_lists_the_tasks_and_the_attentions_without_helpers():
+    assert {"listops", "text", "retrieval", "image", "pathfinder", "recall"} == set(task_names())
     assert {"softmax", "performer", "darkformer", "linformer", "constant"} <= set(attention_names())
     for names in (task_names(), attention_names()):
         assert names == sorted(names)

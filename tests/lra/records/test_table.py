@@ -209,6 +209,14 @@ def test_average_takes_real_data_first_and_names_its_substitutes(tmp_path):
     assert "image, CIFAR-10, 100 tokens; pathfinder, 100 tokens." in text
 
 
+def test_a_column_of_another_task_is_outside_the_average_and_says_so(tmp_path):
+    for task in (*FIVE, "recall"):
+        put(tmp_path, task, correct=3600 if task == "recall" else 2000)
+    row = grid(render(tmp_path, "md"))["softmax"]
+    assert [name for name in row if "outside" in name] == ["recall<br>100 tokens<br>outside the LRA average"]
+    assert row["average"].startswith("50.0 [")
+
+
 def test_dagger_marks_runs_outside_the_closed_protocol(tmp_path):
     put(tmp_path, attention="linformer", params=1.11)
     put(tmp_path, attention="performer", params=1.10)

@@ -96,7 +96,7 @@ def test_rule_10_substitutes_say_so(records):
             assert task in ("image", "retrieval") and record["data"]["source"] == "embedded"
             assert "substitute" in record["task"]["dataset"]
         else:
-            assert task in ("listops", "text", "pathfinder")
+            assert task in ("listops", "text", "pathfinder", "recall")
 
 
 def test_majority_floor_is_stored_and_shared_by_the_cells(records):

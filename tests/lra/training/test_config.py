@@ -238,7 +238,7 @@ def test_paper_large_is_paper_with_the_encoder_of_the_original(name):
 
 @pytest.mark.parametrize("name", task_names())
 def test_paper_preset_has_the_sizes_of_long_range_arena(name):
-    sizes = {"listops": 2000, "text": 4000, "retrieval": 4000, "image": 1024, "pathfinder": 1024}
+    sizes = {"listops": 2000, "text": 4000, "retrieval": 4000, "image": 1024, "pathfinder": 1024, "recall": 1024}
     recipe = load_task(name).RECIPES["paper"]
     assert recipe.data.seq_len == sizes[name]
     e = recipe.encoder

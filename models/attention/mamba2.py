@@ -1,0 +1,91 @@
+"""Mamba-2: a state-space model whose state decays by one number per head and token, computed like attention."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models.base import AttentionBase
+from models.features.recurrent import CHUNK, Gate, scan, turned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """No options."""
+
+
+class Attention(AttentionBase):
+    """S_i = e^(-rate step_i) S_(i-1) + step_i k_i v_i^T,    out_i = scale q_i S_i + skip v_i
+
+    (state-space duality, Dao and Gu, arXiv 2405.21060, eq. 1 with scalar A: its C, B, X are q, k, v here). `Gate` has
+    step and rate, one of each per head. S is D x D numbers. Causal: as written. Without it, the second half of the
+    heads runs from right to left, as the paper has no form for both directions. Padding passes no time.
+
+    Computed by the paper's chunks (section 6): 64 tokens attend to themselves through the masked matrix
+    e^(-rate (step_(n+1) + ... + step_i)) q_i.k_n, and to the past through its state; 4 B H N D (64 + D) operations, in
+    fp32 at least. What the paper's block has around this is left out, as the shared encoder has its own: the
+    convolution over four tokens ahead of q, k, v, their SiLU, the gated norm behind. B and C are not shared by heads.
+    """
+
+    Config = Config
+    causal = True
+    recurrent = True
+    linear_memory = True
+
+    def __init__(self, config, **shape):
+        super().__init__(config, **shape)
+        self.gate = Gate(self.heads, self.head_dim)
+        self.skip_H = nn.Parameter(torch.ones(self.heads))
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        dtype = v_BHND.dtype
+        with torch.autocast(v_BHND.device.type, enabled=False):
+            wide = torch.promote_types(dtype, torch.float32)
+            q, k, v = (x.to(wide) for x in (q_BHND, k_BHND, v_BHND))
+            if mask_BN is not None:
+                k, v = (x.masked_fill(~mask_BN[:, None, :, None], 0) for x in (k, v))
+            step_BHN, log_decay_BHN = self.gate(v)
+            if mask_BN is not None:
+                log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
+            written = step_BHN[..., None] * v
+            moving = (turned(x, causal) for x in (scale * q, k, written, log_decay_BHN))
+            return (turned(scan(*moving), causal) + self.skip_H.to(wide)[:, None, None] * v).to(dtype)
+
+    def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
+        scale = self.head_dim**-0.5 if scale is None else scale
+        wide = torch.promote_types(v_BHD.dtype, torch.float32)
+        q, k, v = (x.to(wide) for x in (q_BHD, k_BHD, v_BHD))
+        step_BH1, log_decay_BH1 = self.gate(v[:, :, None])
+        old = torch.zeros_like(k[..., None] * v[..., None, :]) if state is None else state
+        state = log_decay_BH1[..., None].exp() * old + (step_BH1 * k)[..., None] * v[..., None, :]
+        if mask_B is not None:
+            state = torch.where(mask_B[:, None, None, None], state, old)
+        out_BHD = scale * (q[..., None] * state).sum(-2) + self.skip_H.to(wide)[:, None] * v
+        return out_BHD.to(v_BHD.dtype), state
+
+    def flops(self, B, H, N, D):
+        L = min(CHUNK, N)
+        return 4 * B * H * N * D * (L + (D if N > L else 0)) + 2 * B * H * N * H * D
+
+    def state_bytes(self, N):
+        L = min(CHUNK, N)
+        return 4 * self.heads * (3 * N * L + -(-N // L) * self.head_dim**2)
+
+
+def naive_mamba2(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
+    """The recurrence, one token, head and row at a time."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    gate, (B, H, N, D) = attention.gate, q.shape
+    rows = []
+    for b in range(B):
+        real = list(range(N)) if mask_BN is None else mask_BN[b].nonzero()[:, 0].tolist()
+        for h in range(H):
+            backward = not causal and h >= (H + 1) // 2
+            state, out = q.new_zeros(D, D), list(q.new_zeros(N, D))
+            for i in reversed(real) if backward else real:
+                step = torch.log1p(torch.exp(gate.weight_HE[h] @ v[b, :, i].flatten() + gate.bias_H[h]))
+                decay = torch.exp(-step * gate.log_rate_H[h].exp())
+                state = decay * state + step * torch.outer(k[b, h, i], v[b, h, i])
+                out[i] = scale * q[b, h, i] @ state + attention.skip_H[h] * v[b, h, i]
+            rows.append(torch.stack(out))
+    return torch.stack(rows).view(B, H, N, D)
