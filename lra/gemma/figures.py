@@ -97,8 +97,8 @@ def _recovery(rows: dict[Label, list[Record]]) -> str:
     exact, floor = baseline(rows, "softmax"), baseline(rows, *FLOORS)
     if not exact or not floor:
         return "no exact attention or no floor to compare with"
-    name = titled(label_of(rows, floor))
-    name = "averaging (constant)" if name == "constant" else name
+    label = label_of(rows, floor)
+    name = "averaging (constant)" if label[0] == "constant" else titled(label)
     others = {label: runs for label, runs in rows.items() if label[0] not in BASELINES}
     shares = {label: recovered(exact, floor, runs) for label, runs in others.items()}
     known = {label: share for label, share in shares.items() if share}
