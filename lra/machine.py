@@ -89,21 +89,6 @@ def peak_resident(pid: int | str) -> int | None:
         return None
 
 
-def available_memory() -> int | None:
-    """Bytes that processes may still take: of the machine, or of the control group where that is less."""
-    try:
-        facts = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        available = next(int(f.split()[1]) * 1024 for f in facts if f.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
-        return min(available, int(limit) - int(used))
-    except (OSError, ValueError):  # no such group, or no limit: "max"
-        return available
-
-
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

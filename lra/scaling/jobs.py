@@ -23,6 +23,21 @@ POLL = 0.1  # seconds between looks at the processes
 LINE = {"disable": None, "leave": False, "mininterval": 1, "miniters": 0, "dynamic_ncols": True}
 
 
+def available_memory() -> int | None:
+    """Bytes that processes may still take: of the machine, or of the control group where that is less."""
+    try:
+        facts = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        available = next(int(f.split()[1]) * 1024 for f in facts if f.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
+        return min(available, int(limit) - int(used))
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return available
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of the grid."""

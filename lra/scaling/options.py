@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from lra.options import PRESET, WRITTEN, Command, at_least, option, size
+import argparse
+
+from lra.options import PRESET, WRITTEN, Command, at_least, option
 from lra.training.options import SOURCE, TRAINING
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, with K, M, G or T for powers of 1000."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in "KMGT" else (text, "")
+    if not number.isascii() or not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(f"must be a number of bytes, such as 6000000000 or 6G; got {text}")
+    return int(number) * 1000 ** " KMGT".index(unit or " ")
+
 
 GRID = (
     option("--tasks", "comma-separated names", default="all"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,19 @@ from lra.machine import environment
 from tasks.store.files import atomic_path
 
 SCHEMA = "lra-bench/1"
+
+
+def command_of(words: list[str], args: argparse.Namespace, elsewhere: Iterable[str], **names: str) -> str:
+    """The command that repeats a measurement: every option with a value, but those `elsewhere` that decide no result.
+
+    `names`: the option of an argument that is stored under another name.
+    """
+    for name, value in vars(args).items():
+        if name not in elsewhere and value is not None and value is not False:
+            option = "--" + names.get(name, name).replace("_", "-")
+            for one in value if isinstance(value, list) else [value]:
+                words += [option] if one is True else [option, str(one)]
+    return shlex.join(words)
 
 
 def write_report(results: Path, what: str, command: str, measured: dict[str, Any], text: str) -> list[Path]:

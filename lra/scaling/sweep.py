@@ -8,12 +8,12 @@ from argparse import Namespace
 from itertools import product
 
 from lra import registry
-from lra.machine import available_memory, cores, pick_device, set_threads
+from lra.machine import cores, pick_device, set_threads
 from lra.options import BUSY, STOPPED, UsageError
 from lra.records.record import Execution, record_path
 from lra.scaling import cluster
 from lra.scaling.calibration import Machine
-from lra.scaling.jobs import Job, Outcome, Pool, needs
+from lra.scaling.jobs import Job, Outcome, Pool, available_memory, needs
 from lra.training import config
 from lra.training.commands import precision
 from lra.training.train import run_folder

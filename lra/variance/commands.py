@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from lra.machine import set_threads
-from lra.options import UsageError, command_of, unknown
+from lra.options import UsageError, unknown
 from lra.registry import build_attention
-from lra.scaling.reports import write_report
+from lra.scaling.reports import command_of, write_report
 from lra.variance import figures
 from lra.variance.cases import Case, cases
 from lra.variance.measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
