@@ -231,8 +231,6 @@ def test_list_prints_a_line_for_each_name_or_names_as_json(capsys):
     [
         (["prepare", "listop"], "listops"),
         (["prepare", "tiny", "--preset=smal"], "small"),
-        (["prepare", "tiny", "--preset=smoke", "--source=embeded"], "embedded"),
-        (["prepare", "text", "--preset=smoke", "--source=hubb"], "hub"),
         (["train", "pathfindr", "--attention=softmax"], "pathfinder"),
         (["train", "tiny", "--attention=perfomer"], "performer"),
         (["train", "tiny", "--attention=softmax", "--preset=smok"], "smoke"),

@@ -62,6 +62,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_cell_has_one_of_the_verdicts(case, tmp_path, compared):
     mine, theirs, row = CASES[case]
+    (tmp_path / "theirs").mkdir()
     runs(tmp_path / "mine", *mine)
     runs(tmp_path / "theirs", *theirs)
     assert compared()[0] == row
