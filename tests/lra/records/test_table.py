@@ -212,7 +212,7 @@ def test_average_takes_real_data_first_and_names_its_substitutes(tmp_path):
 def test_a_column_of_another_task_is_outside_the_average_and_says_so(tmp_path):
     for task in (*FIVE, "recall"):
         put(tmp_path, task, correct=3600 if task == "recall" else 2000)
-    row = grid(render(tmp_path, "md"))["softmax"]
+    row = grid(render(tmp_path, "long"))["softmax"]
     assert [name for name in row if "outside" in name] == ["recall<br>100 tokens<br>outside the LRA average"]
     assert row["average"].startswith("50.0 [")
 
