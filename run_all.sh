@@ -49,7 +49,7 @@ case $status in 0 | 1 | 75) ;; *) exit $status ;; esac           # 1: the table 
 if [[ -n $gemma ]]; then  # left out where --tasks or --attentions ask for a part; a tiny model in smoke, else 270M (253 MB)
   base=(--model gemma-3-270m --precision bf16)
   [[ $preset != smoke ]] || base=(--model tiny)
-  base+=(--results "$results" --attention softmax --attention constant --attention performer
+  base+=(--results "$results" --attention softmax --attention constant --attention local,window=64,sinks=1 --attention performer
          --attention performer,align=balance --attention darkformer,align=balance,init=aligned,target_norm=4)
   for action in swap finetune; do "$PY" -m lra gemma $action "${base[@]}" || status=$?; done
   "$PY" -m lra gemma table --results "$results" && "$PY" -m lra gemma plot --results "$results" || status=$?
