@@ -151,6 +151,8 @@ def child(words: list[str], before: Callable[[], None], err: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         before()
         code = main(words)
+    except SystemExit as refusal:  # of an option, by argparse
+        code = refusal.code
     except BaseException:
         import traceback
 
@@ -417,12 +419,12 @@ def sweep(suite: Suite) -> int:
 
 
 def nan_loss(suite: Suite) -> int:
-    """A loss that is not finite is a failed record with its step, and the sweep goes on to the next cell."""
+    """A loss that is not finite is a failed record with its step; the sweep goes on, and exits with 1."""
     lab = suite.lab("nan")
     done = run_sweep(lab, "--attentions=constant,softmax", "--set=train.lr=1e30")
     status = [read_record(path)["status"] for path in lab.records()]
     right = len(status) == 2 and all(s.startswith("failed: loss is not finite at step ") for s in status)
-    suite.expect(right and done.code == 0, f"NaN: {status}, {done.code}, {done.err!r}")
+    suite.expect(right and done.code == 1, f"NaN: {status}, {done.code}, {done.err!r}")
     return 2
 
 

@@ -97,8 +97,8 @@ def _clocks(record: dict[str, Any]) -> None:
         raise Rejected(f"cost.steps_per_s {cost['steps_per_s']} is not steps / wall_s {cost['wall_s']}")
     towers = task_module(record).META.towers
     longest = towers * max(s["max_length"] for s in record["data"]["splits"].values())
-    examples, tokens = training["examples_seen"], cost["tokens_per_s"] * high
-    if not 0.99 * towers * examples <= tokens <= 1.01 * examples * longest + 1:
+    examples, rate = training["examples_seen"], cost["tokens_per_s"]
+    if rate * high < 0.99 * towers * examples or rate * low > 1.01 * examples * longest + 1:
         raise Rejected(f"cost.tokens_per_s times wall_s is not between 1 and {longest} tokens per example")
     try:
         started, ended = (datetime.fromisoformat(record[k]) for k in ("started", "ended"))

@@ -101,7 +101,8 @@ class Context:
                 what = trace[0]
                 if what == "start" and own and "." not in record["started"] and other.seconds != me.seconds:
                     continue  # known to the second alone, and processes of a sweep start together
-                if what == "predictions" and not _telling(path, record):
+                # After few steps different attentions of one author may well give the same answers.
+                if what == "predictions" and (own and other.attention != me.attention or not _telling(path, record)):
                     continue
                 where = (other.tree / other.place).relative_to(self.owner)
                 way_out = "one run is one record" if own else "take other seeds than theirs"

@@ -37,8 +37,8 @@ class Gate(nn.Module):
 
 def heads_to(weight_HE: torch.Tensor, bias_H: torch.Tensor, v_BHND: torch.Tensor) -> torch.Tensor:
     """One number per head and token, (B, H, N), of v of all heads."""
-    v_BNE = v_BHND.transpose(1, 2).flatten(2)
-    return F.linear(v_BNE, weight_HE.to(v_BNE.dtype), bias_H.to(v_BNE.dtype)).transpose(1, 2)
+    weight_HED = weight_HE.to(v_BHND.dtype).unflatten(1, (v_BHND.shape[1], -1))
+    return torch.einsum("hed,bend->bhn", weight_HED, v_BHND) + bias_H.to(v_BHND.dtype)[:, None]
 
 
 def turned(x: torch.Tensor, causal: bool) -> torch.Tensor:

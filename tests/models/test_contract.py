@@ -109,11 +109,7 @@ def RandomAtAnotherTemperature(self, q, k, v, mask, scale, causal):
 
 @impostor("garbage_at_masked_tokens_changes_nothing", "appending_padding_changes_nothing")
 def LeaksPadding(self, q, k, v, mask, scale, causal):
-    return (
-        exact(self, q, k, v, mask, scale)
-        if mask is None
-        else 0.99 * exact(self, q, k, v, mask, scale) + 0.01 * exact(self, q, k, v, None, scale)
-    )
+    return exact(self, q - 0.1 * q.mean(2, keepdim=True), k, v, mask, scale)
 
 
 @impostor("appending_padding_changes_nothing")
