@@ -9,8 +9,6 @@ import pytest
 from tests.conftest import ROOT
 from tests.faults import FAULTS
 
-pytestmark = pytest.mark.xdist_group("faults")  # one process makes what all its tests look at
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):

@@ -16,8 +16,6 @@ SMALL = ("train.batch=4", "encoder.width=16", "encoder.ffn=16")  # what is teste
 
 CELLS = [(t, a) for t in task_names() for a in attention_names() if t == "listops" or a == "softmax"]
 
-pytestmark = pytest.mark.xdist_group("grid")  # one process makes what all its tests look at
-
 
 @pytest.fixture(scope="session")
 def grid(tmp_path_factory):
