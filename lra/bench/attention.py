@@ -25,8 +25,8 @@ QUADRATIC = 4096  # tokens beyond which UNFUSED is left out
 def bench_attention(args: Namespace) -> None:
     """`bench attention`: measure, print and write."""
     set_threads(args.threads)
-    names, sizes = contenders(args.attentions, DEFAULT), {"B": args.batch, "H": args.heads, "D": args.head_dim}
     lengths = sorted(N for (N,) in whole_numbers("--lengths", args.lengths, "512"))
+    names, sizes = contenders(args.attentions, DEFAULT), {"B": args.batch, "H": args.heads, "D": args.head_dim}
     facts = [sizes | {"N": N, "M": args.features} for N in lengths]
     columns = [Column(f, args.rounds, [n for n in names if n != UNFUSED or f["N"] <= QUADRATIC]) for f in facts]
     if args.memory == "yes":

@@ -29,8 +29,8 @@ VOCAB, CLASSES = 257, 2  # of Text: bytes and padding, two classes
 def bench_encoder(args: Namespace) -> None:
     """`bench encoder`: measure, print and write."""
     set_threads(args.threads)
-    names, facts = contenders(args.attentions, DEFAULT), {"M": args.features, "precision": args.precision}
     layouts = whole_numbers("--layouts", args.layouts, "32x1024")
+    names, facts = contenders(args.attentions, DEFAULT), {"M": args.features, "precision": args.precision}
     measured = twice("lra.bench.encoder", [Column({"B": B, "N": N} | facts, args.rounds, names) for B, N in layouts])
     size = base.Stack()
     text = f"""# A training step of the shared encoder
