@@ -20,8 +20,8 @@ from lra.records.markup import MISSING, Block, Grid, Heading, Text
 
 BASELINE = "softmax"
 SPEED = (
-    "Forward and backward of the attention alone, relative to softmax in the same interleaved benchmark "
-    "(bench/attention.json): softmax's time divided by the method's (above 1 = faster) / peak memory "
+    "Forward and backward of the attention alone, allocator tuned for all, relative to softmax in the same interleaved "
+    "benchmark (bench/attention.json): softmax's time divided by the method's (above 1 = faster) / peak memory "
     "divided by softmax's. N: tokens. Crossover: the length from which the method is never slower."
 )
 
