@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.base import AttentionBase
-from models.features.recurrent import CHUNK, Gate, chunked, decays, heads_to, turned
+from models.features.recurrent import CHUNK, Gate, chunked, decays, heads_to, naive_recurrence, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,6 @@ class Attention(AttentionBase):
         with torch.autocast(v_BHND.device.type, enabled=False):
             wide = torch.promote_types(dtype, torch.float32)
             q, k, v = (x.to(wide) for x in (q_BHND, k_BHND, v_BHND))
-            if mask_BN is not None:
-                k, v = (x.masked_fill(~mask_BN[:, None, :, None], 0) for x in (k, v))
             q, k, log_decay_BHN, share_BHN = self._parts(q, k, v, scale)
             if mask_BN is not None:
                 log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
@@ -112,21 +110,15 @@ def delta(q_BHND, k_BHND, v_BHND, log_decay_BHN, share_BHN):
 
 def naive_gated_deltanet(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
     """The recurrence, one token, head and row at a time."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    gate, (B, H, N, D) = attention.gate, q.shape
-    rows = []
-    for b in range(B):
-        real = list(range(N)) if mask_BN is None else mask_BN[b].nonzero()[:, 0].tolist()
-        for h in range(H):
-            backward = not causal and h >= (H + 1) // 2
-            state, out = q.new_zeros(D, D), list(q.new_zeros(N, D))
-            for i in reversed(real) if backward else real:
-                token, key = v[b, :, i].flatten(), k[b, h, i] / k[b, h, i].norm()
-                time = torch.log1p(torch.exp(gate.weight_HE[h] @ token + gate.bias_H[h]))
-                share = 1 / (1 + torch.exp(-attention.weight_HE[h] @ token - attention.bias_H[h]))
-                erased = torch.eye(D, dtype=q.dtype) - share * torch.outer(key, key)
-                state = torch.exp(-time * gate.log_rate_H[h].exp()) * erased @ state
-                state = state + share * torch.outer(key, v[b, h, i])
-                out[i] = scale * D**0.5 * q[b, h, i] / q[b, h, i].norm() @ state
-            rows.append(torch.stack(out))
-    return torch.stack(rows).view(B, H, N, D)
+    D, gate = q.shape[-1], attention.gate
+    scale = D**-0.5 if scale is None else scale
+
+    def token(b, h, i, state):
+        x, key = v[b, :, i].flatten(), k[b, h, i] / k[b, h, i].norm()
+        time = torch.log1p(torch.exp(gate.weight_HE[h] @ x + gate.bias_H[h]))
+        share = 1 / (1 + torch.exp(-attention.weight_HE[h] @ x - attention.bias_H[h]))
+        erased = torch.eye(D, dtype=q.dtype) - share * torch.outer(key, key)
+        state = torch.exp(-time * gate.log_rate_H[h].exp()) * erased @ state + share * torch.outer(key, v[b, h, i])
+        return state, scale * D**0.5 * q[b, h, i] / q[b, h, i].norm() @ state
+
+    return naive_recurrence(v, mask_BN, causal, token)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from models.base import AttentionBase
-from models.features.recurrent import CHUNK, Gate, scan, turned
+from models.features.recurrent import CHUNK, Gate, naive_recurrence, scan, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,6 @@ class Attention(AttentionBase):
         with torch.autocast(v_BHND.device.type, enabled=False):
             wide = torch.promote_types(dtype, torch.float32)
             q, k, v = (x.to(wide) for x in (q_BHND, k_BHND, v_BHND))
-            if mask_BN is not None:
-                k, v = (x.masked_fill(~mask_BN[:, None, :, None], 0) for x in (k, v))
             step_BHN, log_decay_BHN = self.gate(v)
             if mask_BN is not None:
                 log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
@@ -74,18 +72,12 @@ class Attention(AttentionBase):
 
 def naive_mamba2(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):
     """The recurrence, one token, head and row at a time."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    gate, (B, H, N, D) = attention.gate, q.shape
-    rows = []
-    for b in range(B):
-        real = list(range(N)) if mask_BN is None else mask_BN[b].nonzero()[:, 0].tolist()
-        for h in range(H):
-            backward = not causal and h >= (H + 1) // 2
-            state, out = q.new_zeros(D, D), list(q.new_zeros(N, D))
-            for i in reversed(real) if backward else real:
-                step = torch.log1p(torch.exp(gate.weight_HE[h] @ v[b, :, i].flatten() + gate.bias_H[h]))
-                decay = torch.exp(-step * gate.log_rate_H[h].exp())
-                state = decay * state + step * torch.outer(k[b, h, i], v[b, h, i])
-                out[i] = scale * q[b, h, i] @ state + attention.skip_H[h] * v[b, h, i]
-            rows.append(torch.stack(out))
-    return torch.stack(rows).view(B, H, N, D)
+    scale, gate = q.shape[-1] ** -0.5 if scale is None else scale, attention.gate
+
+    def token(b, h, i, state):
+        step = torch.log1p(torch.exp(gate.weight_HE[h] @ v[b, :, i].flatten() + gate.bias_H[h]))
+        decay = torch.exp(-step * gate.log_rate_H[h].exp())
+        state = decay * state + step * torch.outer(k[b, h, i], v[b, h, i])
+        return state, scale * q[b, h, i] @ state + attention.skip_H[h] * v[b, h, i]
+
+    return naive_recurrence(v, mask_BN, causal, token)

@@ -96,3 +96,21 @@ def arriving(new: torch.Tensor, leap: torch.Tensor | None) -> torch.Tensor:
     for j in range(new.shape[2] - 1):
         states.append(leap[:, :, j] * states[-1] + new[:, :, j])
     return torch.stack(states, 2)
+
+
+def naive_recurrence(v: torch.Tensor, mask_BN: torch.Tensor | None, causal: bool, token) -> torch.Tensor:
+    """Outputs (B, H, N, D) of a recurrence, one token, head and row at a time; 0 at padding.
+
+    `token(b, h, i, state)` returns the state (D, D) after token i, and its output (D). Without `causal` the second half
+    of the heads goes from right to left.
+    """
+    B, H, N, D = v.shape
+    rows = []
+    for b in range(B):
+        real = list(range(N)) if mask_BN is None else mask_BN[b].nonzero()[:, 0].tolist()
+        for h in range(H):
+            state, out = v.new_zeros(D, D), list(v.new_zeros(N, D))
+            for i in reversed(real) if not causal and h >= (H + 1) // 2 else real:
+                state, out[i] = token(b, h, i, state)
+            rows.append(torch.stack(out))
+    return torch.stack(rows).view(B, H, N, D)
