@@ -157,7 +157,7 @@ def different(lab, inbox, n):
         record["result"] |= {"n_correct": n, "predictions_sha256": hashlib.sha256(answers).hexdigest()}
         for point in record["result"]["curve"]:
             point[2] += n + 1
-        record["started"] = f"{record['started'][:20]}{n:06}+00:00"
+        record["started"] = f"{record['started'][:20]}{1000 * n + record['training']['seed']:06}+00:00"
         record["ended"] = record["ended"][:19].replace(record["ended"][11:19], "23:59:59") + ".000000+00:00"
         path.write_text(json.dumps(record))
         predictions_path(path).write_bytes(gzip.compress(answers))
