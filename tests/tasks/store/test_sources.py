@@ -238,6 +238,24 @@ def test_identical_examples_stand_next_to_each_other():
         assert abs(int(np.flatnonzero(order == k)[0]) - int(np.flatnonzero(order == 97 + k)[0])) == 1
 
 
+@pytest.mark.parametrize("seed", range(7))
+def test_stretches_part_no_group_of_neighbours(seed):
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(400), rng.integers(1, 8, 400))  # films, each in order, in either class
+    labels = np.repeat([0, 1], [1301, len(groups) - 1301])
+    splits = sources.stretches(labels, {"test": 301, "val": 70}, seed, gap=7)
+    assert [len(splits[name]) for name in ("test", "val")] == [301, 70]
+    assert len(groups) - 6 * 7 <= sum(map(len, splits.values())) < len(groups)
+    of = {name: {(groups[i], labels[i]) for i in indices} for name, indices in splits.items()}
+    assert sum(map(len, of.values())) == len(set.union(*of.values()))
+    for indices in splits.values():
+        assert abs(np.mean(labels[indices]) - np.mean(labels)) < 0.02
+    other = sources.stretches(labels, {"test": 301, "val": 70}, seed + 1, gap=7)
+    assert set(other["test"]) != set(splits["test"])
+    larger = sources.stretches(labels, {"test": 301, "val": 99}, seed, gap=7)
+    assert np.array_equal(larger["test"], splits["test"])
+
+
 def sized(**sizes):
     return Data(**{"seq_len": 8, "train": 0, "val": 3, "test": 0, **sizes})
 
