@@ -108,6 +108,9 @@ class Optim:
     eval_every: int = 100  # steps between validations; the last step is always validated
 
 
+SMOKE = Optim(steps=40, batch=16, warmup=10, eval_every=20)  # for presets that only show that everything runs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One (task, preset): data, encoder and optimisation, identical for all attentions.

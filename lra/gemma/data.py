@@ -12,8 +12,7 @@ import numpy as np
 
 from lra.options import UsageError
 from tasks import text as imdb
-from tasks.store.files import sha256_file
-from tasks.store.formats import open_bytes, read_table
+from tasks.store.files import open_bytes, read_table, sha256_file
 from tasks.store.sources import listed, package_file, read_folder
 
 SHARES = {"test": 0.10, "val": 0.05, "calibration": 0.05}  # of the documents; the rest is train

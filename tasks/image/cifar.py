@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks.base import SourceError
-from tasks.store.files import one_line, sha256_file
-from tasks.store.formats import labels_of, read_picture, read_table
+from tasks.store.files import labels_of, one_line, read_picture, read_table, sha256_file
 from tasks.store.sources import find_one, hub_file, in_chunks, listed, read_folder
 
 SIDE = 32

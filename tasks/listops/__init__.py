@@ -15,8 +15,7 @@ import numpy as np
 from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.listops.expressions import CLOSE, MIN, NAMES, SYMBOLS, ZERO, evaluate, find, read_splits, write_tsv
 from tasks.store.archives import LRA_RELEASE
-from tasks.store.files import sha256_file
-from tasks.store.formats import ENDINGS
+from tasks.store.files import ENDINGS, sha256_file
 from tasks.store.rng import below, kernel, stream, uniform
 
 _OPERATOR = 0.25  # probability that a node above max_depth is an operator

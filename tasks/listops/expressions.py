@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks.base import SPLITS, Data, SourceError, Split
-from tasks.store.files import atomic_path
-from tasks.store.formats import ENDINGS, label_of, lines
+from tasks.store.files import ENDINGS, atomic_path, label_of, lines
 from tasks.store.rng import kernel
 from tasks.store.sources import ROOTS, listed, taken
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks.base import Data, SourceError
-from tasks.store.files import one_line, sha256_file
-from tasks.store.formats import label_of, lines, open_bytes, read_picture
+from tasks.store.files import label_of, lines, one_line, open_bytes, read_picture, sha256_file
 from tasks.store.sources import ROOTS, in_chunks, listed, seeded_order
 
 # By dashes per curve

@@ -21,8 +21,7 @@ import numpy as np
 from tasks.base import SPLITS, Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.retrieval import imports
 from tasks.store.archives import LRA_RELEASE
-from tasks.store.files import sha256_file
-from tasks.store.formats import ENDINGS, label_of, lines
+from tasks.store.files import ENDINGS, label_of, lines, sha256_file
 from tasks.store.sources import check_source, find_one, hub_file, seeded_order, taken
 
 META = Meta(

@@ -20,8 +20,7 @@ from types import ModuleType
 from typing import IO
 
 from tasks.base import Data, SourceError
-from tasks.store.files import one_line, sha256_file
-from tasks.store.formats import open_bytes
+from tasks.store.files import one_line, open_bytes, sha256_file
 from tasks.store.sources import ROOTS, listed
 
 # Bytes that an archive may unpack to: MAX_RATIO for each of its own, but at least FREE_BYTES (the ratio says

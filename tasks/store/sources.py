@@ -121,19 +121,21 @@ def package_file(package: str, version: str, relative: str) -> Path:
     return path
 
 
-def seeded_order(contents: Sequence[bytes], labels: np.ndarray, seed: int) -> np.ndarray:
-    """Indices 0..n-1 in a random order given by the seed and by the examples, not by where they stood.
+def seeded_order(
+    contents: Sequence[bytes], labels: np.ndarray, seed: int, pool: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices 0..n-1, or those in `pool`, in a random order given by the seed and by the examples, not by their places.
 
     An example's place is the sha256 of (seed, label, content), so the order needs no random generator, is
     the same on every platform, and identical examples stand next to each other. Classes are then
     interleaved: any prefix holds each in its overall proportion, to within an example or so.
     """
-    labels, salt = np.asarray(labels), f"split {seed}".encode()
-    pairs = zip(labels, contents, strict=True)
-    keys = [hashlib.sha256(salt + b"%d " % label + content).digest() for label, content in pairs]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    salt = f"split {seed}".encode()
+    pool = range(len(contents)) if pool is None else pool
+    keys = {i: hashlib.sha256(salt + b"%d " % labels[i] + contents[i]).digest() for i in pool}
+    order = np.array(sorted(keys, key=keys.__getitem__), np.int64)
     quantile = np.empty(len(order))
-    for label in np.unique(labels):
+    for label in np.unique(labels[order]):
         members = labels[order] == label
         quantile[members] = (np.arange(members.sum()) + 0.5) / members.sum()
     return order[np.argsort(quantile, kind="stable")]

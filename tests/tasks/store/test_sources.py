@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from tasks.base import Data, SourceError
-from tasks.store import formats, sources
+from tasks.store import files, sources
 
 
 def parquet(path, **columns):
@@ -129,27 +129,27 @@ def test_lines_of_any_writer_are_the_same(tmp_path, suffix, opener):
             for rest in (b"", end, end * 3):
                 with opener(path, "wb") as file:
                     file.write(mark + end.join([b"\xe9\r1", b"", b"2 "]) + rest)
-                assert list(formats.lines(path)) == [(1, b"\xe9\r1"), (2, b""), (3, b"2 ")]
+                assert list(files.lines(path)) == [(1, b"\xe9\r1"), (2, b""), (3, b"2 ")]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
 def test_truncated_text_is_an_error_that_names_the_file(tmp_path, suffix, compress):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(compress(bytes(range(65, 91)) * 999)[:-20])
-    with pytest.raises(SourceError, match="a.*cannot be read") as caught, formats.open_bytes(path) as file:
+    with pytest.raises(SourceError, match="a.*cannot be read") as caught, files.open_bytes(path) as file:
         file.read()
     one_line(caught)
 
 
 def test_read_table_of_parquet_returns_the_columns_asked_for(tmp_path):
     path = parquet(tmp_path / "a.parquet", text=["x", "y"], label=[0, 1], other=[2, 3])
-    assert formats.read_table(path, ["label", "text"]) == {"label": [0, 1], "text": ["x", "y"]}
+    assert files.read_table(path, ["label", "text"]) == {"label": [0, 1], "text": ["x", "y"]}
 
 
 def test_missing_parquet_column_is_named_with_those_present(tmp_path):
     path = parquet(tmp_path / "a.parquet", review=["x"], label=[0])
     with pytest.raises(SourceError, match="no column text; it has review, label") as caught:
-        formats.read_table(path, ["text", "label"])
+        files.read_table(path, ["text", "label"])
     one_line(caught)
 
 
@@ -159,7 +159,7 @@ def test_truncated_parquet_is_a_one_line_error(tmp_path, keep):
     content = path.read_bytes()
     path.write_bytes(content[: keep if keep >= 1 or keep == 0 else int(len(content) * keep)])
     with pytest.raises(SourceError, match=r"a\.parquet: not readable") as caught:
-        formats.read_table(path, ["text"])
+        files.read_table(path, ["text"])
     one_line(caught)
 
 
@@ -170,7 +170,7 @@ def test_read_table_of_csv_keeps_the_text_as_it_is(tmp_path, mark, rest, text):
     path = tmp_path / "a.csv"
     path.write_text(f'{mark}text,label,more\n"{text}",1,\nd,0,{rest}', newline="", encoding="utf-8")
     expected = {"text": [text.replace('""', '"'), "d"], "label": ["1", "0"]}
-    assert formats.read_table(path, ["text", "label"]) == expected
+    assert files.read_table(path, ["text", "label"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_read_table_of_csv_keeps_the_text_as_it_is(tmp_path, mark, rest, text):
 def test_malformed_csv_is_a_one_line_error(tmp_path, content, message):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(SourceError, match=message) as caught:
-        formats.read_table(tmp_path / "a.csv", ["text"])
+        files.read_table(tmp_path / "a.csv", ["text"])
     one_line(caught)
 
 
