@@ -1,21 +1,17 @@
 """The task contract: what a task exports, and the plain data that flows out of it.
 
-A task is one file tasks/<name>.py, or one folder tasks/<name>/ where it needs helpers. It exports three names:
+A task is one file tasks/<name>.py, or one folder tasks/<name>/ where it needs helpers. It exports
 
     META       a `Meta`: facts that no preset changes (classes, vocabulary, towers); META.name is the file's name
     RECIPES    {"smoke": Recipe, "small": Recipe, "paper": Recipe}, and more: the same for every attention
     build      build(recipe, *, source, data_dir, workers, scratch) -> Built: reads or draws all three splits
+        source      "embedded", "hub", "local" or "generated"; a source that the task does not have is a SourceError
+        data_dir    the folder given by --data-dir, else None
+        workers     number of threads
+        scratch     a folder for the pieces of a long generation: it survives an interrupted call, and is removed
+                    when the data are prepared; a task that needs none ignores it
 
-Arguments of `build`:
-
-    recipe     the `Recipe` of the preset
-    source     "embedded", "hub", "local" or "generated"; a source that the task does not have is a SourceError
-    data_dir   the folder given by --data-dir, else None
-    workers    number of threads
-    scratch    a folder for the pieces of a long generation: it survives an interrupted call, and is removed
-               when the data are prepared; a task that needs none ignores it
-
-Optional names:
+and may export
 
     ARCHIVES          file names under which the raw files are published, so that --data-dir may be an archive
     members(data)     patterns of the raw files in such an archive: the last parts of their paths

@@ -21,8 +21,7 @@ from lra.options import PRESETS, UsageError, unknown
 from lra.records.markup import Grid, markdown, refresh_block
 from tasks.base import SPLITS, Split
 from tasks.store.files import atomic_path
-from tasks.store.prepared import Prepared, load
-from tasks.store.splits import disjoint
+from tasks.store.prepared import Prepared, disjoint, load
 
 SCHEMA = "lra-inspect/1"
 EXAMPLES = 5  # shown as text, the first of train

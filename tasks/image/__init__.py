@@ -1,14 +1,12 @@
 """Image: CIFAR-10 read pixel by pixel, in grey.
 
-CIFAR-10 (Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"), as in Long Range Arena
-(Tay et al. 2021, arXiv:2011.04006, section 2.2.4): grey by Pillow's "L" (299/587/114 per mille), raster
-order, id = level + 1, so that a black pixel is not padding. The option `downsample=f` averages f x f
-blocks (rounded half up) of the 32 x 32 pixels.
+CIFAR-10 (Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"), as in Long Range Arena (Tay et al.
+2021, arXiv:2011.04006, section 2.2.4): grey by Pillow's "L" (299/587/114 per mille), raster order, id = level + 1: a
+black pixel is not padding. The option `downsample=f` averages f x f blocks (rounded half up) of the 32 x 32 pixels.
 
-Splits. Local and hub sources have the official train and test halves: validation is held out of the train
-half, so `train=0` means all of it but validation. The embedded substitute is scikit-learn's 1,797
-handwritten digits (8 x 8, levels 0..16), spread to 0..255 and enlarged to 32 x 32 by Pillow's bilinear
-filter; a seeded 500 of them are the test half.
+Splits. Local and hub sources have the official train and test halves: validation is held out of the train half, so
+`train=0` means all of it but validation. The embedded substitute is scikit-learn's 1,797 handwritten digits (8 x 8,
+levels 0..16), spread to 0..255 and enlarged to 32 x 32 by Pillow's bilinear filter; a seeded 500 are the test half.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
+from tasks.base import SMOKE, Built, Data, Meta, Optim, Recipe, SourceError, Split, Stack
 from tasks.image.cifar import HUB_REVISION, MEMBERS, SIDE, read_half
 from tasks.store.files import sha256_file
 from tasks.store.sources import check_source, choose, seeded_order
@@ -36,14 +34,11 @@ META = Meta(
     },
 )
 
+_HALVED = {"downsample": 2}
 RECIPES = {
-    "smoke": Recipe(
-        data=Data(seq_len=256, train=600, val=150, test=300, options={"downsample": 2}),
-        train=Optim(steps=40, batch=16, warmup=10, eval_every=20),
-        budget=32,
-    ),
+    "smoke": Recipe(data=Data(seq_len=256, train=600, val=150, test=300, options=_HALVED), train=SMOKE, budget=32),
     "small": Recipe(
-        data=Data(seq_len=256, train=0, val=200, test=500, options={"downsample": 2}),
+        data=Data(seq_len=256, train=0, val=200, test=500, options=_HALVED),
         encoder=Stack(dropout=0.0),
         train=Optim(steps=700, batch=32, lr=2e-3, warmup=30, eval_every=70),
         budget=32,
@@ -57,7 +52,7 @@ RECIPES = {
 # The encoder of the original paper (arXiv 2011.04006).
 RECIPES["paper-large"] = replace(RECIPES["paper"], encoder=Stack(layers=3, width=64, heads=4, ffn=128))
 
-OFFICIAL = (50_000, 10_000)  # images in the train and test halves
+OFFICIAL = [50_000, 10_000]  # images in the train and test halves
 HELD_OUT = 500  # digits that stand in for a test half
 LICENCE = "CIFAR-10, Krizhevsky 2009; research use"
 LICENCE_DIGITS = "UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998; CC BY 4.0"
@@ -76,26 +71,25 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
     missing or malformed.
     """
     check_source(source, data_dir)
-    data = recipe.data
+    data, files = recipe.data, {}
     factor = _downsample(data)
-    files: dict[str, str] = {}
     if source == "embedded":
         grey, labels = _digits(files)
-        name, notes, revision, sizes = "digits", ["substitute for CIFAR-10"], "scikit-learn digits", None
+        name, notes, revision, sizes = "digits", ["substitute for CIFAR-10"], "scikit-learn digits", []
     else:
         halves = [read_half(half, data_dir, files, workers) for half in ("train", "test")]
         grey, labels = (np.concatenate([half[k] for half in halves]) for k in (0, 1))
-        sizes = tuple(len(half[1]) for half in halves)
+        sizes = [len(half[1]) for half in halves]
         name, notes = "CIFAR-10", ["JPEG copy"] if any(half[2] for half in halves) else []
         if sizes != OFFICIAL:
-            notes.append(f"partial copy: {sizes[0]:,} train, {sizes[1]:,} test")
+            notes.append("partial copy: {:,} train, {:,} test".format(*sizes))
         revision = HUB_REVISION if source == "hub" else "as found in --data-dir"
     if factor > 1:
         name += f" {SIDE // factor}x{SIDE // factor}"
-    pixels = pool(grey, factor).reshape(len(grey), -1)
-    contents, n = [row.tobytes() for row in pixels], sizes[0] if sizes else len(pixels)
-    train, test = (seeded_order(contents[half], labels[half], data.seed) for half in (slice(n), slice(n, None)))
-    test, train = (n + test, train) if sizes else (train[:HELD_OUT], train[HELD_OUT:])
+    contents = [image.tobytes() for image in pool(grey, factor)]
+    pools = np.split(np.arange(len(contents)), sizes[:1])
+    orders = [seeded_order(contents, labels, data.seed, pool) for pool in pools]
+    train, test = orders if sizes else (orders[0][HELD_OUT:], orders[0][:HELD_OUT])
     splits = {
         split: Split.of_bytes([contents[i] for i in indices], labels[indices])
         for split, indices in choose(train, test, data).items()
@@ -136,7 +130,7 @@ def mean_grey(train: Split, test: Split) -> float:
 def _downsample(data: Data) -> int:
     """The option `downsample`, checked against seq_len."""
     factor = data.options.get("downsample", 1)
-    if unknown := sorted(set(data.options) - {"downsample"}):
+    if unknown := sorted(data.options.keys() - {"downsample"}):
         raise SourceError(f"data.options.{unknown[0]}: image has one option, downsample")
     if not isinstance(factor, int) or factor < 1 or SIDE % factor:
         raise SourceError(f"data.options.downsample={factor}: expected a divisor of {SIDE}")
@@ -146,7 +140,7 @@ def _downsample(data: Data) -> int:
 
 
 def _digits(files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits as grey levels, uint8 (1797, 32, 32), and labels; the file's hash is added to `files`."""
+    """scikit-learn's digits as grey levels, uint8 (1797, 32, 32), and labels; the file's hash goes into `files`."""
     import sklearn.datasets
     from PIL import Image
 

@@ -1,7 +1,7 @@
 """CIFAR-10 as it is published: python batches, binary batches, parquet or folders of pictures, read as grey.
 
-The python batches are pickles. They are read by an unpickler that knows the one structure they hold, a
-dictionary of strings, integers, lists and one uint8 array, and refuses every other name without importing it.
+The python batches are pickles. They are read by an unpickler that knows the one structure they hold, a dictionary of
+strings, integers, lists and one uint8 array, and refuses every other name without importing it.
 """
 
 from __future__ import annotations
@@ -24,32 +24,22 @@ HUB_SHA256 = {
     "test": "841389e6f2d64f28bf17310e430aebac20ec3ba611a3c5e231dc93c645ce84de",
 }
 BATCHES = {"train": "data_batch_[1-5]", "test": "test_batch"}
-LAYOUTS = (  # looked for in this order
-    "cifar-10-batches-py/{batch}",
-    "{batch}",
-    "cifar-10-batches-bin/{batch}.bin",
-    "{batch}.bin",
-    "plain_text/{half}-00000-of-00001.parquet",
-    "{half}-00000-of-00001.parquet",
-    "cifar10.parquet",
-    "{half}/airplane",
-    "{half}/0",
-)
+SHARD = "{half}-00000-of-00001.parquet"
+LAYOUTS = ("cifar-10-batches-py/{batch}", "{batch}", "cifar-10-batches-bin/{batch}.bin", "{batch}.bin")
+LAYOUTS += (f"plain_text/{SHARD}", SHARD, "cifar10.parquet", "{half}/airplane", "{half}/0")  # looked for in this order
 # In an archive, whatever folder they are in
 MEMBERS = ("data_batch_?", "test_batch", "data_batch_?.bin", "test_batch.bin")
 MEMBERS += tuple(f"{half}/*/*{end}" for half in BATCHES for end in PICTURES)
 
 
-def read_half(
-    half: str, data_dir: Path | None, files: dict[str, str], workers: int
-) -> tuple[np.ndarray, np.ndarray, bool]:
+def read_half(half: str, data_dir: Path | None, files: dict, workers: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """The train or test half: grey levels uint8 (n, 32, 32), labels uint8 (n,), and whether any was a JPEG.
 
     Read from data_dir or else from the hub; the hashes of what is read are added to `files`. SourceError if it
     is not there, unreadable, or holds anything but 32 x 32 pictures of classes 0..9.
     """
     if data_dir is None:
-        name = f"plain_text/{half}-00000-of-00001.parquet"
+        name = "plain_text/" + SHARD.format(half=half)
         path = hub_file(HUB_REPO, name, revision=HUB_REVISION, sha256=HUB_SHA256[half])
     else:
         names = [name.format(half=half, batch=BATCHES[half]) for name in LAYOUTS]
@@ -70,15 +60,12 @@ def read_half(
     files.update((batch.name, sha256_file(batch)) for batch in batches)
     read = _binary if path.suffix.lower() == ".bin" else _pickled
     planes, labels = zip(*map(read, batches))
-    return _grey(np.concatenate(planes)), np.concatenate(labels), False
-
-
-def _grey(planes: np.ndarray) -> np.ndarray:
-    """Colour planes uint8 (n, 3072), all red then all green then all blue, to grey uint8 (n, 32, 32)."""
     from PIL import Image
 
-    rgb = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1).reshape(-1, SIDE, 3)
-    return np.asarray(Image.fromarray(rgb).convert("L")).reshape(-1, SIDE, SIDE)
+    # (n, 3072), all red then all green then all blue
+    rgb = np.concatenate(planes).reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1).reshape(-1, SIDE, 3)
+    grey = np.asarray(Image.fromarray(rgb).convert("L")).reshape(-1, SIDE, SIDE)
+    return grey, np.concatenate(labels), False
 
 
 def _parquet(path: Path, half: str, files: dict[str, str], workers: int) -> tuple[list[bytes], list[str], list]:
@@ -86,16 +73,15 @@ def _parquet(path: Path, half: str, files: dict[str, str], workers: int) -> tupl
     from one file of both halves (split, label, image_jpeg)."""
     files[path.name] = sha256_file(path)
     if path.name.lower() == "cifar10.parquet":
-        columns = read_table(path, ["split", "label", "image_jpeg"])
-        rows = [k for k, split in enumerate(columns["split"]) if split == half]
-        pictures = columns["image_jpeg"]
+        splits, labels, pictures = read_table(path, ["split", "label", "image_jpeg"]).values()
+        rows = [k for k, split in enumerate(splits) if split == half]
     else:
-        columns = read_table(path, ["img", "label"])
-        rows = list(range(len(columns["label"])))
-        pictures = [img.get("bytes") if isinstance(img, dict) else img for img in columns["img"]]
+        pictures, labels = read_table(path, ["img", "label"]).values()
+        rows = range(len(labels))
     if not rows:
         raise SourceError(f"{path}: no images of the {half} half; fetch it again")
-    return [pictures[k] for k in rows], [f"{path}: row {k}" for k in rows], [columns["label"][k] for k in rows]
+    contents = [img.get("bytes") if isinstance(img := pictures[k], dict) else img for k in rows]
+    return contents, [f"{path}: row {k}" for k in rows], [labels[k] for k in rows]
 
 
 def _folders(path: Path, half: str, files: dict[str, str], workers: int) -> tuple[list[bytes], list[str], list]:
@@ -170,6 +156,6 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a damaged pickle raises almost anything
         raise SourceError(f"{path}: not a CIFAR-10 batch ({one_line(error)}); fetch it again") from error
     if planes.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
-        sizes = f"{planes.shape} with {len(labels)} labels"
-        raise SourceError(f"{path}: data is {sizes}, expected (n, 3072) with n; fetch it again")
+        problem = f"data is {planes.shape} with {len(labels)} labels, expected (n, 3072) with n"
+        raise SourceError(f"{path}: {problem}; fetch it again")
     return planes, labels_of(labels, len(CLASSES), path)

@@ -18,6 +18,7 @@ from tasks.store.archives import LRA_RELEASE
 from tasks.store.files import ENDINGS, sha256_file
 from tasks.store.rng import below, kernel, stream, uniform
 
+ARCHIVES = LRA_RELEASE
 _OPERATOR = 0.25  # probability that a node above max_depth is an operator
 _CHUNK = 4096  # attempts per unit of work
 _GIVE_UP = 256  # chunks in a row that yield nothing new: a million attempts
@@ -139,13 +140,6 @@ def decode(tokens: np.ndarray) -> str:
     return " ".join(SYMBOLS[token] for token in tokens if token)
 
 
-def _root(train: Split, test: Split) -> float:
-    """Accuracy on test of answering the most frequent train label among expressions with the same root."""
-    counts = np.zeros((META.vocab, META.classes), np.int64)
-    np.add.at(counts, (train.tokens[train.offsets[:-1]], train.labels), 1)
-    return float(np.mean(counts.argmax(1)[test.tokens[test.offsets[:-1]]] == test.labels))
-
-
 def _generated(data: Data, workers: int) -> dict[str, Split]:
     """The three splits drawn by `generate`, test first: a larger train leaves the other two as they are."""
     longest = data.options.get("max_length")
@@ -159,9 +153,6 @@ def _generated(data: Data, workers: int) -> dict[str, Split]:
     return {name: Split.of(tokens[part], labels[part]) for name, part in parts.items()}
 
 
-ARCHIVES = LRA_RELEASE
-
-
 def members(data: Data) -> tuple[str, ...]:
     """The raw files in an archive of the LRA release."""
     return tuple(name + end for name in NAMES.values() for end in ENDINGS)
@@ -169,23 +160,27 @@ def members(data: Data) -> tuple[str, ...]:
 
 def export(splits: dict[str, Split], folder: Path) -> list[Path]:
     """Write the published files of these splits, basic_{train,val,test}.tsv; returns their paths."""
-    paths = {name: Path(folder) / file for name, file in NAMES.items()}
-    for name, path in paths.items():
+    for name, file in NAMES.items():
         split = splits[name]
-        write_tsv(path, [split.sequence(i) for i in range(len(split.labels))], split.labels)
-    return list(paths.values())
+        write_tsv(Path(folder) / file, map(split.sequence, range(len(split.labels))), split.labels)
+    return [Path(folder) / file for file in NAMES.values()]
 
 
 def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, scratch=None) -> Built:
     """All three splits, drawn by `generate` or read from basic_{train,val,test}.tsv in `data_dir` (default: here).
 
-    `source` "embedded" is local if `data_dir` holds any of the files, else generated.
+    `source` "embedded" is local if `data_dir` holds any of the files, else generated. Floor "root operator": the most
+    frequent train label among expressions with the same root.
     """
     if source not in ("embedded", "generated", "local"):
         raise SourceError(f"source {source!r}: ListOps is on no hub; use --source generated or local")
     paths = find(data_dir)
     local = source == "local" or (source == "embedded" and data_dir is not None and len(paths) > 0)
     splits = read_splits(recipe.data, paths, data_dir) if local else _generated(recipe.data, workers)
+    train, test = splits["train"], splits["test"]
+    counts = np.zeros((META.vocab, META.classes), np.int64)  # of labels by root
+    np.add.at(counts, (train.tokens[train.offsets[:-1]], train.labels), 1)
+    right = counts.argmax(1)[test.tokens[test.offsets[:-1]]] == test.labels
     return Built(
         splits=splits,
         dataset="ListOps",
@@ -193,6 +188,6 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
         revision="local files" if local else f"generator {META.version}",
         licence="that of the local files" if local else "generated, no third-party data",
         files={path.name: sha256_file(path) for path in paths.values()} if local else {},
-        floors={"root operator": _root(splits["train"], splits["test"])},
-        report={"mean length": round(float(np.diff(splits["train"].offsets).mean()), 1)},
+        floors={"root operator": float(np.mean(right))},
+        report={"mean length": round(float(np.diff(train.offsets).mean()), 1)},
     )

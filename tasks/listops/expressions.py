@@ -8,6 +8,7 @@ what a model reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ ZERO, MIN, CLOSE = SYMBOLS.index("0"), SYMBOLS.index("[MIN"), SYMBOLS.index("X")
 _ID = {symbol: i for i, symbol in enumerate(SYMBOLS[:CLOSE]) if i} | {"]": CLOSE}  # as files spell them
 _HEADER = "Source\tTarget"
 NAMES = {split: f"basic_{split}.tsv" for split in SPLITS}
-FOLDERS = ("", "listops-1000/")  # of --data-dir and of the LRA release
+FOLDERS = [root + folder for root in ROOTS for folder in ("", "listops-1000/")]  # of --data-dir and of the LRA release
 
 
 @kernel
@@ -83,29 +84,26 @@ def read_tsv(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
         if value < 0 or to_text(tokens) != source:  # parentheses and spaces, too
             raise SourceError(f"{path}, line {number}: malformed expression; fetch the file again")
         if label_of(target, 10, f"{path}, line {number}") != value:
-            problem = f"label {target} but value {value}"
-            raise SourceError(f"{path}, line {number}: {problem}; fetch the file again")
+            raise SourceError(f"{path}, line {number}: label {target} but value {value}; fetch the file again")
         sequences.append(tokens)
         labels.append(value)
     return sequences, np.array(labels, np.uint8)
 
 
-def write_tsv(path: Path, tokens: list[np.ndarray], labels: np.ndarray) -> None:
+def write_tsv(path: Path, tokens: Iterable[np.ndarray], labels: np.ndarray) -> None:
     """Write expressions in the published format. SourceError for one that is cut short or not of its label."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
         file.write(f"{_HEADER}\n")
         for number, (ids, label) in enumerate(zip(tokens, labels, strict=True), 2):
             if evaluate(ids) != label:
-                problem = f"not a whole expression of value {label}: export uncut data"
-                raise SourceError(f"{path}, line {number}: {problem}")
+                raise SourceError(f"{path}, line {number}: not a whole expression of value {label}: export uncut data")
             file.write(f"{to_text(ids)}\t{label}\n")
 
 
 def find(data_dir: Path | None) -> dict[str, Path]:
     """The files of the splits in data_dir (default: here), of the first folder that has any; {} if none has."""
-    for folder in (root + folder for root in ROOTS for folder in FOLDERS):
-        places = {s: [folder + name + end for end in ENDINGS] for s, name in NAMES.items()}
-        files = {s: [path for name in names for path in listed(data_dir or ".", name)] for s, names in places.items()}
+    for folder in FOLDERS:
+        files = {s: [p for e in ENDINGS for p in listed(data_dir or ".", folder + n + e)] for s, n in NAMES.items()}
         if any(files.values()):
             return {split: paths[0] for split, paths in files.items() if paths}
     return {}
@@ -113,9 +111,9 @@ def find(data_dir: Path | None) -> dict[str, Path]:
 
 def read_splits(data: Data, paths: dict[str, Path], data_dir: Path | None) -> dict[str, Split]:
     """As many examples of each file as `data` asks for, from its top, cut on the right to seq_len."""
-    if missing := [name for split, name in NAMES.items() if split not in paths]:
-        problem = f"missing {', '.join(missing)}"
-        raise SourceError(f"{data_dir or Path.cwd()}: {problem}; add what is missing, or use --source generated")
+    if missing := ", ".join(name for split, name in NAMES.items() if split not in paths):
+        way_out = "add what is missing, or use --source generated"
+        raise SourceError(f"{data_dir or Path.cwd()}: missing {missing}; {way_out}")
     splits = {}
     for name, path in paths.items():
         tokens, labels = read_tsv(path)

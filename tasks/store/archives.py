@@ -70,10 +70,11 @@ def _archive(task: ModuleType, data: Data, data_dir: Path) -> Path | None:
 
 
 class _Unpacked:
-    """The decompressed bytes of an archive, of which there may be at most `limit`."""
+    """The decompressed bytes of an archive."""
 
-    def __init__(self, archive: Path, file: IO[bytes], limit: int):
-        self.archive, self.file, self.limit = archive, file, limit
+    def __init__(self, archive: Path, file: IO[bytes]):
+        self.archive, self.file = archive, file
+        self.limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * archive.stat().st_size))
         self.count = self.end = 0  # bytes read; where the last of them that is not zero ends
 
     def read(self, size: int) -> bytes:
@@ -104,10 +105,9 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
     from tqdm import tqdm
 
     patterns = (re.escape(name).replace(r"\*", r"(?!\.)[^/]*").replace(r"\?", "[^/]") for name in wanted)
-    match, size = re.compile(f"(?:.*/)?({'|'.join(patterns)})", re.I).fullmatch, archive.stat().st_size
-    limit, depths = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * size)), {}
+    match, depths = re.compile(f"(?:.*/)?({'|'.join(patterns)})", re.I).fullmatch, {}
     with open_bytes(archive) as file, tqdm(desc=archive.name, unit=" files", delay=2, disable=None) as bar:
-        stream = _Unpacked(archive, file, limit)
+        stream = _Unpacked(archive, file)
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 while (member := tar.next()) is not None:
@@ -122,8 +122,7 @@ def extract(archive: Path, into: Path, wanted: Sequence[str]) -> None:
             while stream.read(1 << 20):  # the checksum stands at the end
                 pass
         except (tarfile.TarError, ValueError, LookupError) as error:  # of malformed headers
-            problem = f"not a whole tar archive ({one_line(error)})"
-            raise SourceError(f"{archive}: {problem}; fetch it again") from error
+            raise SourceError(f"{archive}: not a whole tar archive ({one_line(error)}); fetch it again") from error
     if stream.end > end or stream.count < end + BLOCK:  # tarfile takes a damaged header for the end
         raise SourceError(f"{archive}: damaged or cut short after byte {end:,}; fetch it again")
 
@@ -137,15 +136,12 @@ def _check(archive: Path, member: tarfile.TarInfo, into: Path) -> None:
     except tarfile.FilterError as error:
         problem = type(error).__name__
     if problem:
-        name = ascii(member.name[:80])
-        raise SourceError(f"{archive}: member {name} is refused ({problem}); fetch it from its publisher")
+        problem = f"member {ascii(member.name[:80])} is refused ({problem})"
+        raise SourceError(f"{archive}: {problem}; fetch it from its publisher")
 
 
 def _write(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, depths: dict[Path, int]) -> None:
-    """Write one file. Of two that differ, the one that is deeper in lra_release/ stays, as for folders (ROOTS).
-
-    `depths` holds that depth for each file that was written. SourceError if none is deeper, or if it cannot be written.
-    """
+    """Write one file. Of two that differ, the deeper in lra_release/ stays (see ROOTS); `depths` holds that of each."""
     depth, copy = member.name.split("/").count("lra_release"), target.with_name(f".{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

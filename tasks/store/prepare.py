@@ -26,8 +26,7 @@ from filelock import FileLock, Timeout
 from tasks.base import SPLITS, SourceError, Split, majority
 from tasks.store import archives
 from tasks.store.files import atomic_path, one_line, sha256_file, source_sha256
-from tasks.store.prepared import SCHEMA, Prepared, command, load, seal
-from tasks.store.splits import check, disjoint, facts
+from tasks.store.prepared import SCHEMA, Prepared, check, command, disjoint, facts, load, seal
 
 
 def prepare(
@@ -59,9 +58,8 @@ def prepare(
     with _locked(folder):
         if not again and (existing := _reusable(folder, request, code)):
             return existing, True
-        with archives.opened(task, recipe.data, data_dir, _hidden(folder, "raw")) as (raw, files):
-            scratch = parts / code[:16]
-            built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=scratch)
+        with archives.opened(task, recipe.data, data_dir, folder.with_name(f".{preset}.raw")) as (raw, files):
+            built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=parts / code[:16])
         if data_dir and source != "generated" and built.source == "generated":
             names = ", ".join(task.members(recipe.data) if hasattr(task, "members") else ()) or "no file at all"
             print(f"the data are generated: --data-dir {data_dir} was searched for {names}", file=sys.stderr)
@@ -73,17 +71,11 @@ def prepare(
         splits, removed, repeated = disjoint(built.splits, meta.towers)
         if empty := [split for split in SPLITS if not len(splits[split].labels)]:
             raise SourceError(f"task {name}, {empty[0]} split: every example occurs in a later split, too")
-        manifest = {"schema": SCHEMA, "task": name, "version": meta.version, "request": request}
-        manifest |= {k: v for k, v in vars(built).items() if k != "splits"}
         most_frequent = majority(built.splits["train"].labels, built.splits["test"].labels)
-        manifest |= {
-            "floors": {"majority": most_frequent} | built.floors,
-            "splits": {split: facts(splits[split]) for split in SPLITS},
-            "duplicates_removed": removed,
-            "duplicates_within": repeated,
-            "files": files | built.files,
-            "source_sha256": code,
-        }
+        manifest = {"schema": SCHEMA, "task": name, "version": meta.version, "request": request, "source_sha256": code}
+        manifest |= vars(built) | {"duplicates_removed": removed, "duplicates_within": repeated}
+        manifest |= {"files": files | built.files, "floors": {"majority": most_frequent} | built.floors}
+        manifest["splits"] = {split: facts(splits[split]) for split in SPLITS}
         _write(folder, splits, manifest, again)
         shutil.rmtree(parts, ignore_errors=True)
         return load(folder), False
@@ -105,20 +97,16 @@ def _reusable(folder: Path, request: dict[str, Any], code: str) -> Prepared | No
     if before != request:
         return None
     if existing.manifest.get("source_sha256", code) != code:
-        data_dir, source = request["data_dir"], request["source"]
-        origin = ("--data-dir", data_dir) if data_dir else ("--source", source)
+        data_dir = request["data_dir"]
+        again = command(folder, *(("--data-dir", data_dir) if data_dir else ("--source", request["source"])), "--again")
         problem = f"the source code of task {request['task']} has changed since {folder} was prepared"
-        again = command(folder, *origin, "--again")
         raise SourceError(f"{problem}: `{again}` prepares anew and keeps the old folder beside the new one")
     return existing
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; what a killed process left beside the folder is cleared away.
-
-    Data in a folder that is read-only are used as they are. Without a folder at the end, its lock goes, too.
-    """
+    """Hold the folder's lock, if it is not read-only, and clear away what a killed process left beside the folder."""
     lock = FileLock(f"{folder}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,25 +127,17 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _hidden(folder: Path, what: str) -> Path:
-    """A folder beside `folder` that exists only while it is made."""
-    return folder.with_name(f".{folder.name}.{what}")
-
-
 def _clear(folder: Path) -> None:
     """Remove the hidden folders; what stood in `folder` goes back there if nothing took its place."""
-    if _hidden(folder, "old").exists() and not folder.exists():
-        _hidden(folder, "old").rename(folder)
+    if (old := folder.with_name(f".{folder.name}.old")).exists() and not folder.exists():
+        old.rename(folder)
     for left in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(left)
 
 
 def _write(folder: Path, splits: dict[str, Split], manifest: dict[str, Any], keep: bool) -> None:
-    """Write into a sibling folder, then put it in place by one rename; the caller holds the lock.
-
-    `keep`: the folder that was there gets the first free name of <preset>.1, .2, ...; otherwise it is removed.
-    """
-    temporary = _hidden(folder, "new")
+    """Write into a sibling folder, then rename it; `keep`: the folder that was there becomes <preset>.1, .2, ..."""
+    temporary = folder.with_name(f".{folder.name}.new")
     try:
         temporary.mkdir()
         for name, split in splits.items():
@@ -172,7 +152,7 @@ def _write(folder: Path, splits: dict[str, Split], manifest: dict[str, Any], kee
             names = (folder.with_name(f"{folder.name}.{k}") for k in itertools.count(1))
             print(f"kept as {folder.rename(next(n for n in names if not n.exists()))}", file=sys.stderr)
         elif folder.exists():
-            folder.rename(_hidden(folder, "old"))
+            folder.rename(folder.with_name(f".{folder.name}.old"))
         temporary.rename(folder)
     except OSError as error:
         problem = f"cannot be written ({one_line(error)})"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,13 @@ import numpy as np
 from tasks.base import Data, SourceError
 from tasks.store.files import one_line, sha256_file
 
-SOURCES = ("embedded", "hub", "local")
 # Folders below --data-dir that are looked into, in this order. The published archive holds ListOps and Pathfinder-128
 # twice; the inner copy is the one that the published dataset_setup.sh takes.
 ROOTS = ("", "lra_release/lra_release/", "lra_release/")
 CHUNK = 64  # items per unit of work of a thread
-WAYS_OUT = "--data-dir DIR with a copy of it, or --source embedded, or a connection with HF_HUB_OFFLINE unset"
 
 
-def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = SOURCES) -> None:
+def check_source(source: str, data_dir: Path | None, accepted: Sequence[str] = ("embedded", "hub", "local")) -> None:
     """Raise SourceError for a source the task does not have, or a data_dir that would be ignored."""
     if source not in accepted:
         raise SourceError(f"source {source!r} is not one of {', '.join(accepted)}")
@@ -39,11 +38,10 @@ def in_chunks(work: Callable[[int, int], None], count: int, workers: int, what: 
     """Call work(start, end) on chunks of 0..count; the bar, in units of `what`, appears after two seconds."""
     from tqdm import tqdm
 
-    starts = range(0, count, CHUNK)
-    ends = [min(start + CHUNK, count) for start in starts]
+    bounds = [*range(0, count, CHUNK), count]
     bar = tqdm(total=count, unit=f" {what}", delay=2, disable=None, leave=False)  # None: not a terminal
     with bar, ThreadPoolExecutor(workers) as pool:
-        for start, end, _ in zip(starts, ends, pool.map(work, starts, ends), strict=True):
+        for (start, end), _ in zip(pairwise(bounds), pool.map(work, bounds, bounds[1:])):
             bar.update(end - start)
 
 
@@ -63,9 +61,8 @@ def read_folder(paths: Sequence[Path], workers: int) -> tuple[list[bytes], str]:
 def hub_file(repo: str, name: str, *, revision: str, sha256: str | None = None) -> Path:
     """Path of one file of a Hugging Face dataset repository at a pinned revision, in the hub's cache.
 
-    SourceError if the file cannot be had or if its sha256 is not the expected one. Where
-    `sha256` is None, the expected one is what the revision itself says: the hub's cache stores a large file
-    under the sha256 that the commit names.
+    SourceError if the file cannot be had or if its sha256 is not the expected one. Without `sha256` that is the one
+    that the commit names: the hub's cache stores a large file under it.
     """
     import huggingface_hub
 
@@ -73,7 +70,8 @@ def hub_file(repo: str, name: str, *, revision: str, sha256: str | None = None) 
         path = Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=revision))
     except Exception as error:  # offline, absent, refused: the HTTP library's errors differ by hub version
         problem = f"{repo}/{name} at {revision[:12]}: cannot be fetched ({one_line(error)})"
-        raise SourceError(f"{problem}; use {WAYS_OUT}") from error
+        ways_out = "--data-dir DIR with a copy of it, or --source embedded, or a connection with HF_HUB_OFFLINE unset"
+        raise SourceError(f"{problem}; use {ways_out}") from error
     blob = path.resolve().name
     expected = sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
     if expected and (digest := sha256_file(path)) != expected:
@@ -93,10 +91,8 @@ def listed(folder: Path, pattern: str) -> list[Path]:
 
 def find_one(data_dir: Path, names: Sequence[str], what: str) -> Path:
     """The first of several names or glob patterns that exists in data_dir (file or folder)."""
-    for name in names:
-        for root in ROOTS:
-            if paths := listed(data_dir, root + name):
-                return paths[0]
+    if found := next(filter(None, (listed(data_dir, root + name) for name in names for root in ROOTS)), None):
+        return found[0]
     raise SourceError(f"--data-dir {data_dir}: {what} not found; looked for {', '.join(names)}")
 
 
@@ -105,18 +101,15 @@ def distribution(package: str, version: str) -> metadata.Distribution:
     try:
         return metadata.distribution(package)
     except metadata.PackageNotFoundError as error:
-        problem = f"package {package} is not installed; run: pip install {package}=={version}"
-        raise SourceError(problem) from error
+        raise SourceError(f"package {package} is not installed; run: pip install {package}=={version}") from error
 
 
 def package_file(package: str, version: str, relative: str) -> Path:
     """Path of a file of an installed PyPI package of this very version (`relative` to site-packages)."""
-    installed = distribution(package, version)
-    way_out = f"run: pip install {package}=={version}"
+    installed, way_out = distribution(package, version), f"run: pip install {package}=={version}"
     if installed.version != version:
         raise SourceError(f"package {package} is {installed.version}, expected {version}; {way_out}")
-    path = Path(str(installed.locate_file(relative)))
-    if not path.is_file():
+    if not (path := Path(str(installed.locate_file(relative)))).is_file():
         raise SourceError(f"{path}: missing from package {package}; {way_out} --force-reinstall")
     return path
 
@@ -126,9 +119,9 @@ def seeded_order(
 ) -> np.ndarray:
     """Indices 0..n-1, or those in `pool`, in a random order given by the seed and by the examples, not by their places.
 
-    An example's place is the sha256 of (seed, label, content), so the order needs no random generator, is
-    the same on every platform, and identical examples stand next to each other. Classes are then
-    interleaved: any prefix holds each in its overall proportion, to within an example or so.
+    An example's place is the sha256 of (seed, label, content), so the order needs no random generator, is the same on
+    every platform, and identical examples stand next to each other. Classes are then interleaved: any prefix holds
+    each in its overall proportion, to within an example or so.
     """
     salt = f"split {seed}".encode()
     pool = range(len(contents)) if pool is None else pool
@@ -145,8 +138,8 @@ def taken(data: Data, split: str, present: int, where: object) -> int:
     """How many of the `present` examples a split takes: what `data` asks for, 0 = all. SourceError if too few."""
     wanted = getattr(data, split)
     if max(wanted, 1) > present:
-        problem = f"data.{split}={wanted}: {where} has {present:,} examples"
-        raise SourceError(f"{problem}; give all of them, or use a smaller preset")
+        way_out = "give all of them, or use a smaller preset"
+        raise SourceError(f"data.{split}={wanted}: {where} has {present:,} examples; {way_out}")
     return wanted or present
 
 
@@ -159,16 +152,14 @@ def stretches(labels: np.ndarray, sizes: dict[str, int], seed: int, gap: int) ->
     """
     start = int.from_bytes(hashlib.sha256(f"stretches {seed}".encode()).digest()[:8], "big") / 2**64
     parts: dict[str, list] = {name: [] for name in (*sizes, "train")}
-    counts, before = np.bincount(labels), 0
-    for label, count in enumerate(counts):
-        after = before + int(count)
-        places = np.roll(np.flatnonzero(labels == label), -int(start * count))
+    ends = np.cumsum(np.bincount(labels)).tolist()
+    for label, (before, after) in enumerate(pairwise([0, *ends])):
+        places = np.roll(np.flatnonzero(labels == label), -int(start * (after - before)))
         for name, size in sizes.items():  # of every label its share, rounded so that all of them make `size`
             share = round(size * after / len(labels)) - round(size * before / len(labels))
             parts[name].append(places[:share])
             places = places[share + gap :]
         parts["train"].append(places[: max(0, len(places) - gap)])
-        before = after
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
@@ -180,9 +171,7 @@ def choose(train: np.ndarray, test: np.ndarray, data: Data) -> dict[str, np.ndar
     if data.val < 1:
         raise SourceError(f"data.val={data.val}: validation is held out of train, at least 1 example")
     if (asked := data.val + max(data.train, 1)) > len(train):
-        sizes = f"data.train={data.train} and data.val={data.val}"
-        problem = f"{sizes} need {asked} examples, there are {len(train)}"
-        way_out = "lower them (data.train=0: all that validation leaves) or use another source"
-        raise SourceError(f"{problem}; {way_out}")
+        problem = f"data.train={data.train} and data.val={data.val} need {asked} examples, there are {len(train)}"
+        raise SourceError(f"{problem}; lower them (data.train=0: all that validation leaves) or use another source")
     val, rest = np.split(train, [data.val])
     return {"train": rest[: data.train or None], "val": val, "test": test[: taken(data, "test", len(test), "test")]}

@@ -23,8 +23,7 @@ from tasks.image.cifar import CLASSES
 from tasks.listops.expressions import write_tsv
 from tasks.store import archives
 from tasks.store.prepare import prepare
-from tasks.store.prepared import data_identity
-from tasks.store.splits import disjoint
+from tasks.store.prepared import data_identity, disjoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"

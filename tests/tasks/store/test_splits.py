@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tasks.base import Meta, SourceError, Split
-from tasks.store.splits import check, disjoint
+from tasks.store.prepared import check, disjoint
 from tests.tasks.store.builders import sequences
 
 # Rule 7
