@@ -9,8 +9,6 @@ Splits. Local and hub sources have the official train and test halves: validatio
 levels 0..16), spread to 0..255 and enlarged to 32 x 32 by Pillow's bilinear filter; a seeded 500 are the test half.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

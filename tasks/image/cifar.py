@@ -4,8 +4,6 @@ The python batches are pickles. They are read by an unpickler that knows the one
 strings, integers, lists and one uint8 array, and refuses every other name without importing it.
 """
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 
@@ -114,27 +112,23 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Stub:
-    """What an array and its dtype unpickle to: the state that numpy would be given. numpy's unpickling never runs."""
+    """What an array and its dtype unpickle to: what numpy would be given. numpy's unpickling never runs."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
 
     def __setstate__(self, state: tuple) -> None:
         self.state = state
 
 
-def _uint8(code: bytes | str, *_: object) -> _Stub:
-    """Stands for numpy.dtype, and only for uint8."""
-    if code not in (b"u1", "u1"):
-        raise pickle.UnpicklingError(f"an array of type {code!r} is not a batch of pixels")
-    return _Stub()
-
-
 class _Unpickler(pickle.Unpickler):
-    """Resolves the names a batch contains to the stand-ins above and refuses all others."""
+    """Resolves the names a batch contains to stand-ins and refuses all others."""
 
     _NAMES = {
-        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Stub(),
-        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Stub(),
+        ("numpy.core.multiarray", "_reconstruct"): _Stub,
+        ("numpy._core.multiarray", "_reconstruct"): _Stub,
         ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
-        ("numpy", "dtype"): _uint8,
+        ("numpy", "dtype"): _Stub,
         ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),  # bytes, as Python 3 writes protocol 2
     }
 
@@ -150,7 +144,9 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with open(path, "rb") as file:
             batch = _Unpickler(file, encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        _, shape, _, fortran, raw = batch["data"].state
+        _, shape, dtype, fortran, raw = batch["data"].state
+        if (code := dtype.arguments[0]) not in (b"u1", "u1"):
+            raise pickle.UnpicklingError(f"an array of type {code!r} is not a batch of pixels")
         planes = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
         labels = list(batch["labels"])
     except Exception as error:  # a damaged pickle raises almost anything

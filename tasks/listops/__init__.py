@@ -140,19 +140,6 @@ def decode(tokens: np.ndarray) -> str:
     return " ".join(SYMBOLS[token] for token in tokens if token)
 
 
-def _generated(data: Data, workers: int) -> dict[str, Split]:
-    """The three splits drawn by `generate`, test first: a larger train leaves the other two as they are."""
-    longest = data.options.get("max_length")
-    if isinstance(longest, int) and longest > data.seq_len + 1:
-        raise SourceError(f"max_length {longest}: use seq_len + 1 = {data.seq_len + 1} or less")
-    sizes = dict(test=data.test, val=data.val, train=data.train)
-    if min(sizes.values()) < 1:
-        raise SourceError(f"ListOps sizes {sizes}: generated splits need 1 or more examples each")
-    tokens, labels = generate(sum(sizes.values()), seed=data.seed, workers=workers, **data.options)
-    parts = {name: slice(end - sizes[name], end) for name, end in zip(sizes, np.cumsum([*sizes.values()]))}
-    return {name: Split.of(tokens[part], labels[part]) for name, part in parts.items()}
-
-
 def members(data: Data) -> tuple[str, ...]:
     """The raw files in an archive of the LRA release."""
     return tuple(name + end for name in NAMES.values() for end in ENDINGS)
@@ -176,7 +163,20 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
         raise SourceError(f"source {source!r}: ListOps is on no hub; use --source generated or local")
     paths = find(data_dir)
     local = source == "local" or (source == "embedded" and data_dir is not None and len(paths) > 0)
-    splits = read_splits(recipe.data, paths, data_dir) if local else _generated(recipe.data, workers)
+    data = recipe.data
+    if local:
+        splits = read_splits(data, paths, data_dir)
+    else:
+        longest = data.options.get("max_length")
+        if isinstance(longest, int) and longest > data.seq_len + 1:
+            raise SourceError(f"max_length {longest}: use seq_len + 1 = {data.seq_len + 1} or less")
+        sizes = dict(test=data.test, val=data.val, train=data.train)  # a larger train leaves the others as they are
+        if min(sizes.values()) < 1:
+            raise SourceError(f"ListOps sizes {sizes}: generated splits need 1 or more examples each")
+        tokens, labels = generate(sum(sizes.values()), seed=data.seed, workers=workers, **data.options)
+        ends = np.cumsum([*sizes.values()])
+        parts = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
+        splits = {name: Split.of(tokens[part], labels[part]) for name, part in parts.items()}
     train, test = splits["train"], splits["test"]
     counts = np.zeros((META.vocab, META.classes), np.int64)  # of labels by root
     np.add.at(counts, (train.tokens[train.offsets[:-1]], train.labels), 1)

@@ -6,8 +6,6 @@ An expression is written as left-nested pairs, `( ( ( [MAX 3 ) 5 ) ] )`; its sym
 what a model reads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -35,14 +35,6 @@ def find(data_dir: Path | None, size: int, contour_length: int) -> Path | None:
     return folder
 
 
-def members(size: int, contour_length: int) -> tuple[str, ...]:
-    """The files of these images in an archive of the release, as archives.extract takes them."""
-    if contour_length not in FOLDERS:
-        return ()
-    folder = f"pathfinder{size}/{FOLDERS[contour_length]}"
-    return f"{folder}/metadata/*.npy", f"{folder}/imgs/*/*.png"
-
-
 def _rows(path: Path) -> list[tuple[str, str, int]]:
     """(folder, file, label) of each row of a metadata file: text, or a numpy array of strings."""
     try:
@@ -68,8 +60,8 @@ def read(folder: Path, data: Data, size: int, workers: int) -> tuple[np.ndarray,
     rows = sorted({row for path in metadata for row in _rows(path) if (folder.name, *row[:2]) not in EMPTY})
     asked = data.test + data.val + max(data.train, 1)
     if asked > len(rows):
-        problem = f"{len(rows)} images, but the preset takes {asked}"
-        raise SourceError(f"{folder}: {problem}; give all of them, or use a smaller preset")
+        way_out = "give all of them, or use a smaller preset"
+        raise SourceError(f"{folder}: {len(rows)} images, but the preset takes {asked}; {way_out}")
     names = [f"{imgs}/{file}".encode() for imgs, file, _ in rows]
     order = seeded_order(names, np.array([label for _, _, label in rows]), data.seed)
     rows = [rows[i] for i in order[: asked if data.train else None]]

@@ -1,10 +1,9 @@
 """What Pathfinder's kernels (tasks/pathfinder/snakes.py) look up: shapes and steps of dashes for every heading.
 
-All trigonometry happens here, once, so that drawing only adds and compares tabulated numbers and an image
-does not depend on the platform. Coordinates are (row, column) in pixels; levels run from 0 to 1. A *paddle*
-is one dash with a tail and a head. A *pivot* is the point one margin before the tail, from which the head is
-chosen on a circle. A *heading* is a whole degree (0..359, from -180 degrees on), or 360 + k for the k-th
-point of that circle.
+All trigonometry happens here, once, so that drawing only adds and compares tabulated numbers and an image does not
+depend on the platform. Coordinates are (row, column) in pixels; levels run from 0 to 1. A *paddle* is one dash with a
+tail and a head. A *pivot* is the point one margin before the tail, from which the head is chosen on a circle. A
+*heading* is a whole degree (0..359, from -180 degrees on), or 360 + k for the k-th point of that circle.
 """
 
 import functools
@@ -86,8 +85,8 @@ def _shift(angle: np.ndarray, distance: float) -> np.ndarray:
 def _slip(angle: float, distance: float) -> list[int]:
     """Per axis, the coordinate below which round-off adds one pixel to a step of zero.
 
-    The published program rounds x + distance * cos(90 degrees) up, and that cosine is 6e-17: near the top and
-    left edges, where x is a float small enough to feel it, curves along the wall are pushed off it.
+    The published program rounds x + distance * cos(90 degrees) up, and that cosine is 6e-17: near the top and left
+    edges, where x is a float small enough to feel it, curves along the wall are pushed off it.
     """
     steps = distance * math.sin(angle), distance * math.cos(angle)
     return [next(x for x in range(99) if x + d == x) if 0 < d < 1e-9 else -99 for d in steps]
@@ -122,19 +121,11 @@ def _paddle(angle: float, g: Geometry) -> tuple[np.ndarray, np.ndarray]:
     return lanczos(255.0 * drawn, n), lanczos(255.0 * spread[inner, inner], n)
 
 
-def _marker(radius: float) -> np.ndarray:
-    """Grey levels of a disc; centred on the top left sub-pixel of the middle pixel, as published."""
-    half = math.ceil(radius) + 3
-    y, x = np.mgrid[: (2 * half + 1) * SUPERSAMPLE, : (2 * half + 1) * SUPERSAMPLE] - half * SUPERSAMPLE
-    return lanczos(255.0 * (y**2 + x**2 <= (radius * SUPERSAMPLE) ** 2), 2 * half + 1)
-
-
 def _stencils(area: np.ndarray, reach: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels a first paddle needs free, and the headings that can be planted.
 
-    Two traits of the published program shape its images. It looks one pixel below and right of where it then
-    draws. And it finds no free pixel at all if from some pixel the whole stencil falls outside the image,
-    which at 32 px leaves only headings up and to the left.
+    Published: it looks one pixel below and right of where it then draws, and finds no free pixel at all if from some
+    pixel the whole stencil falls outside the image, which at 32 px leaves only headings up and to the left.
     """
     half = area.shape[1] // 2
     window = area[:DEGREES, half - reach - 1 : half + reach, half - reach - 1 : half + reach] == 255
@@ -143,8 +134,7 @@ def _stencils(area: np.ndarray, reach: int, size: int) -> tuple[np.ndarray, np.n
     targets = [corners[:, None] + p for p in points]
     plantable = [((0 <= t) & (t < size)).all(-1).any(-1).all() for t in targets]
     longest = max(map(len, points))
-    padded = [np.concatenate([p, np.repeat(p[-1:], longest - len(p), 0)]) for p in points]
-    return np.stack(padded), np.array(plantable)
+    return np.stack([np.pad(p, ((0, longest - len(p)), (0, 0)), "edge") for p in points]), np.array(plantable)
 
 
 def tables(g: Geometry) -> Tables:
@@ -167,6 +157,9 @@ def tables(g: Geometry) -> Tables:
     def level(shape: np.ndarray, contrast: float) -> np.ndarray:  # published: kept in single precision
         return (shape / 255 * contrast).astype(np.float32).astype(np.float64)
 
+    half = math.ceil(g.marker_radius) + 3  # published: a disc is centred on the top left sub-pixel of the middle one
+    y, x = np.mgrid[: (2 * half + 1) * SUPERSAMPLE, : (2 * half + 1) * SUPERSAMPLE] - half * SUPERSAMPLE
+    disc = y**2 + x**2 <= (g.marker_radius * SUPERSAMPLE) ** 2
     ring = np.stack([np.sin(degrees), np.cos(degrees)], -1) * g.seed_distance
     return Tables(
         target=level(line, g.target_contrast),
@@ -180,7 +173,7 @@ def tables(g: Geometry) -> Tables:
         weight=weight,
         ring=np.floor(ring + 0.5 + 1e-9).astype(np.int64),
         near=_disc(g.margin),
-        marker=_marker(g.marker_radius) / 255,
+        marker=lanczos(255.0 * disc, 2 * half + 1) / 255,
         size=g.size,
         room=np.concatenate([corner, extent], 1),
         stencil=stencil,

@@ -1,16 +1,14 @@
 """Retrieval: are two documents related? Each is read byte by byte by the same encoder.
 
-ACL Anthology Network (Radev et al. 2013), as in Long Range Arena (Tay et al. 2021, arXiv:2011.04006, section
-2.2.3): does one paper cite the other? Both texts are bytes as given, id = byte + 1, cut on the right to
-seq_len; the head sees the two pooled vectors only. LRA's files are `new_aan_pairs.{train,eval,test}.tsv`:
-no header, tab separated, nothing quoted, `label id1 id2 text1 text2`, the label sometimes printed as 1.0.
-A paper may stand in pairs of two splits, as published; the report counts how many do.
+ACL Anthology Network (Radev et al. 2013), as in Long Range Arena (Tay et al. 2021, arXiv:2011.04006, section 2.2.3):
+does one paper cite the other? Both texts are bytes as given, id = byte + 1, cut on the right to seq_len; the head sees
+the two pooled vectors only. LRA's files are `new_aan_pairs.{train,eval,test}.tsv`: no header, tab separated, nothing
+quoted, `label id1 id2 text1 text2`, the label sometimes printed as 1.0. A paper may stand in pairs of two splits, as
+published; the report counts how many do.
 
 The embedded substitute asks whether one Python file of the installed packages imports another: see
 tasks/retrieval/imports.py, also for why neither text tells the label.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,7 +66,6 @@ SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}  # of LRA's files
 FILES = {"train": "train", "val": "eval", "test": "test"}  # LRA's names of the splits
 FOLDERS = ("", "retrieval_aan/", "tsv_data/")
 ARCHIVES = LRA_RELEASE
-COLUMNS = ("label", "id1", "id2", "text1", "text2")
 HUB_REPO, HUB_REVISION = "OpenNLPLab/lra", "6cb133c44f406da743661488df9e977b87d98775"
 FITTED = 10_000  # pairs that floors are fitted on, and baselines of the report measured on
 
@@ -87,10 +84,8 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
     """
     check_source(source, data_dir)
     embedded, files, report = source == "embedded", {}, {}
-    if embedded:
-        pairs, dataset, revision = _embedded(recipe.data, files, report)
-    else:
-        pairs, dataset, revision = _aan(recipe.data, data_dir, files, report)
+    read = _embedded(recipe.data, files, report) if embedded else _aan(recipe.data, data_dir, files, report)
+    pairs, dataset, revision = read
     splits = {name: Split.of_bytes(*pairs.pop(name)) for name in SPLITS}
     train, test = splits["train"], splits["test"]
     share_cut = float(np.mean(np.diff(train.offsets) == recipe.data.seq_len))
@@ -109,18 +104,13 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
 
 def byte_overlap(train: Split, test: Split) -> float:
     """Test accuracy of a threshold, fitted on train, on the overlap of the two byte histograms."""
-    return _threshold(_overlaps(train, FITTED), train, _overlaps(test, len(test.labels)), test)
 
+    def overlaps(split: Split, n: int) -> np.ndarray:  # of the first n pairs, in [0, 1]
+        texts = (split.sequence(i) for i in range(2 * n))
+        frequencies = (np.bincount(text, minlength=META.vocab) / len(text) for text in texts)
+        return np.array([np.minimum(one, other).sum() for one, other in zip(frequencies, frequencies)])
 
-def _overlaps(split: Split, limit: int) -> np.ndarray:
-    """Intersection of the two texts' byte frequencies, in [0, 1]: float64 (examples,)."""
-
-    def frequencies(i: int) -> np.ndarray:
-        sequence = split.sequence(i)
-        return np.bincount(sequence, minlength=META.vocab) / len(sequence)
-
-    pairs = range(min(limit, len(split.labels)))
-    return np.array([np.minimum(frequencies(2 * i), frequencies(2 * i + 1)).sum() for i in pairs])
+    return _threshold(overlaps(train, min(FITTED, len(train.labels))), train, overlaps(test, len(test.labels)), test)
 
 
 def _threshold(train_scores: np.ndarray, train: Split, test_scores: np.ndarray, test: Split) -> float:
@@ -140,8 +130,7 @@ def _baselines(train: Split, test: Split) -> dict[str, float]:
     from sklearn.linear_model import LogisticRegression
 
     def towers(split: Split) -> list[list[str]]:
-        n = min(FITTED, len(split.labels))
-        ids = [split.sequence(i) - 1 for i in range(2 * n)]
+        ids = (split.sequence(i) - 1 for i in range(2 * min(FITTED, len(split.labels))))
         texts = [i.astype(np.uint8).tobytes().decode("latin-1") for i in ids]
         return [texts[0::2], texts[1::2]]
 
@@ -154,9 +143,8 @@ def _baselines(train: Split, test: Split) -> dict[str, float]:
     x, y = [[vectorizer.transform(texts) for texts in half] for half in (fit, held_out)]
     cosines = [np.asarray(a.multiply(b).sum(1)).ravel() for a, b in (x, y)]
     result = {"tfidf_cosine": _threshold(cosines[0], train, cosines[1], test)}
-    labels = train.labels[: len(fit[0])]
+    labels, answers = train.labels[: len(fit[0])], test.labels[: len(held_out[0])]
     if len(np.unique(labels)) == 2:
-        answers = test.labels[: len(held_out[0])]
         alone = [LogisticRegression().fit(x[k], labels).score(y[k], answers) for k in (0, 1)]
         result["one document"] = float(max(alone))
     return result
@@ -188,12 +176,11 @@ def _aan(data: Data, data_dir: Path | None, files: dict, report: dict) -> tuple[
     """Pairs of LRA's files, from data_dir or else from the hub, with dataset name and revision."""
     result, documents, whole, empty = {}, {}, True, 0
     for name in SPLITS:
+        file = f"new_aan_pairs.{FILES[name]}.tsv"
         if data_dir is None:
-            path = hub_file(HUB_REPO, f"data/aan/new_aan_pairs.{FILES[name]}.tsv", revision=HUB_REVISION)
+            path = hub_file(HUB_REPO, f"data/aan/{file}", revision=HUB_REVISION)
         else:
-            stem = f"new_aan_pairs.{FILES[name]}.tsv"
-            names = [folder + stem + end for folder in FOLDERS for end in ENDINGS]
-            path = find_one(data_dir, names, f"the AAN {name} file")
+            path = find_one(data_dir, [f + file + end for f in FOLDERS for end in ENDINGS], f"the AAN {name} file")
         files[path.name] = sha256_file(path)
         rows = list(_rows(path, data.seq_len))
         labels = np.array([row[0] for row in rows], np.uint8)
@@ -214,8 +201,8 @@ def _rows(path: Path, seq_len: int) -> Iterator[tuple[int, bytes, bytes, bytes]]
     """(label, ids, text1, text2) of each line; texts are bytes, never decoded, cut to seq_len."""
     for number, line in lines(path):
         cells = line.split(b"\t")
-        if len(cells) != len(COLUMNS):
-            wrong = f"{len(cells)} columns, expected {len(COLUMNS)} ({' '.join(COLUMNS)})"
+        if len(cells) != 5:
+            wrong = f"{len(cells)} columns, expected 5 (label id1 id2 text1 text2)"
             raise SourceError(f"{path}: line {number}: {wrong}, tab separated; fetch it again")
         label = label_of(cells[0], META.classes, f"{path}: line {number}")
         yield label, b" ".join(cells[1:3]), cells[3][:seq_len], cells[4][:seq_len]

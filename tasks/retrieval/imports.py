@@ -12,18 +12,16 @@ Why nothing is left to look up:
 - Every identifier that names a module or folder of any of the packages is deleted: whole words, in code, strings,
   comments and docstrings alike. Documents that mention a partner look like those that do not.
 
-Negatives are any two files of a split, as LRA's are any two papers: mostly of different packages. Drawn
-within a package they leave a small model nothing to learn from in the first 256 bytes (51-53% instead of 63%,
-both by a bag of bytes under the Match head; TF-IDF 59% instead of 66%).
+Negatives are any two files of a split, as LRA's are any two papers: mostly of different packages. Drawn within a
+package they leave a small model nothing to learn from in the first 256 bytes (51-53% instead of 63%, both by a bag of
+bytes under the Match head; TF-IDF 59% instead of 66%).
 """
-
-from __future__ import annotations
 
 import ast
 import hashlib
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +71,24 @@ def read(distributions: Sequence[str]) -> Corpus:
 
     versions, files, sources = {}, {}, {}
     for name in distributions:
-        root, versions[name] = _installed(name)
-        paths = {}  # by dotted name
+        if name not in PACKAGES:
+            raise SourceError(f"packages: {name!r} is not one of {', '.join(PACKAGES)}")
+        folder, pinned = PACKAGES[name]
+        installed, package = distribution(name, pinned), {}  # texts by dotted name
+        versions[name] = installed.version.partition("+")[0]  # without "+cpu" and the like
+        root = Path(str(installed.locate_file(folder)))
+        if not root.is_dir():
+            raise SourceError(f"{root}: missing from package {name}; run: pip install --force-reinstall {name}")
         for path in listed(root, "**/*.py"):
-            if not _SKIPPED.fullmatch(path.stem) and not SKIPPED_FOLDERS & set(path.relative_to(root).parts):
-                paths[".".join(path.relative_to(root.parent).with_suffix("").parts)] = path
-        package = {module: _source(path) for module, path in sorted(paths.items())}
+            if _SKIPPED.fullmatch(path.stem) or SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+                continue
+            module = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+            try:  # newlines are translated, because wheels for Windows end lines with CR LF
+                package[module] = path.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise SourceError(f"{path}: cannot be read ({error}); reinstall its package") from error
         digests = {module: hashlib.sha256(text.encode()).hexdigest() for module, text in package.items()}
-        listing = "".join(f"{module} {digest}\n" for module, digest in digests.items())
+        listing = "".join(f"{module} {digest}\n" for module, digest in sorted(digests.items()))
         files[f"{name}=={versions[name]}"] = hashlib.sha256(listing.encode()).hexdigest()
         sources |= package
     names = {part for module in sources for part in module.split(".")}
@@ -97,40 +105,36 @@ def read(distributions: Sequence[str]) -> Corpus:
 
 
 def squares(corpus: Corpus, seed: int) -> dict[str, list[Square]]:
-    """Squares of each split, in an order given by the seed: any prefix is balanced."""
-    edges: dict[str, list[Edge]] = defaultdict(list)
-    for a, targets in corpus.imports.items():
-        for b in targets:
-            if a not in corpus.imports[b] and _split(a, seed) == _split(b, seed):
-                edges[_split(a, seed)].append((a, b))
-    return {split: _squares(corpus, edges[split], seed) for split in SPLITS}
+    """Squares of each split, in an order given by the seed: any prefix is balanced.
 
-
-def _squares(corpus: Corpus, edges: list[Edge], seed: int) -> list[Square]:
-    """Join edges of one split into squares, each with the last one before it that fits."""
-    firsts, seconds, waiting = Counter(), Counter(), []
-    for a, b in sorted(edges, key=lambda edge: _place(seed, *edge)):
-        if firsts[a] < MAX_PAIRS and seconds[b] < MAX_PAIRS:
-            firsts[a] += 1
-            seconds[b] += 1
-            waiting.append((a, b))
-    used: set[Edge] = set()
+    Positive pairs are joined into squares, each with the last one before it that fits.
+    """
+    used: set[Edge] = set()  # the negative pairs of all squares
 
     def unrelated(x: str, y: str) -> bool:
         known = {(x, y), (y, x)} & used
         return x != y and not known and y not in corpus.imports[x] and x not in corpus.imports[y]
 
-    joined = []
-    while waiting:
-        a, b = waiting.pop()
-        for i in reversed(range(len(waiting))):
-            c, d = waiting[i]
-            if unrelated(a, d) and unrelated(c, b) and (a, d) != (b, c):
-                del waiting[i]
-                used |= {(a, d), (c, b)}
-                joined.append([(a, b, 1), (a, d, 0), (c, d, 1), (c, b, 0)])
-                break
-    return joined
+    edges = [(a, b) for a, targets in corpus.imports.items() for b in targets if a not in corpus.imports[b]]
+    side = {module: _split(module, seed) for module in corpus.imports}
+    result: dict[str, list[Square]] = {split: [] for split in SPLITS}
+    firsts, seconds, waiting = Counter(), Counter(), {split: [] for split in SPLITS}
+    for a, b in sorted(edges, key=lambda edge: _place(seed, *edge)):
+        if side[a] == side[b] and firsts[a] < MAX_PAIRS and seconds[b] < MAX_PAIRS:
+            firsts[a] += 1
+            seconds[b] += 1
+            waiting[side[a]].append((a, b))
+    for split, pairs in waiting.items():
+        while pairs:
+            a, b = pairs.pop()
+            for i in reversed(range(len(pairs))):
+                c, d = pairs[i]
+                if unrelated(a, d) and unrelated(c, b) and (a, d) != (b, c):
+                    del pairs[i]
+                    used |= {(a, d), (c, b)}
+                    result[split].append([(a, b, 1), (a, d, 0), (c, d, 1), (c, b, 0)])
+                    break
+    return result
 
 
 def _place(seed: int, *names: str) -> bytes:
@@ -142,26 +146,6 @@ def _split(module: str, seed: int) -> str:
     """The split of a file, by SHARES: given by the seed and its name alone."""
     u = int.from_bytes(_place(seed, module)[:8], "big") / 2**64
     return SPLITS[(u >= SHARES[0]) + (u >= sum(SHARES))]
-
-
-def _installed(name: str) -> tuple[Path, str]:
-    """Folder and version (without "+cpu" and the like) of an installed package, which is not imported."""
-    if name not in PACKAGES:
-        raise SourceError(f"packages: {name!r} is not one of {', '.join(PACKAGES)}")
-    folder, pinned = PACKAGES[name]
-    package = distribution(name, pinned)
-    root = Path(str(package.locate_file(folder)))
-    if not root.is_dir():
-        raise SourceError(f"{root}: missing from package {name}; run: pip install --force-reinstall {name}")
-    return root, package.version.partition("+")[0]
-
-
-def _source(path: Path) -> str:
-    """The text of a file; newlines are translated, because wheels for Windows end lines with CR LF."""
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read ({error}); reinstall its package") from error
 
 
 def _imports(source: str, module: str) -> list[Statement]:
@@ -189,8 +173,8 @@ def _targets(statements: list[Statement], module: str, known: dict[str, str]) ->
         if isinstance(node, ast.Import):
             targets.update(alias.name for alias in node.names)
             continue
-        base = module.split(".")[: -node.level] if node.level else []
-        base = ".".join([*base, *([node.module] if node.module else [])])
+        package = module.split(".")[: -node.level] if node.level else []
+        base = ".".join([*package, *filter(None, [node.module])])
         for alias in node.names:
             submodule = f"{base}.{alias.name}"
             targets.add(submodule if submodule in known else base)

@@ -6,8 +6,6 @@ member condemns the archive, wanted or not: Python's `data` filter (tarfile.data
 would land outside, link outside or are devices. So does a size: an archive may not unpack to far more than it holds.
 """
 
-from __future__ import annotations
-
 import filecmp
 import re
 import shutil
@@ -40,7 +38,16 @@ def opened(task: ModuleType, data: Data, data_dir: Path | None, scratch: Path) -
     `data_dir` is that folder unless it is an archive, or a folder that holds the task's archive under its
     published name and not the files themselves. What is extracted, into `scratch`, is removed at the end.
     """
-    archive = _archive(task, data, Path(data_dir)) if data_dir else None
+    folder = Path(data_dir or ".")
+    if not folder.exists():
+        raise SourceError(f"--data-dir {folder}: no such folder or archive")
+    if folder.is_file() and not hasattr(task, "members"):
+        raise SourceError(f"--data-dir {folder}: {task.META.name} reads no archives; give a folder")
+    names = getattr(task, "ARCHIVES", ()) if data_dir else ()
+    archive = folder if folder.is_file() else next((folder / n for n in names if (folder / n).is_file()), None)
+    if archive and archive != folder:
+        globs = (root + parent + name for name in task.members(data) for root in ROOTS for parent in UNPACKED)
+        archive = None if any(listed(folder, pattern) for pattern in globs) else archive
     if not archive:
         yield data_dir, {}
         return
@@ -52,21 +59,6 @@ def opened(task: ModuleType, data: Data, data_dir: Path | None, scratch: Path) -
         raise SourceError(str(error).replace(str(scratch), str(archive))) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _archive(task: ModuleType, data: Data, data_dir: Path) -> Path | None:
-    """The archive that stands for the task's raw files, None if there is none or the files are there."""
-    if not data_dir.exists():
-        raise SourceError(f"--data-dir {data_dir}: no such folder or archive")
-    if data_dir.is_file():
-        if not hasattr(task, "members"):
-            raise SourceError(f"--data-dir {data_dir}: {task.META.name} reads no archives; give a folder")
-        return data_dir
-    present = [data_dir / name for name in getattr(task, "ARCHIVES", ()) if (data_dir / name).is_file()]
-    if not present:
-        return None
-    globs = [root + folder + name for name in task.members(data) for root in ROOTS for folder in UNPACKED]
-    return None if any(listed(data_dir, pattern) for pattern in globs) else present[0]
 
 
 class _Unpacked:

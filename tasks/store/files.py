@@ -3,8 +3,6 @@
 Nothing here unpickles or executes what it reads. Raw data that cannot be read are a one-line SourceError.
 """
 
-from __future__ import annotations
-
 import ast
 import bz2
 import codecs
@@ -147,8 +145,8 @@ def labels_of(values: Sequence, classes: int, path: Path) -> np.ndarray:
 def read_picture(raw: bytes, side: int, formats: Sequence[str], where: str) -> tuple[np.ndarray, str]:
     """Grey levels, uint8 (side, side), of an image file by Pillow's "L" (299/587/114 per mille), and its format.
 
-    SourceError for one that cannot be read, of another size, transparent, or of levels that are not of 8 bits:
-    Pillow would make every level of a 16-bit image above 255 white.
+    SourceError for one that cannot be read, of another size, transparent, or of levels that are not of 8 bits: Pillow
+    would make every level of a 16-bit image above 255 white.
     """
     from PIL import Image
 
@@ -159,9 +157,8 @@ def read_picture(raw: bytes, side: int, formats: Sequence[str], where: str) -> t
                 return np.asarray(image.convert("L")), image.format
             kind = "{} x {} {}{}".format(*image.size, image.mode, ", transparent" * image.has_transparency_data)
     except Exception as error:  # Pillow's errors for malformed files are of many kinds
-        raise SourceError(
-            f"{where}: not readable {' or '.join(formats)} ({one_line(error)}); fetch it again"
-        ) from error
+        problem = f"not readable {' or '.join(formats)} ({one_line(error)})"
+        raise SourceError(f"{where}: {problem}; fetch it again") from error
     raise SourceError(f"{where}: the image is {kind}, expected {side} x {side} RGB, L, P or 1")
 
 

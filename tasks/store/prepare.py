@@ -5,8 +5,6 @@ is made, hidden folders: the next `prepare` removes what a killed process leaves
 a long generation.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

@@ -4,8 +4,6 @@ DATA/<task>/<preset>/ holds, for each split, `<split>.tokens.npy`, `<split>.offs
 `<split>.labels.npy` (see base.Split), and manifest.json. Training reads only that folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

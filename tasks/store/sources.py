@@ -4,8 +4,6 @@ Whatever is missing, unreachable, corrupt or of an unexpected shape becomes a on
 names the value and the way out. Nothing here unpickles or executes what it reads.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Sequence

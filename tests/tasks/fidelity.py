@@ -24,7 +24,7 @@ from lra.scaling.reports import machine_line, write_report
 from tasks import listops, pathfinder
 from tasks.base import SourceError
 from tasks.listops.expressions import CLOSE, MIN, SYMBOLS, read_tsv
-from tasks.pathfinder.discs import locate_discs
+from tasks.pathfinder import locate_discs
 from tasks.store.files import one_line
 
 LISTOPS, PATHFINDER = "listops_reference_1000.tsv.gz", "pathfinder32_reference.npz"

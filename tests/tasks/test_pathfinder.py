@@ -12,8 +12,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from tasks import pathfinder
 from tasks.base import PAD, SPLITS, SourceError
-from tasks.pathfinder import META, RECIPES, generate, scenes
-from tasks.pathfinder.discs import locate_discs
+from tasks.pathfinder import META, RECIPES, generate, locate_discs, scenes
 from tasks.store.prepare import prepare
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "pathfinder32_reference.npz"

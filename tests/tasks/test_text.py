@@ -86,38 +86,28 @@ def same(one: dict[str, Split], other: dict[str, Split]):
     return all(np.array_equal(getattr(one[n], p), getattr(other[n], p)) for n in one for p in parts)
 
 
-def test_every_layout_gives_the_bytes_as_they_are_and_keeps_the_halves_apart(layout):
+def test_every_layout_gives_the_bytes_as_they_are_and_keeps_the_halves_apart(layout, tmp_path_factory):
     built = build(layout)
     splits = built.splits
     assert sorted(examples(splits["test"])) == expected(TEST)
     assert sorted(examples(splits["train"]) + examples(splits["val"])) == expected(TRAIN)
+    other = tmp_path_factory.mktemp("other")
+    for half, rows in HALVES.items():
+        write_parquet(other / f"imdb_{half}.parquet", rows[::-1])
+    assert same(splits, build(other).splits), "nor does the order of the files matter"
     assert built.source == "local"
     assert not built.substitute
     assert all(len(digest) == 64 for digest in built.files.values())
     assert len(built.files) == (4 if (layout / "train").exists() or (layout / "aclImdb").exists() else 2)
 
 
-def test_every_layout_gives_the_same_splits(layout, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    for half, rows in HALVES.items():
-        write_parquet(other / f"imdb_{half}.parquet", rows)
-    assert same(build(layout).splits, build(other).splits)
-
-
-def test_validation_is_held_out_of_train(folder):
+def test_validation_is_held_out_of_train_by_a_seed(folder):
     splits = build(folder).splits
     held = examples(splits["val"])
     assert len(held) == 5
     assert not set(held) & set(examples(splits["train"]))
     assert {review.encode()[:20] for review, _ in TRAIN} >= {review for review, _ in held}
-
-
-def test_splits_are_seeded_and_independent_of_file_order(folder, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    for half, rows in HALVES.items():
-        write_parquet(other / f"imdb_{half}.parquet", rows[::-1])
-    assert same(build(folder).splits, build(other).splits)
-    assert not same(build(folder).splits, build(folder, seed=1).splits)
+    assert not same(splits, build(folder, seed=1).splits)
 
 
 def test_ids_are_bytes_plus_one_cut_on_the_right(folder):
