@@ -7,6 +7,7 @@ this repository; the report is: results/reference/bench/fidelity.json and .md.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
@@ -98,11 +99,18 @@ def tree_statistics(tokens: np.ndarray) -> dict[str, float]:
 
 def compare_listops(sequences: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, Any]:
     """Two-sample tests of ours against the reference. Each tree gives one number, so that samples are independent."""
-    drawn, values = listops.generate(OURS["ListOps"], seed=0)
-    ours, theirs = ({k: np.array([t[k] for t in trees]) for k in trees[0]}
-                    for trees in (list(map(tree_statistics, s)) for s in (drawn, sequences)))  # fmt: skip
-    ours["label"], theirs["label"] = values, labels
+    ours, theirs = _our_trees(OURS["ListOps"]), _trees(sequences, labels)
     return compare(ours, theirs, categories=("depth", "root operator", "root arity", "label"))
+
+
+def _trees(sequences: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
+    facts = list(map(tree_statistics, sequences))
+    return {name: np.array([tree[name] for tree in facts]) for name in facts[0]} | {"label": labels}
+
+
+@functools.cache
+def _our_trees(count: int) -> dict[str, np.ndarray]:
+    return _trees(*listops.generate(count, seed=0))
 
 
 def compare(
@@ -165,10 +173,14 @@ def image_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
 
 def compare_pathfinder(length: int, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Two-sample tests of our images of a contour length against the reference."""
-    drawn, values = pathfinder.generate(OURS["Pathfinder"], seed=0, contour_length=length)
-    ours, theirs = image_statistics(drawn), image_statistics(images)
-    ours["label"], theirs["label"] = values, labels
+    ours, theirs = _our_images(OURS["Pathfinder"], length), image_statistics(images) | {"label": labels}
     return compare(ours, theirs, categories=("separate parts", "label"))
+
+
+@functools.cache
+def _our_images(count: int, length: int) -> dict[str, np.ndarray]:
+    drawn, values = pathfinder.generate(count, seed=0, contour_length=length)
+    return image_statistics(drawn) | {"label": values}
 
 
 # What a learner gets out of Pathfinder images

@@ -167,7 +167,7 @@ def test_byte_overlap_finds_the_best_threshold(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return imports.read(["scikit-learn"])
+    return imports.read(["pandas", "scikit-learn"])
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,8 @@ def test_build_is_the_same_for_the_same_seed_alone(corpus, monkeypatch):
         build(preset="smoke", train=99_999)
 
 
-def test_smoke_build_is_balanced_and_one_document_says_nothing():
+def test_smoke_build_is_balanced_and_one_document_says_nothing(corpus, monkeypatch):
+    monkeypatch.setattr(imports, "read", lambda names: corpus if names == ["pandas", "scikit-learn"] else None)
     built = build(preset="smoke")
     assert built.substitute and built.dataset == "Python imports (substitute for AAN)"
     sizes = {name: np.bincount(split.labels).tolist() for name, split in built.splits.items()}
