@@ -5,6 +5,7 @@ PY=$VENV/bin/python
 if ! cmp -s requirements.txt "$VENV/installed.txt"; then
   echo "installing requirements.txt into $VENV (1-3 minutes)"
   "${PYTHON:-python3}" -m venv "$VENV"
-  "$PY" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  # Python compiles what it imports; compiling all that PyTorch has would take a minute.
+  "$PY" -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
   cp requirements.txt "$VENV/installed.txt"
 fi

@@ -19,11 +19,10 @@ For example, attention by the angle between a query and a key:
         linear_memory = True
 
         def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-            q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_BHND, k_BHND, v_BHND))
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = F.normalize(q_BHND, dim=-1), F.normalize(k_BHND, dim=-1)
             seen = None if mask_BN is None else mask_BN[:, None, None, :] | ~real_rows(mask_BN)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.config.sharpness)
-            return (out if mask_BN is None else out.masked_fill(~real_rows(mask_BN), 0)).to(v_BHND.dtype)
+            out = F.scaled_dot_product_attention(q, k, v_BHND, attn_mask=seen, scale=self.config.sharpness)
+            return out if mask_BN is None else out.masked_fill(~real_rows(mask_BN), 0)
 
         def flops(self, B, H, N, D):
             return 4 * B * H * N * N * D
@@ -34,7 +33,8 @@ For example, attention by the angle between a query and a key:
 What must hold, and `python -m tests.models.contract NAME` checks (NAME also `package.module:Class`, with its folder in
 PYTHONPATH and its reference `naive_<class in lower case>` beside it):
 
-  * Sums, norms and exponentials are in fp32 at least, whatever the type of q, k, v and under autocast.
+  * Sums, norms and exponentials are in fp32 at least. So `attend` gets q, k, v in fp32 at least, outside of autocast,
+    and its result goes back to the type of v; a method with `half = True` gets them as they are.
   * `mask_BN` is True at real tokens. Padding, and whatever stands there (in k and v NaN too), changes nothing at them.
   * A row without a real token gives zeros and finite gradients. A softmax over nothing is NaN, and so is its gradient.
   * A result never depends on N, the padded length of this batch. What needs a length takes `max_len`.
@@ -56,6 +56,7 @@ Shape suffixes, used on every tensor of models/:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +92,7 @@ class AttentionBase(nn.Module):
     fixed_length: ClassVar[bool] = False  # N may not exceed max_len
     reads_qk: ClassVar[bool] = True  # False: output depends on v alone, and the encoder passes v for q and k
     adapts: ClassVar[bool] = False  # keeps a sample of its training data in buffers, which all ranks must share
+    half: ClassVar[bool] = False  # takes half precision as it comes, under autocast too, and sums in fp32 itself
 
     def __init__(self, config: Any, *, heads: int, head_dim: int, max_len: int, seed: int = 0, layer: int = 0):
         """`max_len` in tokens; `seed` and `layer` seed whatever the method draws at random."""
@@ -118,17 +120,13 @@ class AttentionBase(nn.Module):
         if mask_BN is not None:  # 0 times a number that is not finite is not 0
             padding_B1N1 = ~mask_BN[:, None, :, None]
             k_BHND, v_BHND = k_BHND.masked_fill(padding_B1N1, 0), v_BHND.masked_fill(padding_B1N1, 0)
-        return self.attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
+        if self.half:
+            return self.attend(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
+        with torch.autocast(v_BHND.device.type, enabled=False):
+            q, k, v = (x.to(wide(x.dtype)) for x in (q_BHND, k_BHND, v_BHND))
+            return self.attend(q, k, v, mask_BN, scale, causal).to(v_BHND.dtype)
 
-    def attend(
-        self,
-        q_BHND: torch.Tensor,
-        k_BHND: torch.Tensor,
-        v_BHND: torch.Tensor,
-        mask_BN: torch.Tensor | None,
-        scale: float,
-        causal: bool,
-    ) -> torch.Tensor:
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale: float, causal: bool) -> torch.Tensor:
         """The method itself, on checked inputs, k and v 0 at padding; `causal` is True only where the trait is."""
         raise NotImplementedError
 
@@ -204,6 +202,11 @@ class AttentionBase(nn.Module):
             raise ValueError(f"{name}: {q.shape[2]} tokens exceed max_len {self.max_len}")
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def real_rows(mask_BN: torch.Tensor) -> torch.Tensor:
     """(B, 1, 1, 1) bool: True where a row has at least one real token."""
     return mask_BN.any(-1)[:, None, None, None]
@@ -217,6 +220,19 @@ def real_first(mask_BN: torch.Tensor) -> torch.Tensor:
 def take(x_BHND: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
     """The tokens of each row in the order of `index`."""
     return x_BHND.gather(2, index_BN[:, None, :, None].expand_as(x_BHND))
+
+
+def packed(attend: Callable, mask_BN: torch.Tensor | None, *tensors_BHND: torch.Tensor) -> torch.Tensor:
+    """attend(*tensors, mask) of rows whose real tokens come first, in their order, brought back into place.
+
+    Padding is then the future of a causal method, and passes no time between two tokens. Rows without a real token
+    become 0.
+    """
+    if mask_BN is None:
+        return attend(*tensors_BHND, None)
+    order_BN = real_first(mask_BN)
+    out_BHND = attend(*(take(x, order_BN) for x in tensors_BHND), mask_BN.gather(1, order_BN))
+    return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_rows(mask_BN), 0)
 
 
 def alibi(slopes_H: torch.Tensor, N: int) -> torch.Tensor:

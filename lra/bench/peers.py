@@ -53,12 +53,16 @@ class Plain(performer.Attention):
 class Unfused(AttentionBase):
     """Softmax attention, the same way."""
 
+    half = True
+
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         return (scale * q_BHND @ k_BHND.mT).softmax(-1) @ v_BHND
 
 
 class Peer(AttentionBase):
     """`inner(q, k, v) -> out` of a package, all (B, H, N, D)."""
+
+    half = True
 
     def __init__(self, inner: nn.Module, **shape):
         super().__init__(None, **shape)

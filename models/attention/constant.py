@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.base import AttentionBase
+from models.features.recurrent import Recurrence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class Config:
     """No options."""
 
 
-class Attention(AttentionBase):
+class Attention(Recurrence):
     """out_i = mean of v_n over the real tokens n, the same for every i (a floor of arXiv 2603.04127).
 
     Causal: over the real tokens up to i. Trained like any other method. Where it ties softmax, the task at
@@ -20,31 +20,19 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    causal = True
-    recurrent = True
-    linear_memory = True
     reads_qk = False
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        # Summed in fp32 at least: a sum over thousands of tokens overflows fp16.
-        wide = torch.promote_types(v_BHND.dtype, torch.float32)
-        B, _, N, _ = v_BHND.shape
-        if mask_BN is None:
-            mask_BN = torch.ones(B, N, dtype=torch.bool, device=v_BHND.device)
-        real_B1N1 = mask_BN[:, None, :, None]
+        real_BN = torch.ones_like(v_BHND[:, 0, :, 0], dtype=torch.bool) if mask_BN is None else mask_BN
+        real_B1N1 = real_BN[:, None, :, None]
         if causal:
-            mean = v_BHND.cumsum(2, dtype=wide) / real_B1N1.cumsum(2).clamp(min=1)
-        else:
-            mean = v_BHND.sum(2, keepdim=True, dtype=wide) / real_B1N1.sum(2, keepdim=True).clamp(min=1)
-        return mean.to(v_BHND.dtype).expand_as(v_BHND)
+            return v_BHND.cumsum(2) / real_B1N1.cumsum(2).clamp(min=1)
+        mean_BH1D = v_BHND.sum(2, keepdim=True) / real_B1N1.sum(2, keepdim=True).clamp(min=1)
+        return mean_BH1D.expand_as(v_BHND)
 
-    def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
-        wide = torch.promote_types(v_BHD.dtype, torch.float32)
-        v = v_BHD.to(wide)
-        real_B11 = torch.ones_like(v[:, :1, :1]) if mask_B is None else mask_B[:, None, None].to(wide)
-        total, count = state or (torch.zeros_like(v), torch.zeros_like(real_B11))
-        total, count = total + v.where(real_B11 > 0, 0), count + real_B11
-        return (total / count.clamp(min=1)).to(v_BHD.dtype), (total, count)
+    def advance(self, q_BHD, k_BHD, v_BHD, state, scale):
+        total, count = state[0] + v_BHD, state[1] + torch.ones_like(v_BHD[:, :1, :1])
+        return total / count, (total, count)
 
     def flops(self, B, H, N, D):
         return 2 * B * H * N * D

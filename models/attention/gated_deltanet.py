@@ -6,8 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.base import AttentionBase
-from models.features.recurrent import CHUNK, Gate, chunked, decays, heads_to, naive_recurrence, turned
+from models.features.recurrent import (
+    CHUNK,
+    Gate,
+    Recurrence,
+    chunked,
+    decays,
+    heads_to,
+    naive_recurrence,
+    outer,
+    product,
+    turned,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +25,7 @@ class Config:
     """No options."""
 
 
-class Attention(AttentionBase):
+class Attention(Recurrence):
     """S_i = a_i (I - b_i k_i k_i^T) S_(i-1) + b_i k_i v_i^T,    out_i = scale sqrt(D) q_i S_i
 
     with q and k of length 1 (Yang et al., arXiv 2412.06464, eq. 10): b_i in (0, 1) is how much of what the state held
@@ -34,9 +44,6 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    causal = True
-    recurrent = True
-    linear_memory = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
@@ -45,28 +52,17 @@ class Attention(AttentionBase):
         self.bias_H = nn.Parameter(torch.zeros(self.heads))
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        dtype = v_BHND.dtype
-        with torch.autocast(v_BHND.device.type, enabled=False):
-            wide = torch.promote_types(dtype, torch.float32)
-            q, k, v = (x.to(wide) for x in (q_BHND, k_BHND, v_BHND))
-            q, k, log_decay_BHN, share_BHN = self._parts(q, k, v, scale)
-            if mask_BN is not None:
-                log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
-            moving = (turned(x, causal) for x in (q, k, v, log_decay_BHN, share_BHN))
-            return turned(delta(*moving), causal).to(dtype)
+        q, k, log_decay_BHN, share_BHN = self._parts(q_BHND, k_BHND, v_BHND, scale)
+        if mask_BN is not None:
+            log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
+        return turned(delta(*(turned(x, causal) for x in (q, k, v_BHND, log_decay_BHN, share_BHN))), causal)
 
-    def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
-        scale = self.head_dim**-0.5 if scale is None else scale
-        wide = torch.promote_types(v_BHD.dtype, torch.float32)
-        parts = self._parts(*(x[:, :, None].to(wide) for x in (q_BHD, k_BHD, v_BHD)), scale)
+    def advance(self, q_BHD, k_BHD, v_BHD, state, scale):
+        parts = self._parts(*(x[:, :, None] for x in (q_BHD, k_BHD, v_BHD)), scale)
         q, k, log_decay_BH, share_BH = (x[:, :, 0] for x in parts)
-        old = torch.zeros_like(k[..., None] * k[..., None, :]) if state is None else state
-        state = log_decay_BH[..., None, None].exp() * old
-        new_BHD = share_BH[..., None] * (v_BHD.to(wide) - (k[..., None] * state).sum(-2))
-        state = state + k[..., None] * new_BHD[..., None, :]
-        if mask_B is not None:
-            state = torch.where(mask_B[:, None, None, None], state, old)
-        return (q[..., None] * state).sum(-2).to(v_BHD.dtype), state
+        S_BHDD = log_decay_BH[..., None, None].exp() * (state[0] + torch.zeros_like(outer(k, v_BHD)))
+        S_BHDD = S_BHDD + outer(k, share_BH[..., None] * (v_BHD - product(k, S_BHDD)))
+        return product(q, S_BHDD), (S_BHDD,)
 
     def _parts(self, q, k, v, scale):
         """q and k as the state meets them, log a and b, for q, k, v of (B, H, N, D)."""

@@ -29,8 +29,7 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    linear_memory = True
-    fixed_length = True
+    linear_memory = fixed_length = half = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)

@@ -1,12 +1,13 @@
 """Local attention: a sliding window around every token."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from models.base import AttentionBase, alibi, option, real_first, real_rows, require, take
+from models.base import AttentionBase, alibi, option, packed, require
 from models.features.memory import Memory, extended
 
 
@@ -34,9 +35,7 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    causal = True
-    recurrent = True
-    linear_memory = True
+    causal = recurrent = linear_memory = half = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
@@ -47,18 +46,13 @@ class Attention(AttentionBase):
         self.slopes_H = slopes_H
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        if mask_BN is None:
-            everyone_BN = torch.ones_like(q_BHND[:, 0, :, 0], dtype=torch.bool)
-            return self._window(q_BHND, k_BHND, v_BHND, everyone_BN, scale, causal)
-        # Real tokens to the front, in their order.
-        order_BN = real_first(mask_BN)
-        packed = (take(x, order_BN) for x in (q_BHND, k_BHND, v_BHND))
-        out_BHND = self._window(*packed, mask_BN.gather(1, order_BN), scale, causal)
-        return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_rows(mask_BN), 0)
+        blocks = functools.partial(self._blocks, scale=scale, causal=causal)
+        return packed(blocks, mask_BN, q_BHND, k_BHND, v_BHND)
 
-    def _window(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+    def _blocks(self, q_BHND, k_BHND, v_BHND, mask_BN, *, scale, causal):
         """`attend` by blocks, real tokens first. K: the sinks and the keys of a block and its neighbours."""
         B, H, N, D = q_BHND.shape
+        mask_BN = q_BHND.new_ones(B, N, dtype=torch.bool) if mask_BN is None else mask_BN
         L, S = min(self.config.window, N), min(self.config.sinks, N)
         J = -(-N // L)
         shifts = [0] if J == 1 else [-1, 0] if causal else [-1, 0, 1]

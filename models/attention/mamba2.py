@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models.base import AttentionBase
-from models.features.recurrent import CHUNK, Gate, naive_recurrence, scan, turned
+from models.features.recurrent import CHUNK, Gate, Recurrence, naive_recurrence, outer, product, scan, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +13,7 @@ class Config:
     """No options."""
 
 
-class Attention(AttentionBase):
+class Attention(Recurrence):
     """S_i = e^(-rate step_i) S_(i-1) + step_i k_i v_i^T,    out_i = scale q_i S_i + skip v_i
 
     (state-space duality, Dao and Gu, arXiv 2405.21060, eq. 1 with scalar A: its C, B, X are q, k, v here). `Gate` has
@@ -28,9 +27,6 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    causal = True
-    recurrent = True
-    linear_memory = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
@@ -38,28 +34,17 @@ class Attention(AttentionBase):
         self.skip_H = nn.Parameter(torch.ones(self.heads))
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        dtype = v_BHND.dtype
-        with torch.autocast(v_BHND.device.type, enabled=False):
-            wide = torch.promote_types(dtype, torch.float32)
-            q, k, v = (x.to(wide) for x in (q_BHND, k_BHND, v_BHND))
-            step_BHN, log_decay_BHN = self.gate(v)
-            if mask_BN is not None:
-                log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
-            written = step_BHN[..., None] * v
-            moving = (turned(x, causal) for x in (scale * q, k, written, log_decay_BHN))
-            return (turned(scan(*moving), causal) + self.skip_H.to(wide)[:, None, None] * v).to(dtype)
+        step_BHN, log_decay_BHN = self.gate(v_BHND)
+        if mask_BN is not None:
+            log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
+        written_BHND = step_BHN[..., None] * v_BHND
+        moving = (turned(x, causal) for x in (scale * q_BHND, k_BHND, written_BHND, log_decay_BHN))
+        return turned(scan(*moving), causal) + self.skip_H.to(v_BHND.dtype)[:, None, None] * v_BHND
 
-    def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
-        scale = self.head_dim**-0.5 if scale is None else scale
-        wide = torch.promote_types(v_BHD.dtype, torch.float32)
-        q, k, v = (x.to(wide) for x in (q_BHD, k_BHD, v_BHD))
-        step_BH1, log_decay_BH1 = self.gate(v[:, :, None])
-        old = torch.zeros_like(k[..., None] * v[..., None, :]) if state is None else state
-        state = log_decay_BH1[..., None].exp() * old + (step_BH1 * k)[..., None] * v[..., None, :]
-        if mask_B is not None:
-            state = torch.where(mask_B[:, None, None, None], state, old)
-        out_BHD = scale * (q[..., None] * state).sum(-2) + self.skip_H.to(wide)[:, None] * v
-        return out_BHD.to(v_BHD.dtype), state
+    def advance(self, q_BHD, k_BHD, v_BHD, state, scale):
+        step_BH1, log_decay_BH1 = self.gate(v_BHD[:, :, None])
+        S_BHDD = log_decay_BH1[..., None].exp() * state[0] + outer(step_BH1 * k_BHD, v_BHD)
+        return scale * product(q_BHD, S_BHDD) + self.skip_H.to(v_BHD.dtype)[:, None] * v_BHD, (S_BHDD,)
 
     def flops(self, B, H, N, D):
         L = min(CHUNK, N)

@@ -1,5 +1,6 @@
 """Nystromformer: softmax attention through landmarks and the pseudo-inverse of their own attention."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,29 +44,21 @@ class Attention(AttentionBase):
             self.conv_HN = nn.Parameter(torch.empty(self.heads, CONV).uniform_(-(CONV**-0.5), CONV**-0.5))
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        dtype = v_BHND.dtype
-        B, _, N, _ = v_BHND.shape
         if mask_BN is None:
-            mask_BN = torch.ones(B, N, dtype=torch.bool, device=v_BHND.device)
-        with torch.autocast(v_BHND.device.type, enabled=False):
-            wide = torch.promote_types(dtype, torch.float32)
-            q_BHND, k_BHND, v_BHND = (x.to(wide) for x in (q_BHND, k_BHND, v_BHND))
-            index_BN, inside_BKN = segments(mask_BN, min(self.config.num_landmarks, N))
-            q_BHKD, k_BHKD = (means(x, index_BN, inside_BKN) for x in (q_BHND, k_BHND))
-            landmark_BK = inside_BKN.any(-1)
-            # A row without real tokens may look anywhere: its softmaxes stay finite, and A = 0 makes it 0.
-            real_B1 = landmark_BK[:, :1]
-            over_landmarks_B11K = (landmark_BK | ~real_B1)[:, None, None]
-            over_tokens_B11N = (mask_BN | ~real_B1)[:, None, None]
-            a_BHKK = (scale * q_BHKD @ k_BHKD.mT).masked_fill(~over_landmarks_B11K, float("-inf")).softmax(-1)
-            z_BHKK = pseudo_inverse(a_BHKK.masked_fill(~landmark_BK[:, None, :, None], 0), self.config.iterations)
-            y_BHKD = F.scaled_dot_product_attention(q_BHKD, k_BHND, v_BHND, attn_mask=over_tokens_B11N, scale=scale)
-            out_BHND = F.scaled_dot_product_attention(
-                q_BHND, k_BHKD, z_BHKK @ y_BHKD, attn_mask=over_landmarks_B11K, scale=scale
-            )
-            if self.config.conv:
-                out_BHND = out_BHND + depthwise(v_BHND, self.conv_HN.to(wide))
-        return out_BHND.to(dtype)
+            mask_BN = torch.ones_like(v_BHND[:, 0, :, 0], dtype=torch.bool)
+        index_BN, inside_BKN = segments(mask_BN, min(self.config.num_landmarks, mask_BN.shape[1]))
+        q_BHKD, k_BHKD = (means(x, index_BN, inside_BKN) for x in (q_BHND, k_BHND))
+        landmark_BK = inside_BKN.any(-1)
+        # A row without real tokens may look anywhere: its softmaxes stay finite, and A = 0 makes it 0.
+        real_B1 = landmark_BK[:, :1]
+        over_landmarks_B11K = (landmark_BK | ~real_B1)[:, None, None]
+        over_tokens_B11N = (mask_BN | ~real_B1)[:, None, None]
+        a_BHKK = (scale * q_BHKD @ k_BHKD.mT).masked_fill(~over_landmarks_B11K, float("-inf")).softmax(-1)
+        z_BHKK = pseudo_inverse(a_BHKK.masked_fill(~landmark_BK[:, None, :, None], 0), self.config.iterations)
+        attention = functools.partial(F.scaled_dot_product_attention, scale=scale)
+        y_BHKD = attention(q_BHKD, k_BHND, v_BHND, attn_mask=over_tokens_B11N)
+        out_BHND = attention(q_BHND, k_BHKD, z_BHKK @ y_BHKD, attn_mask=over_landmarks_B11K)
+        return out_BHND + depthwise(v_BHND, self.conv_HN.to(v_BHND.dtype)) if self.config.conv else out_BHND
 
     def flops(self, B, H, N, D):
         K, steps = min(self.config.num_landmarks, N), self.config.iterations

@@ -26,8 +26,7 @@ class Attention(softmax.Attention):
     """
 
     Config = Config
-    exact = False
-    random = True
+    exact, random = False, True
     reads_qk = False
     add_alibi = AttentionBase.add_alibi
 

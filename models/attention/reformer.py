@@ -44,9 +44,7 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    random = True
-    causal = True
-    linear_memory = True
+    random = causal = linear_memory = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
@@ -77,25 +75,21 @@ class Attention(AttentionBase):
         self.slopes_H = slopes_H
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        dtype, (B, _, N, _) = v_BHND.dtype, v_BHND.shape
+        s_BHND = (q_BHND + k_BHND) / 2
         if mask_BN is None:
-            mask_BN = torch.ones(B, N, dtype=torch.bool, device=v_BHND.device)
-        with torch.autocast(v_BHND.device.type, enabled=False):
-            wide = torch.promote_types(dtype, torch.float32)
-            padding_B1N1 = ~mask_BN[:, None, :, None]
-            s_BHND = ((q_BHND.to(wide) + k_BHND.to(wide)) / 2).masked_fill(padding_B1N1, 0)
-            v_BHND = v_BHND.to(wide)
-            qkv = scale * s_BHND, F.normalize(s_BHND, dim=-1), v_BHND
-            few_B1N, everything = self._few(qkv, mask_BN, causal)
-            parts, marks = [everything], []
-            for w_HMD in self.w_HMD.to(wide).chunk(self.config.rounds, 1):
-                along = s_BHND.detach() @ w_HMD.mT
-                bucket_BHN = torch.cat([along, -along], -1)[..., : self.buckets].argmax(-1)
-                bucket_BHN = bucket_BHN.masked_fill(~mask_BN[:, None], self.buckets)  # padding has its own
-                parts.append(self._round(qkv, bucket_BHN, marks, few_B1N, causal))
-            outs, totals, found = (torch.stack(part) for part in zip(*parts, strict=True))
-            out_BHND = (totals.softmax(0)[..., None] * outs).sum(0)
-            return torch.where(found.any(0)[..., None], out_BHND, v_BHND).to(dtype)
+            mask_BN = torch.ones_like(v_BHND[:, 0, :, 0], dtype=torch.bool)
+        s_BHND = s_BHND.masked_fill(~mask_BN[:, None, :, None], 0)
+        qkv = scale * s_BHND, F.normalize(s_BHND, dim=-1), v_BHND
+        few_B1N, everything = self._few(qkv, mask_BN, causal)
+        parts, marks = [everything], []
+        for w_HMD in self.w_HMD.to(s_BHND.dtype).chunk(self.config.rounds, 1):
+            along = s_BHND.detach() @ w_HMD.mT
+            bucket_BHN = torch.cat([along, -along], -1)[..., : self.buckets].argmax(-1)
+            bucket_BHN = bucket_BHN.masked_fill(~mask_BN[:, None], self.buckets)  # padding has its own
+            parts.append(self._round(qkv, bucket_BHN, marks, few_B1N, causal))
+        outs, totals, found = (torch.stack(part) for part in zip(*parts, strict=True))
+        out_BHND = (totals.softmax(0)[..., None] * outs).sum(0)
+        return torch.where(found.any(0)[..., None], out_BHND, v_BHND)
 
     def _round(self, qkv, bucket_BHN, marks, few_B1N, causal):
         """`masked_softmax` over the keys that this hash finds and none before it.

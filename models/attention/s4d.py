@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.base import AttentionBase, option, real_first, take
+from models.base import option, packed
+from models.features.recurrent import Recurrence
 
 CHUNK = 64  # tokens between two states
 
@@ -19,7 +20,7 @@ class Config:
     num_states: int = option(64, "states of each channel, half for either direction; a multiple of 4")
 
 
-class Attention(AttentionBase):
+class Attention(Recurrence):
     """x_i = e^(t A) x_(i-1) + (e^(t A) - 1) / A v_i,    out_i = 2 Re(C x_i) + skip v_i
 
     for every channel (head and coordinate) of v on its own, with diagonal complex A, one of each conjugate pair;
@@ -40,9 +41,6 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    causal = True
-    recurrent = True
-    linear_memory = True
     reads_qk = False
 
     def __init__(self, config, **shape):
@@ -59,15 +57,8 @@ class Attention(AttentionBase):
         self.skip_E = nn.Parameter(torch.randn(E))
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        dtype = v_BHND.dtype
-        with torch.autocast(v_BHND.device.type, enabled=False):
-            v_BHND = v_BHND.to(torch.promote_types(dtype, torch.float32))
-            if mask_BN is None:
-                return self._convolve(v_BHND, causal).to(dtype)
-            # Real tokens to the front, in their order, zeros behind them.
-            order_BN, real_B1N1 = real_first(mask_BN), mask_BN[:, None, :, None]
-            out_BHND = self._convolve(take(v_BHND, order_BN), causal)
-            return take(out_BHND, order_BN.argsort(1)).masked_fill(~real_B1N1, 0).to(dtype)
+        out_BHND = packed(lambda v, _: self._convolve(v, causal), mask_BN, v_BHND)
+        return out_BHND if mask_BN is None else out_BHND.masked_fill(~mask_BN[:, None, :, None], 0)
 
     def _convolve(self, v_BHND, causal):
         """`attend` without padding, by chunks."""
@@ -104,18 +95,13 @@ class Attention(AttentionBase):
         size = a_re.square() + a_im.square()
         return (x, y), times((2 * c_re, 2 * c_im), times(grown, (a_re / size, -a_im / size)))
 
-    def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
-        wide = torch.promote_types(v_BHD.dtype, torch.float32)
-        v_BHD, dtype = v_BHD.to(wide), v_BHD.dtype
-        exponent, gain = self._discrete(wide)
+    def advance(self, q_BHD, k_BHD, v_BHD, state, scale):
+        exponent, gain = self._discrete(v_BHD.dtype)
         v_BE1 = v_BHD.flatten(1)[..., None]
-        old = state or (v_BE1.new_zeros(len(v_BE1), *exponent[0].shape),) * 2
-        turned = times(tuple(x[..., 1] for x in powers(*exponent, 2)), old)
-        state = turned[0] + v_BE1, turned[1]
-        out_BHD = times(gain, state)[0].sum(-1).view_as(v_BHD) + self.skip_E.to(wide).view(v_BHD.shape[1:]) * v_BHD
-        if mask_B is not None:
-            state = tuple(torch.where(mask_B[:, None, None], *pair) for pair in zip(state, old, strict=True))
-        return out_BHD.to(dtype), state
+        leap = [x[..., 1] for x in powers(*exponent, 2)]
+        state = tuple(x + new for x, new in zip(times(leap, state), (v_BE1, torch.zeros_like(v_BE1)), strict=True))
+        read_BHD = times(gain, state)[0].sum(-1).view_as(v_BHD)
+        return read_BHD + self.skip_E.to(v_BHD.dtype).view(v_BHD.shape[1:]) * v_BHD, state
 
     def flops(self, B, H, N, D):
         L = min(CHUNK, N)

@@ -1,11 +1,12 @@
 """Exact softmax attention: the baseline of every ratio."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from models.base import AttentionBase, alibi, naive_average, real_first, real_rows, take
+from models.base import AttentionBase, alibi, naive_average, packed, real_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,7 @@ class Attention(AttentionBase):
     """
 
     Config = Config
-    exact = True
-    causal = True
+    exact = causal = half = True
     linear_memory = True  # the fused kernel never holds the N x N matrix
 
     def __init__(self, config, **shape):
@@ -40,11 +40,9 @@ class Attention(AttentionBase):
             return F.scaled_dot_product_attention(*qkv, scale=scale, is_causal=causal)
         real = real_rows(mask_BN)
         if causal:
-            # Real tokens to the front, in their order: padding then is the future, and needs no N x N mask.
-            order_BN = real_first(mask_BN)
-            packed = (take(x, order_BN) for x in qkv)
-            out_BHND = F.scaled_dot_product_attention(*packed, scale=scale, is_causal=True)
-            return take(out_BHND, order_BN.argsort(1)).masked_fill(~real, 0)
+            # Padding behind the real tokens is the future, and needs no N x N mask.
+            causally = functools.partial(F.scaled_dot_product_attention, scale=scale, is_causal=True)
+            return packed(lambda q, k, v, _: causally(q, k, v), mask_BN, *qkv)
         # A row without real tokens may look anywhere: its softmax stays finite, and its output becomes 0.
         allowed_B11N = mask_BN[:, None, None, :] | ~real
         out_BHND = F.scaled_dot_product_attention(*qkv, attn_mask=allowed_B11N, scale=scale)

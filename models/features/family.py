@@ -17,15 +17,16 @@ softmax attention for near keys, features for the others (models/features/blocks
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from models.base import AttentionBase, naive_average, option, real_first, real_rows, require, take
+from models.base import AttentionBase, naive_average, option, packed, real_rows, require, wide
 from models.features import memory
 from models.features.blocks import fold, inside, joined, merge, near, read, state_of, sums, unfold
-from models.features.flash import NEVER, flash, wide
+from models.features.flash import NEVER, flash
 from models.features.projections import gaussian
 
 BLOCK = {"cpu": 128}  # tokens of a block of the causal form without a window
@@ -63,10 +64,7 @@ class FeatureAttention(AttentionBase):
     estimate, times exp(far_H), a number per head that calibration sets. Blocks count real tokens.
     """
 
-    random = True
-    linear_memory = True
-    causal = True
-    recurrent = True
+    random = causal = recurrent = linear_memory = half = True
 
     def __init__(self, config, **shape):
         super().__init__(config, **shape)
@@ -87,28 +85,23 @@ class FeatureAttention(AttentionBase):
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
         with torch.autocast(v_BHND.device.type, enabled=False):
             if causal or self.config.window:
-                out_BHND = self.by_blocks(q_BHND, k_BHND, v_BHND, mask_BN, scale, causal)
-            else:
-                maps = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale)
-                key_bias_BHN = maps.key_bias_BHN
-                if mask_BN is not None:
-                    key_bias_BHN = key_bias_BHN.masked_fill(~mask_BN[:, None], NEVER)
-                state = state_of(maps.ak_HMD, k_BHND, v_BHND, key_bias_BHN)
-                out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM)
+                blocks = functools.partial(self.by_blocks, scale=scale, causal=causal)
+                return packed(blocks, mask_BN, q_BHND, k_BHND, v_BHND).to(v_BHND.dtype)
+            maps = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale)
+            key_bias_BHN = maps.key_bias_BHN
             if mask_BN is not None:
-                out_BHND = out_BHND.masked_fill(~real_rows(mask_BN), 0)
-            return out_BHND.to(v_BHND.dtype)
+                key_bias_BHN = key_bias_BHN.masked_fill(~mask_BN[:, None], NEVER)
+            state = state_of(maps.ak_HMD, k_BHND, v_BHND, key_bias_BHN)
+            out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM)
+            return (out_BHND if mask_BN is None else out_BHND.masked_fill(~real_rows(mask_BN), 0)).to(v_BHND.dtype)
 
-    def by_blocks(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        """The causal form and the hybrids, by blocks of real tokens."""
+    def by_blocks(self, q_BHND, k_BHND, v_BHND, mask_BN, *, scale, causal):
+        """The causal form and the hybrids, by blocks of real tokens, which come first."""
         (B, _, N, _), window, sinks = q_BHND.shape, self.config.window, self.config.sinks
-        if mask_BN is not None:
-            order_BN = real_first(mask_BN)
-            q_BHND, k_BHND, v_BHND = (take(x, order_BN) for x in (q_BHND, k_BHND, v_BHND))
         maps, L = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale), min(window or BLOCK.get(q_BHND.device.type, LEAF), N)
         dead_BHN = torch.zeros_like(maps.key_bias_BHN)
         if mask_BN is not None:
-            dead_BHN = dead_BHN.masked_fill(~mask_BN.gather(1, order_BN)[:, None], NEVER)
+            dead_BHN = dead_BHN.masked_fill(~mask_BN[:, None], NEVER)
         q, k, v = (fold(x, L) for x in (q_BHND, k_BHND, v_BHND))
         dead, key_bias = fold(dead_BHN, L, NEVER), fold(maps.key_bias_BHN, L) + fold(dead_BHN, L, NEVER)
         reach, parts, far = min(window, 1), [], None
@@ -129,8 +122,7 @@ class FeatureAttention(AttentionBase):
             past = torch.full_like(maps.feature_bias_HM, NEVER).expand(len(q), -1, -1) if far is None else far.L_BHM
             shared = maps.aq_HMD, maps.ak_HMD, key_bias, maps.feature_bias_HM
             parts.append(inside(q, k, v, *shared, past))
-        out_BHND = unfold(merge(*parts), B, N)
-        return out_BHND if mask_BN is None else take(out_BHND, order_BN.argsort(1))
+        return unfold(merge(*parts), B, N)
 
     def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
         """State: the State of all keys so far, or with a window the Memory."""

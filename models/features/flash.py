@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.base import wide
+
 NEVER = -1e30  # bias of a key that nothing may look at: finite, and exp(NEVER - any logit) is exactly 0
 TINY = 2**17  # numbers in p, (B, H, Q, K), up to which a CPU is fastest with `plain` and PyTorch's own gradients of it
 SMALL = 2**23  # up to which it keeps p for the backward pass
@@ -65,18 +67,27 @@ def of_size(q: Tensor, k: Tensor, limit: int) -> bool:
     return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= limit
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def plain(q, k, v, key_bias, causal):
     """The definition, with the matrix p in memory: out, lse, p."""
     logits = (q.to(key_bias) @ k.to(key_bias).mT).add_(key_bias[..., None, :])
     if causal:
         logits = logits.masked_fill_(torch.ones(logits.shape[-2:], dtype=torch.bool).to(q.device).triu(1), -torch.inf)
     p = logits.softmax(-1)
-    return (p @ v.to(key_bias)).to(v.dtype), logits.amax(-1) - p.amax(-1).log(), p
+    return (p @ v.to(key_bias)).to(v.dtype), _Mass.apply(logits, p), p
+
+
+class _Mass(torch.autograd.Function):
+    """lse of logits whose softmax is p, with dlogits = p dlse: amax has a gradient that counts its ties in int64."""
+
+    @staticmethod
+    def forward(ctx, logits, p):
+        ctx.save_for_backward(p)
+        return logits.amax(-1) - p.amax(-1).log()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlse):
+        return ctx.saved_tensors[0] * dlse[..., None], None
 
 
 def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted, p=None):

@@ -5,12 +5,74 @@ both directions, the second half of the heads runs from right to left; with one 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.base import AttentionBase, wide
+
 CHUNK = 64  # tokens between two states
+
+
+class Recurrence(AttentionBase):
+    """A method with a state of constant size: tensors that start at 0, and that padding leaves as they are."""
+
+    causal = recurrent = linear_memory = True
+
+    def advance(self, q_BHD, k_BHD, v_BHD, state: Sequence, scale: float) -> tuple[torch.Tensor, tuple]:
+        """Output and state after one more token, in fp32 at least; in `state` a number 0 stands for zeros."""
+        raise NotImplementedError
+
+    def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
+        scale, old = self.head_dim**-0.5 if scale is None else scale, state or (0.0, 0.0)
+        with torch.autocast(v_BHD.device.type, enabled=False):
+            out_BHD, state = self.advance(*(x.to(wide(x.dtype)) for x in (q_BHD, k_BHD, v_BHD)), old, scale)
+        if mask_B is not None:
+            pairs = zip(state, old, strict=False)
+            state = tuple(torch.where(mask_B.view(-1, *(1,) * (new.dim() - 1)), new, x) for new, x in pairs)
+        return out_BHD.to(v_BHD.dtype), state
+
+
+class FeatureMap(Recurrence):
+    """out_i = sum_n phi(q_i).phi(k_n) v_n / sum_n phi(q_i).phi(k_n), phi > 0 (arXiv 2006.16236, eq. 4 to 20).
+
+    A method is its `features`. Causal: chunks attend to themselves directly, and to the past through its state.
+    """
+
+    def features(self, x_BHND: torch.Tensor, scale: float) -> torch.Tensor:
+        """phi(x), (B, H, N, features), of queries or keys."""
+        raise NotImplementedError
+
+    def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
+        q, k = self.features(q_BHND, scale), self.features(k_BHND, scale)
+        if mask_BN is not None:
+            k = k.masked_fill(~mask_BN[:, None, :, None], 0)
+        if not causal:
+            return divide(q @ (k.mT @ v_BHND), q @ k.sum(2)[..., None])
+        both = scan(q, k, F.pad(v_BHND, (0, 1), value=1), None)  # the last column sums the weights
+        return divide(both[..., :-1], both[..., -1:])
+
+    def advance(self, q_BHD, k_BHD, v_BHD, state, scale):
+        q, k = (self.features(x[:, :, None], scale)[:, :, 0] for x in (q_BHD, k_BHD))
+        state = state[0] + outer(k, v_BHD), state[1] + k
+        return divide(product(q, state[0]), (q * state[1]).sum(-1, keepdim=True)), state
+
+
+def divide(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """total / weight, and 0 where there is no weight because there is no real token."""
+    return total / weight.masked_fill(weight == 0, 1)
+
+
+def outer(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """k v^T, (..., D, D)."""
+    return k[..., :, None] * v[..., None, :]
+
+
+def product(q: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
+    """q S of vectors q."""
+    return (q[..., None] * S).sum(-2)
 
 
 class Gate(nn.Module):
