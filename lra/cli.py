@@ -26,7 +26,7 @@ ROOMS = {  # command: the package whose options.py has its options, and its line
     "reproduce": ("lra.leaderboard", "run a record again and compare; adds a counter-record"),
     "leaderboard": ("lra.leaderboard", "take records in, verify them, make the page of all results"),
     "table": ("lra.leaderboard", "make the results tables from the records alone"),
-    "compare": ("lra.records", "set your records beside the reference's, cell by cell"),
+    "compare": ("lra.leaderboard", "set your records beside the reference's, cell by cell"),
     "plot": ("lra.figures", "draw the figures of the records and benchmarks, as SVG and PNG"),
     "tensorboard": ("lra.figures", "average the seeds of each cell, and show all learning curves"),
     "bench": ("lra.bench", "measure this machine, and write results/bench/ACTION.json and ACTION.md"),

@@ -1,13 +1,13 @@
-"""Options of `leaderboard ...`, `evaluate`, `reproduce` and `table`; answers --help without torch."""
-
-from __future__ import annotations
+"""Options of `leaderboard ...`, `evaluate`, `reproduce`, `table` and `compare`; answers --help without torch."""
 
 from pathlib import Path
 
-from lra.options import DATA, DEVICE, PLACES, PORT, READ, RUNS, TRUST, Command, option
-from lra.records.options import PRESETS_SHOWN
+from lra.options import DATA, DEVICE, PLACES, PORT, READ, RUNS, TRUST, Command, folder, option
 
 RECORD = option("record", "its JSON file", Path)
+REFERENCE = option("--reference", "folder of the records beside them", folder, Path("results/reference"))
+PRESETS_SHOWN = option("--preset", "only this preset (default: all)", list)
+CHECKED = (TRUST, DATA, READ, RUNS, DEVICE)
 LEVELS = (
     "0 form and identity, 1 agrees with itself, 2 first losses repeated (needs --data), "
     "3 saved weights evaluated (needs --data and --runs), 4 equivalent to somebody else's runs"
@@ -37,6 +37,7 @@ COMMANDS = {
             option("--write", "a file; of a Markdown file, what is between its results markers", Path),
         ),
     ),
+    "compare": Command("lra.leaderboard.page:compare", (READ, REFERENCE, PRESETS_SHOWN)),
     "leaderboard submit": Command(
         "lra.leaderboard.submit:submit",
         (
@@ -52,18 +53,13 @@ COMMANDS = {
         (
             option("files", "JSON files of records (default: all of --results)", Path, nargs="*"),
             option("--level", LEVELS, range(5), 1, type=int),
-            TRUST,
-            *(DATA, READ, RUNS, DEVICE),
+            *CHECKED,
         ),
         "check records, and write nothing",
     ),
     "leaderboard build": Command(
         "lra.leaderboard.page:build",
-        (
-            option("--level", f"verify every record up to it: {LEVELS}", range(1, 4), 1, type=int),
-            TRUST,
-            *(DATA, READ, RUNS, DEVICE),
-        ),
+        (option("--level", f"verify every record up to it: {LEVELS}", range(1, 4), 1, type=int), *CHECKED),
         "make the page RESULTS/index.html",
     ),
     "leaderboard serve": Command(

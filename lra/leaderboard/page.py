@@ -18,7 +18,7 @@ from lra.leaderboard.consistency import Places, places
 from lra.leaderboard.context import trees
 from lra.leaderboard.levels import Verdict, judge, reproductions
 from lra.options import UsageError
-from lra.records import cells, measured, published, table
+from lra.records import cells, measured, table
 from lra.records import compare as beside
 from lra.records.cells import Cell, Table, row_name
 from lra.records.markup import Bullets, flat, html_fragment, parsed
@@ -146,7 +146,7 @@ def render(
         warnings=[note for note in notes if not note.startswith("Bold: ")],  # that speaks of the table alone
         figures=[*map(_figure, figures), *studies],
         gemma=list(_gemma(results / "gemma")),
-        tables=Markup(html_fragment([*every, *measured.blocks(results), *published.blocks()])),
+        tables=Markup(html_fragment([*every, *measured.blocks(results), *measured.published()])),
         left_out=left_out,
     )
 

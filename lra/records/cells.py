@@ -1,11 +1,9 @@
 """From records to tables: which runs share a row, a column and a cell. No torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +13,12 @@ from typing import Any
 from lra.options import PRESETS, unknown
 from lra.records import measured
 from lra.records.markup import flat
-from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, iterate_records, report_skipped
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, Report, iterate_records, report_skipped
 from lra.records.stats import Uncertain, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
-Names, Report, Reasons = Sequence[str] | None, Callable[[str], None], Mapping[Path, str] | None
+Names, Reasons = Sequence[str] | None, Mapping[Path, str] | None
 Tables = list["Table"]
 
 
@@ -99,10 +97,7 @@ class Entry:
 
 
 def read_entry(path: Path, record: dict[str, Any]) -> Entry:
-    """The entry of the record at `path`.
-
-    Raises KeyError, TypeError, ValueError or AttributeError for a record that makes no sense.
-    """
+    """The entry of the record at `path`; KeyError, TypeError, ValueError or AttributeError if it makes no sense."""
     task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
     result, cost, env = record["result"], record["cost"] or {}, record["env"]
     curve = (result or {}).get("curve", ())
@@ -154,63 +149,38 @@ def _flatten(prefix: str, value: Any) -> dict[str, str]:
     return {k: v for key, inner in value.items() for k, v in _flatten(f"{prefix}.{key}", inner).items()}
 
 
-@dataclass(frozen=True)
 class Cell:
-    """The runs of one row in one column, by seed."""
+    """The runs of one row in one column, by seed; `ok` are those that ended."""
 
-    runs: tuple[Entry, ...]
-
-    @property
-    def seeds(self) -> int:
-        """How many seeds the cell should have: seeds are 0, 1, ..., so the largest tells. Other cells do not count."""
-        return self.runs[-1].seed + 1
-
-    @property
-    def ok(self) -> list[Entry]:
-        """Runs that ended."""
-        return [e for e in self.runs if e.n_correct is not None]
-
-    @property
-    def complete(self) -> bool:
-        """Whether no seed is missing or failed."""
-        return len(self.ok) == self.seeds
-
-    @property
-    def accuracies(self) -> list[float]:
-        """Fractions, one per run that ended."""
-        return [e.n_correct / e.n_test for e in self.ok]
-
-    @property
-    def estimate(self) -> Uncertain | None:
-        """Mean accuracy with its interval; None if every run failed."""
-        return over_seeds(self.accuracies, self.ok[0].n_test) if self.ok else None
+    def __init__(self, runs: Sequence[Entry]):
+        self.runs = runs
+        self.seeds = runs[-1].seed + 1  # that there should be: seeds are 0, 1, ..., so the largest tells
+        self.ok = [e for e in runs if e.n_correct is not None]
+        self.complete = len(self.ok) == self.seeds
+        self.dagger = " †" if any(e.open for e in self.ok) else ""  # outside PROTOCOL
+        self.accuracies = [e.n_correct / e.n_test for e in self.ok]  # fractions
+        self.estimate: Uncertain | None = over_seeds(self.accuracies, self.ok[0].n_test) if self.ok else None
 
 
-@dataclass(frozen=True)
 class Table:
-    """All runs of one preset."""
+    """All runs of one preset; columns and rows in the order shown.
 
-    preset: str
-    entries: tuple[Entry, ...]
-    speeds: dict[str, float]  # relative to softmax, by digest of the runs: what `bench tasks` measured
+    speeds: relative to softmax, by digest of the runs, as `bench tasks` measured. averaged: the first column of each of
+    the five tasks, real before substitute; none if a task is missing.
+    """
 
-    @cached_property
-    def columns(self) -> list[Column]:
-        """In the order shown."""
-        return sorted({e.column for e in self.entries}, key=lambda c: c.order)
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """In the order shown."""
-        return sorted({e.row for e in self.entries})
-
-    @cached_property
-    def cells(self) -> dict[tuple[Row, Column], Cell]:
-        """The cells that have runs."""
-        runs = defaultdict(list)
-        for e in sorted(self.entries, key=lambda e: e.seed):
+    def __init__(self, preset: str, entries: Sequence[Entry], speeds: dict[str, float]):
+        self.preset, self.entries, self.speeds = preset, entries, speeds
+        self.columns = sorted({e.column for e in entries}, key=lambda c: c.order)
+        self.rows = sorted({e.row for e in entries})
+        runs, self._softmax_peaks = defaultdict(list), defaultdict(list)  # bytes of softmax by setting
+        for e in sorted(entries, key=lambda e: e.seed):
             runs[e.row, e.column].append(e)
-        return {key: Cell(tuple(entries)) for key, entries in runs.items()}
+            if e.attention == "softmax" and e.peak_bytes:
+                self._softmax_peaks[e.setting].append(e.peak_bytes)
+        self.cells: dict[tuple[Row, Column], Cell] = {key: Cell(group) for key, group in runs.items()}
+        firsts = [next((c for c in self.columns if c.task == task), None) for task in TASKS]
+        self.averaged = [] if None in firsts else firsts
 
     def cell(self, attention: str, column: Column) -> Cell | None:
         """The cell of an attention's default row."""
@@ -219,8 +189,7 @@ class Table:
     def whole(self, row: Row, columns: Sequence[Column]) -> list[Cell]:
         """The cells of a row in these columns if all are there, complete and of equally many seeds; else none."""
         cells = [self.cells.get((row, column)) for column in columns]
-        whole = all(cell and cell.complete for cell in cells) and len({cell.seeds for cell in cells}) == 1
-        return cells if whole else []
+        return cells if all(c and c.complete for c in cells) and len({c.seeds for c in cells}) == 1 else []
 
     def efficiency(self, cell: Cell) -> tuple[float | None, float | None]:
         """Speed by `bench tasks` and median peak memory, relative to softmax; None: not measured."""
@@ -228,34 +197,17 @@ class Table:
         memory = [e.peak_bytes / median(self._softmax_peaks[e.setting]) for e in runs]
         return self.speeds.get(cell.runs[0].path.parent.name), median(memory) if memory else None
 
-    @cached_property
-    def _softmax_peaks(self) -> dict[tuple, list[int]]:
-        """Peak memory of the runs of softmax by setting."""
-        peaks = defaultdict(list)
-        for e in self.entries:
-            if e.attention == "softmax" and e.peak_bytes:
-                peaks[e.setting].append(e.peak_bytes)
-        return dict(peaks)
-
     def first(self, column: Column) -> Entry:
         """Any entry of a column, for what its entries share: floors and test set."""
         return next(e for e in self.entries if e.column == column)
 
     def floor(self, column: Column, kind: str) -> tuple[str, Uncertain] | None:
         """Name and interval of a floor: majority, shortcut (the highest of the others) or highest (of all)."""
-        floors, n_test = self.first(column).floors, self.first(column).n_test
+        floors = self.first(column).floors
         if kind != "highest":
             floors = {n: v for n, v in floors.items() if (n == "majority") == (kind == "majority")}
-        if not floors:
-            return None
-        name = max(sorted(floors), key=floors.__getitem__)
-        return name, proportion(floors[name], n_test)
-
-    @cached_property
-    def averaged(self) -> list[Column]:
-        """The columns of the average: the first of each of the five tasks, real before substitute; else none."""
-        firsts = [next((c for c in self.columns if c.task == task), None) for task in TASKS]
-        return [] if None in firsts else firsts
+        name = max(sorted(floors), key=floors.__getitem__, default=None)
+        return None if name is None else (name, proportion(floors[name], self.first(column).n_test))
 
 
 def build(results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None) -> Tables:

@@ -1,7 +1,5 @@
 """The one compact table: method x task, accuracy with its interval, narrow enough for README. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import mode
 
@@ -21,9 +19,11 @@ def blocks(tables: Sequence[Table]) -> list[Block]:
 
 
 def _preset(table: Table) -> list[Block]:
-    compared = compare_all(table)
-    names = column_names(table)
-    rows = [(kind, *(_floor(table, c, kind) for c in table.columns)) for kind in ("majority", "shortcut")]
+    compared, names = compare_all(table), column_names(table)
+    rows = []
+    for kind in ("majority", "shortcut"):
+        floors = (table.floor(c, kind) for c in table.columns)
+        rows.append((kind, *(interval(floor[1]) if floor else MISSING for floor in floors)))
     for row in table.rows:
         if not row[2]:
             cells = (_cell(table, row, c, compared.get((row, c, "softmax"))) for c in table.columns)
@@ -40,15 +40,15 @@ def column_names(table: Table) -> dict[Column, str]:
     return {c: n if texts.count(n) == 1 else f"{n} {c.data[:8]}" for c, n in names.items()}
 
 
+def faced(text: str, compared: Comparison | None) -> str:
+    """The text of a cell, bold or in italics where it is significantly above or below softmax."""
+    return {"above": Bold, "below": Italic}.get(compared.face if compared else None, str)(text)
+
+
 def interval(estimate: Uncertain) -> str:
     """Percent ± the longer half of the 95% interval."""
     half = max(estimate.high - estimate.value, estimate.value - estimate.low)
     return f"{100 * estimate.value:.1f} ± {100 * half:.1f}"
-
-
-def _floor(table: Table, column: Column, kind: str) -> str:
-    floor = table.floor(column, kind)
-    return interval(floor[1]) if floor else MISSING
 
 
 def _seeds(table: Table) -> int:
@@ -62,17 +62,15 @@ def _cell(table: Table, row: Row, column: Column, compared: Comparison | None) -
         return MISSING
     if not cell.ok:
         return f"failed {len(cell.runs)}/{cell.seeds}"
-    count = f" ({len(cell.ok)}/{cell.seeds})" if not cell.complete else ""
-    count = count or ("" if cell.seeds == _seeds(table) else f" ({cell.seeds})")
-    dagger = " †" if any(e.open for e in cell.ok) else ""
-    face = {"above": Bold, "below": Italic}.get(compared.face if compared else None, str)
-    return face(f"{interval(cell.estimate)}{count}{dagger}")
+    count = "" if cell.seeds == _seeds(table) else f" ({cell.seeds})"
+    if not cell.complete:
+        count = f" ({len(cell.ok)}/{cell.seeds})"
+    return faced(f"{interval(cell.estimate)}{count}{cell.dagger}", compared)
 
 
 def _sentences(table: Table, compared: dict[Key, Comparison]) -> list[str]:
     """What the table holds: unit, seeds, columns, floors, marks; a mark only if it occurs."""
-    cells = list(table.cells.values())
-    seeds = _seeds(table)
+    cells, seeds = table.cells.values(), _seeds(table)
     columns = "; ".join(f"{flat(c.task)}: {flat(', '.join(c.parts[1:]))}" for c in table.columns)
     sentences = [
         f"Test accuracy in percent ± half of its 95% interval, preset {flat(table.preset)}, "

@@ -12,8 +12,6 @@ sides have, the cell is
 Equivalence takes two seeds. With one, the gap itself is held against the margin.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +32,7 @@ MEANINGS = {
     DIFFERENT: "different",
     NONE: "without a reference",
 }
+Accuracies = list[float | None]  # of seeds, as fractions; None: the run failed
 ALWAYS = (EQUAL, WITHIN, DIFFERENT)  # counted in the last line even if there are none
 
 
@@ -63,9 +62,6 @@ def compare(args: Namespace, left_out: Mapping[Path, str] | None = None) -> int:
     return report_all(skipped)
 
 
-Accuracies = list[float | None]  # of seeds, as fractions; None: the run failed
-
-
 def against(cell: Cell, results: Path, reference: Path) -> tuple[str, Accuracies, Accuracies]:
     """How a cell compares with that of the reference: a mark of MEANINGS, and the accuracies of the seeds of both.
 
@@ -74,15 +70,19 @@ def against(cell: Cell, results: Path, reference: Path) -> tuple[str, Accuracies
     places = {e.path.relative_to(results): e for e in cell.runs}
     theirs = {place: record for place in places if (record := _read(reference / place))}
     ours = {place: read_record(places[place].path) for place in theirs or places}
-    mine, other = ([_accuracy(record) for record in records.values()] for records in (ours, theirs))
+    results_of = ([record["result"] for record in records.values()] for records in (ours, theirs))
+    mine, other = ([r and r["n_correct"] / r["n_test"] for r in side] for side in results_of)
     if not theirs:
         mark = NONE
     elif all(_equal(ours[place], theirs[place]) for place in theirs):
         mark = EQUAL
     elif None in mine + other:
         mark = DIFFERENT
+    elif len(mine) > 1:
+        verdict, _, _ = equivalent(dict(zip(theirs, mine)), dict(zip(theirs, other)), cell.runs[0].n_test)
+        mark = {"reproduced": WITHIN, "disputed": DIFFERENT, "inconclusive": UNCLEAR}[verdict]
     else:
-        mark = _mark(dict(zip(theirs, mine)), dict(zip(theirs, other)), cell.runs[0].n_test)
+        mark = WITHIN if abs(mine[0] - other[0]) <= margin(mine[0], cell.runs[0].n_test) else DIFFERENT
     return mark, mine, other
 
 
@@ -99,24 +99,11 @@ def equivalent(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -
     return verdict, gap, within
 
 
-def _mark(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -> str:
-    if len(ours) > 1:
-        verdict, _, _ = equivalent(ours, theirs, n)
-        return {"reproduced": WITHIN, "disputed": DIFFERENT, "inconclusive": UNCLEAR}[verdict]
-    mine, other = (mean_sd([*side.values()])[0] for side in (ours, theirs))
-    return WITHIN if abs(mine - other) <= margin(mine, n) else DIFFERENT
-
-
 def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Bit for bit: curve and predictions; of failed runs, the reason."""
     if not a["result"] or not b["result"]:
         return a["status"] == b["status"]
     return all(a["result"][key] == b["result"][key] for key in ("curve", "predictions_sha256"))
-
-
-def _accuracy(record: dict[str, Any]) -> float | None:
-    result = record["result"]
-    return result["n_correct"] / result["n_test"] if result else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

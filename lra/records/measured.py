@@ -1,23 +1,30 @@
-"""What `bench` measured, read from results/bench/: the source of every time in a table. No torch.
+"""Numbers that no record holds: what `bench` measured, the source of every time in a table; what others published.
+
+Measured: results/bench/. No torch.
 
 attention.json: {"points": [{"name", "N", "seconds", "peak_bytes", "ratio"}]}: forward and backward of one attention;
 ratio, if given, is softmax's time by its own, the median over interleaved rounds.
 tasks-PRESET.json: {"points": [{"digest", "ratio"}]}: softmax's time of a training step by that of the runs whose
 configuration has the digest, in interleaved rounds.
+published.json: {"accuracy": [source, ...], "speed": source}: printed beside our tables, never used as our baseline. A
+source has a title, a citation, a caveat, which says why no column of ours compares with it, and rows {name: numbers},
+in the order of TASKS or of SPEEDS.
 """
-
-from __future__ import annotations
 
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lra.options import UsageError
 from lra.records.markup import MISSING, Block, Grid, Heading, Text
+from lra.records.stats import mean_sd
 
+PUBLISHED: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
+TASKS = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder")  # percent
+SPEEDS = tuple(f"{length} {unit}" for unit in ("steps/s", "GB") for length in ("1K", "2K", "3K", "4K"))
 BASELINE = "softmax"
 SPEED = (
     "Forward and backward of the attention alone, allocator tuned for all, relative to softmax in the same interleaved "
@@ -34,7 +41,7 @@ class Point(NamedTuple):
     peak_bytes: float | None = None
     ratio: float | None = None
 
-    def faster(self, base: Point) -> float:
+    def faster(self, base: "Point") -> float:
         """How many times as fast as softmax at the same length."""
         return base.y / self.y if self.ratio is None else self.ratio
 
@@ -115,3 +122,21 @@ def _ratios(point: Point | None, base: Point) -> str:
         return MISSING
     memory = f"{point.peak_bytes / base.peak_bytes:.2f}" if point.peak_bytes and base.peak_bytes else MISSING
     return f"{point.faster(base):.2f} / {memory}"
+
+
+def published() -> list[Block]:
+    """The block "Published, not rerun": one table per source, averages computed here."""
+    intro = "Accuracy in percent, from the papers; other data, code and sizes: no row compares with one above."
+    tables: list[Block] = [Heading("Published, not rerun"), Text(intro)]
+    for source in PUBLISHED["accuracy"]:
+        averaged = {name: (*row, mean_sd(row)[0]) for name, row in source["rows"].items()}
+        tables += _source(source, averaged, (*TASKS, "average"))
+    return tables + _source(PUBLISHED["speed"], PUBLISHED["speed"]["rows"], SPEEDS)
+
+
+def _source(source: dict[str, Any], rows: dict[str, Sequence[float]], header: tuple[str, ...]) -> list[Block]:
+    def cell(value, column):
+        return f"{value:.1f}" if column.endswith("steps/s") else f"{value:.2f}"
+
+    lines = tuple((name, *map(cell, row, header)) for name, row in rows.items())
+    return [Text("{title} ({citation}). {caveat}".format(**source)), Grid(("published", *header), lines)]

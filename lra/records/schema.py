@@ -5,8 +5,6 @@ that end in ? may be missing; a list of rules is a list of exactly these values.
 printable texts without angle brackets get through.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -29,32 +27,12 @@ class Unchecked(Exception):
     """A level that cannot be decided here; one line that says why, and the way out."""
 
 
-class Value(NamedTuple):
-    """A single value: what it must be, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], Any]
-
-
-class Maybe(NamedTuple):
-    """That, or null."""
-
-    rule: Any
-
-
-class Items(NamedTuple):
-    """A list of `low` to `high` values."""
-
-    rule: Any
-    low: int
-    high: int
-
-
-class Names(NamedTuple):
-    """An object of at most 50 entries whose names are not fixed."""
-
-    name: Value
-    rule: Any
+# Rules: a single value, as words and as a test; another rule or null; `low` to `high` values of one rule; an object of
+# at most 50 entries whose names are not fixed.
+Value = NamedTuple("Value", [("words", str), ("holds", Callable[[Any], Any])])
+Maybe = NamedTuple("Maybe", [("rule", Any)])
+Items = NamedTuple("Items", [("rule", Any), ("low", int), ("high", int)])
+Names = NamedTuple("Names", [("name", Value), ("rule", Any)])
 
 
 def check(record: dict[str, Any]) -> None:
@@ -96,14 +74,14 @@ def _check(value: Any, rule: Any, name: str) -> None:
 
 def _check_fields(value: dict[str, Any], rules: dict[str, Any], name: str) -> None:
     known = {key.removesuffix("?"): rule for key, rule in rules.items()}
-    for key in value:
-        if key not in known:
-            raise Rejected(f"unknown field {f'{name}.{key}'.lstrip('.')[:90]!r}")
+    dotted = {key: f"{name}.{key}".lstrip(".") for key in (*value, *known)}
+    if others := [key for key in value if key not in known]:
+        raise Rejected(f"unknown field {dotted[others[0]][:90]!r}")
     for key, rule in known.items():
         if key in value:
-            _check(value[key], rule, f"{name}.{key}".lstrip("."))
+            _check(value[key], rule, dotted[key])
         elif f"{key}?" not in rules:
-            raise Rejected(f"field {f'{name}.{key}'.lstrip('.')} is missing")
+            raise Rejected(f"field {dotted[key]} is missing")
 
 
 def _require(holds: Any, name: str, words: str, value: Any) -> None:

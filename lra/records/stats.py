@@ -33,8 +33,6 @@ Two methods that answered the same test examples are compared example by example
 example is. Arrays of answers have the shape (seeds, examples), True where the answer was right.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -65,15 +63,8 @@ class Uncertain:
     seeds_freedom: float = math.inf
     limits: tuple[float, float] = (-math.inf, math.inf)  # a proportion is within 0 and 1
 
-    @property
-    def low(self) -> float:
-        """Lower end of the 95% interval."""
-        return self.interval(ALPHA)[0]
-
-    @property
-    def high(self) -> float:
-        """Upper end of the 95% interval."""
-        return self.interval(ALPHA)[1]
+    low = property(lambda self: self.interval(ALPHA)[0])
+    high = property(lambda self: self.interval(ALPHA)[1])
 
     def interval(self, level: float) -> tuple[float, float]:
         """The interval of 1 - level."""
@@ -128,14 +119,9 @@ def combine(parts: Sequence[tuple[float, Uncertain]], value: float | None = None
     sides = [(w * x.below, w * x.above) if w > 0 else (-w * x.above, -w * x.below) for w, x in parts]
     _, freedom = welch([((w * (x.below + x.above) / 2) ** 2, x.freedom) for w, x in parts])
     variance, seeds_freedom = welch([((w * x.seeds) ** 2, x.seeds_freedom) for w, x in parts])
-    return Uncertain(
-        math.fsum(w * x.value for w, x in parts) if value is None else value,
-        math.hypot(*(below for below, _ in sides)),
-        math.hypot(*(above for _, above in sides)),
-        freedom,
-        math.sqrt(variance),
-        seeds_freedom,
-    )
+    below, above = (math.hypot(*(side[i] for side in sides)) for i in (0, 1))
+    value = math.fsum(w * x.value for w, x in parts) if value is None else value
+    return Uncertain(value, below, above, freedom, math.sqrt(variance), seeds_freedom)
 
 
 def wilson(k: float, n: int, z: float | None = None) -> tuple[float, float]:
@@ -170,12 +156,8 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 def training(values: Sequence[float]) -> Uncertain:
     """Mean over seeds with the noise of training alone; one seed has none that is known."""
-    mean, sd = mean_sd(values)
-    return (
-        Uncertain(mean)
-        if sd is None
-        else Uncertain(mean, seeds=sd / math.sqrt(len(values)), seeds_freedom=len(values) - 1)
-    )
+    (mean, sd), m = mean_sd(values), len(values)
+    return Uncertain(mean, seeds=sd / math.sqrt(m), seeds_freedom=m - 1) if m > 1 else Uncertain(mean)
 
 
 def over_seeds(accuracies: Sequence[float], n: int) -> Uncertain:
