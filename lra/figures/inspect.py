@@ -4,8 +4,6 @@
 TASK-PRESET-sheet.png. `cards` reads these files.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from argparse import Namespace

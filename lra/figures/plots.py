@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lra.figures import style
-from lra.figures.labels import label_ends
-from lra.figures.style import color, drawing, listed, short
+from lra.figures.style import color, drawing, label_ends, listed, short
 from lra.options import PRESETS
 from lra.records import measured
-from lra.records.cells import Cell, Column, Table, row_name
+from lra.records.cells import Cell, Column, Row, Table, row_name
 from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
 from lra.records.significance import compare_all
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rows = Sequence[tuple[int, str, tuple[str, ...]]]  # keys of a table's rows
+Rows = Sequence[Row]
 
 
 def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> list[Path]:
@@ -101,7 +100,12 @@ def accuracy(table: Table, rows: Rows) -> Figure | None:
         names = []
         for y, key in enumerate(sorted([*heights, *floors], key=lambda k: (heights | floors)[k])):
             if key in heights:
-                _seeds(axes, y, key[1], cells[key])
+                cell = cells[key]
+                value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
+                look = {"fmt": style.marker(key[1]), "color": color(key[1]), "markersize": 6, "capsize": 2}
+                axes.errorbar(value, y, xerr=[[value - low], [high - value]], **look)
+                dots = [100 * a for a in cell.accuracies]
+                axes.plot(dots, [y - 0.28] * len(dots), ".", color=color(key[1]), markersize=4, alpha=0.8)
             else:
                 axes.axvline(100 * floors[key], color=style.GREY, linestyle="--", linewidth=0.9)
                 axes.plot([100 * floors[key]], [y], "|", color=style.GREY, markersize=8, markeredgewidth=2)
@@ -113,14 +117,6 @@ def accuracy(table: Table, rows: Rows) -> Figure | None:
     label = "test accuracy, %: seeds, mean, 95% interval; each panel has a scale of its own"
     figure.supxlabel(label + _more(table, rows), fontsize=8)
     return figure
-
-
-def _seeds(axes: Axes, y: float, method: str, cell: Cell) -> None:
-    value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
-    look = {"fmt": style.marker(method), "color": color(method), "markersize": 6, "capsize": 2}
-    axes.errorbar(value, y, xerr=[[value - low], [high - value]], **look)
-    dots = [100 * a for a in cell.accuracies]
-    axes.plot(dots, [y - 0.28] * len(dots), ".", color=color(method), markersize=4, alpha=0.8)
 
 
 def curves(table: Table, rows: Rows) -> Figure | None:
@@ -169,9 +165,9 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
     points = {}
     for row in rows:
         if cells := table.whole(row, columns):
-            speed, memory = map(_geometric, zip(*map(table.efficiency, cells), strict=True))
-            if speed and memory:
-                points[row[1]] = speed, memory, average([cell.estimate for cell in cells])
+            ratios = list(zip(*map(table.efficiency, cells), strict=True))
+            if all(map(all, ratios)):  # measured in every column
+                points[row[1]] = (*map(statistics.geometric_mean, ratios), average([cell.estimate for cell in cells]))
     if not points:
         return None
     figure, axes = style.subplots(width=7.2, height=4.6)
@@ -205,11 +201,6 @@ def _tradeoff(table: Table, columns: Sequence[Column], points: dict[str, tuple])
     return text + (f"; the fastest of the others, {short(best)}, is {speeds[best]:.2f} times as fast" if best else "")
 
 
-def _geometric(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v]
-    return statistics.geometric_mean(known) if len(known) == len(values) else None
-
-
 def scaling(lengths: Curves) -> Figure | None:
     """Time and peak memory of the attention alone against length; a ring where a method overtakes softmax."""
     if not lengths:
@@ -220,16 +211,17 @@ def scaling(lengths: Curves) -> Figure | None:
         cross = measured.crossover(curve, lengths.get(BASELINE, [])) if name != BASELINE else None
         label = short(name) + (f", from {cross:,.0f}" if cross else "")
         times.plot(*zip(*((p.x, p.y) for p in curve)), label=label, **style.look(name))
-        peaks = [(p.x, p.peak_bytes / 1e6) for p in curve if p.peak_bytes]
-        if peaks:
+        if peaks := [(p.x, p.peak_bytes / 1e6) for p in curve if p.peak_bytes]:
             memory.plot(*zip(*peaks), label=short(name), **style.look(name))
         if cross:
             crossings[name] = cross
-            if cross > curve[0].x:
-                _ring(times, cross, lengths[BASELINE], color(name))
+            if cross > curve[0].x:  # a ring on the baseline's curve, a straight line between points in log-log
+                xs, ys = (np.log([getattr(p, axis) for p in lengths[BASELINE]]) for axis in ("x", "y"))
+                ring = {"markersize": 11, "fillstyle": "none", "markeredgecolor": color(name), "markeredgewidth": 1.8}
+                times.plot([cross], [np.exp(np.interp(math.log(cross), xs, ys))], "o", **ring)
     style.message(figure, _overtaken(lengths, crossings))
-    ring = "tokens N (ring, from: not slower than softmax)"
-    style.log_axes(times, 2, xlabel=ring, ylabel="seconds, forward and backward")
+    tokens = "tokens N (ring, from: not slower than softmax)"
+    style.log_axes(times, 2, xlabel=tokens, ylabel="seconds, forward and backward")
     style.log_axes(memory, 2, xlabel="tokens N", ylabel="peak memory, MB")
     for axes in (times, memory):
         label_ends(axes)
@@ -242,10 +234,3 @@ def _overtaken(lengths: Curves, crossings: dict[str, float]) -> str:
     ends = [f"{short(n)} from {crossings[n]:,.0f} tokens" for n in dict.fromkeys(ranked[:1] + ranked[-1:])]
     text = f"{len(crossings)} of {sum(name != BASELINE for name in lengths)} methods overtake softmax"
     return ": ".join([text, ", ".join(ends)] if ends else [text])
-
-
-def _ring(axes: Axes, x: float, baseline: Sequence[measured.Point], shade: str) -> None:
-    """Mark x on the baseline's curve, a straight line between points in log-log."""
-    xs, ys = (np.log([getattr(p, axis) for p in baseline]) for axis in ("x", "y"))
-    y = np.exp(np.interp(math.log(x), xs, ys))
-    axes.plot([x], [y], "o", markersize=11, fillstyle="none", markeredgecolor=shade, markeredgewidth=1.8)

@@ -1,7 +1,5 @@
 """`tensorboard`: the mean over the seeds of each cell as a run of its own, and the command that shows everything."""
 
-from __future__ import annotations
-
 import math
 import os
 import shlex

@@ -4,8 +4,6 @@ A results folder holds trees: RESULTS itself, with the records of its owner, and
 <name> submitted. The owner's records are held against each other, those of somebody else against the owner's, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -61,8 +59,7 @@ class Context:
         """Take a record in that stands, or is to stand, at `place` below a tree."""
         self.seeds[tree, place.parent].add(place.stem)
         try:
-            traces, claims = list(_traces(place, record)), list(_claims(record))
-            origin = _origin(tree, place, record)
+            traces, claims, origin = [*_traces(place, record)], [*_claims(record)], _origin(tree, place, record)
         except (KeyError, TypeError, AttributeError):
             return  # malformed: V0 names the field
         for trace in traces:

@@ -11,8 +11,7 @@ No level proves honesty. Peak memory, clocks beyond their mutual agreement, hard
 V0 and V1 never import what a record names. Torch is loaded for the model alone. Nothing is written.
 """
 
-from __future__ import annotations
-
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Collection
@@ -21,9 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lra.leaderboard.consistency import Places, consistent
+from lra.leaderboard.consistency import Places, consistent, identity
 from lra.leaderboard.context import Context, trees
-from lra.leaderboard.identity import identity
 from lra.options import UsageError
 from lra.records.compare import equivalent
 from lra.records.record import read_record
@@ -62,13 +60,15 @@ class Verdict:
     reason: str = ""
     reproduction: Reproduction | None = None
 
+    level = property(lambda self: max(self.levels, default=-1))
+
     @property
     def badge(self) -> str:
         """rejected, unverified, or V0 to V4; with `disputed` where somebody else's runs disagree."""
         if self.rejected:
             return "rejected"
         disputed = self.reproduction and self.reproduction.verdict == "disputed"
-        return (f"V{max(self.levels)}" if self.levels else "unverified") + (" disputed" if disputed else "")
+        return (f"V{self.level}" if self.levels else "unverified") + (" disputed" if disputed else "")
 
 
 def verify(path: Path, level: int, places: Places, context: Context | None = None, tree: Path | None = None) -> Verdict:
@@ -99,11 +99,11 @@ def verify(path: Path, level: int, places: Places, context: Context | None = Non
         return replace(verdict, rejected=True, reason=str(error))
     except Unchecked as error:
         return replace(verdict, reason=str(error))
-    for number, repeat in ((2, "probe_again"), (3, "evaluate_again")):
-        if number > level or verdict.rejected:
+    for number in range(2, level + 1):
+        if verdict.rejected:
             break
         try:
-            shortfall = getattr(rerun, repeat)(path, record, places)
+            shortfall = (rerun.probe_again if number == 2 else rerun.evaluate_again)(path, record, places)
             verdict = replace(verdict, levels=(*verdict.levels, number), reason=verdict.reason or shortfall or "")
         except Rejected as error:
             verdict = replace(verdict, rejected=True, reason=str(error))
@@ -121,9 +121,8 @@ def judge(places: Places, level: int = 1, named: Collection[str] = ()) -> dict[P
     results, context = places.results, Context(places.results)
     paths = [path for tree in trees(results) for path in sorted(tree.glob("records/*/*/*/seed*.json"))]
     wanted = [path for path in paths if not named or os.path.realpath(path) in named]
-    bar = tqdm(wanted, desc="verifying", unit="record", disable=None, leave=False, delay=2)
     verdicts = {}
-    for path in bar:
+    for path in tqdm(wanted, desc="verifying", unit="record", disable=None, leave=False, delay=2):
         place = path.relative_to(results)
         verdicts[place] = verify(path, max(level, 2) if author(place) else level, places, context)
     for place, reproduction in _reproductions(results, verdicts).items():
@@ -154,21 +153,15 @@ def _reproductions(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, R
             cells[place.parts[-4:-1]][author(place)].append(place)
     least: dict[Path, Reproduction] = {}
     for groups in (groups for groups in cells.values() if len(groups) > 1):
-        ended = {by: _ended(results, places) for by, places in groups.items()}
-        for by, theirs in ended.items():
-            for other, ours in ended.items():
-                if other == by or min(len(ours), len(theirs)) < FEWEST:
-                    continue
-                accuracies = ({k: correct / n for k, (correct, n) in runs.items()} for runs in (ours, theirs))
-                verdict, gap, margin = equivalent(*accuracies, next(iter(ours.values()))[1])
-                found = Reproduction(by or "the owner of these results", len(theirs), verdict, gap, margin)
-                for place in groups[other]:
-                    known = least.get(place, found)
-                    least[place] = min(known, found, key=lambda r: ORDER.index(r.verdict))
+        read = {by: {p.stem: read_record(results / p)["result"] for p in places} for by, places in groups.items()}
+        ended = {by: {seed: r for seed, r in runs.items() if r} for by, runs in read.items()}
+        for (by, theirs), (other, ours) in itertools.permutations(ended.items(), 2):
+            if min(len(ours), len(theirs)) < FEWEST:
+                continue
+            accuracies = ({seed: r["n_correct"] / r["n_test"] for seed, r in runs.items()} for runs in (ours, theirs))
+            verdict, gap, margin = equivalent(*accuracies, next(iter(ours.values()))["n_test"])
+            found = Reproduction(by or "the owner of these results", len(theirs), verdict, gap, margin)
+            for place in groups[other]:
+                known = least.get(place, found)
+                least[place] = min(known, found, key=lambda r: ORDER.index(r.verdict))
     return least
-
-
-def _ended(results: Path, places: list[Path]) -> dict[str, tuple[int, int]]:
-    """(right answers, examples) of the runs that ended, by seed."""
-    records = {place.stem: read_record(results / place)["result"] for place in places}
-    return {seed: (r["n_correct"], r["n_test"]) for seed, r in records.items() if r}

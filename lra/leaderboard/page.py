@@ -1,7 +1,5 @@
 """What is shown of the records: tables as text, and the page, one static file that needs no network. No torch."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
@@ -11,6 +9,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from lra.figures import plots
 from lra.figures.style import GREY, INK, color
@@ -115,11 +115,9 @@ def render(
 ) -> str:
     """The page as text: a pure function of the owner's tables, those of others by their names, and the figures."""
     import jinja2
-    from markupsafe import Markup
 
-    form = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    loader, strict = jinja2.FileSystemLoader(HERE), jinja2.StrictUndefined
-    environment = jinja2.Environment(loader=loader, undefined=strict, **form)
+    form = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), **form)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     rows = [row for t in tables for row in _rows(results, t, verdicts)]
     others = [
@@ -154,8 +152,7 @@ def render(
 def _rows(results: Path, t: Table, verdicts: dict[Path, Verdict]) -> Iterator[dict[str, Any]]:
     """One dictionary for each cell and each floor of a table: by task, the best first, the failed last."""
     for column in t.columns:
-        cells = {key: cell for (key, c), cell in t.cells.items() if c == column}
-        rows = [_row(results, t, key, cell, verdicts) for key, cell in cells.items()]
+        rows = [_row(results, t, key, cell, verdicts) for (key, c), cell in t.cells.items() if c == column]
         floors = [_floor(name, value) for name, value in t.first(column).floors.items()]
         ends = [end for row in rows for end in row["bounds"]] + [row["accuracy"] for row in floors]
         low, high = min(ends, default=0.0), max(ends, default=100.0)
@@ -213,39 +210,27 @@ def _floor(name: str, value: float) -> dict[str, Any]:
 
 def _score(cell: Cell) -> dict[str, Any]:
     """Accuracy in percent, with its interval and seeds."""
-    seeds = f"{len(cell.ok)} of {cell.seeds}"
     failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
-    if not cell.ok:
-        return {"accuracy": None, "bounds": (), "dots": (), "seeds": seeds, "failed": failed}
-    _, sd = mean_sd(cell.accuracies)
-    return {
-        "accuracy": 100 * cell.estimate.value,
-        "sd": None if sd is None else 100 * sd,
-        "bounds": [100 * cell.estimate.low, 100 * cell.estimate.high],
-        "interval": f"{100 * cell.estimate.low:.1f} to {100 * cell.estimate.high:.1f}",
-        "dots": [100 * a for a in cell.accuracies],
-        "seeds": seeds,
-        "failed": failed,
-    }
+    score = {"accuracy": None, "bounds": (), "seeds": f"{len(cell.ok)} of {cell.seeds}", "failed": failed}
+    if cell.ok:
+        value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
+        _, sd = mean_sd(cell.accuracies)
+        score |= {"accuracy": value, "bounds": [low, high], "interval": f"{low:.1f} to {high:.1f}"}
+        score["sd"] = None if sd is None else 100 * sd
+    return score | {"dots": [100 * a for a in cell.accuracies]}
 
 
 def _badge(results: Path, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
     """The badge of the least verified run of a cell; its level is -1 when unverified."""
-
-    def level(verdict):
-        return max(verdict.levels, default=-1)
-
     runs = [verdicts[e.path.relative_to(results)] for e in cell.runs]
-    least = min(runs, key=level)
+    least = min(runs, key=lambda verdict: verdict.level)
     why = "; ".join(str(part) for part in (least.reproduction, least.reason) if part)
     confirmed = all({2, 4} <= set(v.levels) for v in runs)
-    return {"level": level(least), "text": least.badge, "reason": flat(why), "confirmed": confirmed}
+    return {"level": least.level, "text": least.badge, "reason": flat(why), "confirmed": confirmed}
 
 
 def _figure(path: Path) -> dict[str, Any]:
     """A figure as inline SVG: no header, names of its own, ink in the colour of the page's text."""
-    from markupsafe import Markup
-
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = text.replace(INK, "currentColor").replace('id="', f'id="{path.stem}-')
@@ -262,8 +247,6 @@ def _picture(path: Path, caption: str = "Random features, measured by `variance`
 
 def _gemma(folder: Path) -> Iterator[dict[str, Any]]:
     """Figure and tables of each kind of measurement of the Gemma track, as its own commands wrote them."""
-    from markupsafe import Markup
-
     for kind, caption in GEMMA.items():
         figure, text = folder / "figures" / f"{kind}.svg", folder / f"{kind}.md"
         if figure.is_file() or text.is_file():

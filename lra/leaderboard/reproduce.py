@@ -1,7 +1,5 @@
 """`reproduce`: run a record again from what it says of itself, and say how far the outcome is the same."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from argparse import Namespace
@@ -11,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from lra import registry
-from lra.leaderboard.consistency import places, prepared_data
-from lra.leaderboard.identity import identity
+from lra.leaderboard.consistency import identity, places, prepared_data
 from lra.leaderboard.rerun import run_of, unlike
 from lra.leaderboard.submit import counter_tree
 from lra.machine import pick_device, set_threads
@@ -83,7 +80,6 @@ def _report(args: Namespace, record: dict, reruns: dict[int, tuple], target: Pat
     if equal:
         print("no counter-record: nothing tells an equal run from a copy; for V4, run other seeds and submit them")
         return worst
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_record(target, again, predictions)
     print(f"counter-record: {target}")
     return worst

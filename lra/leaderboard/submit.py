@@ -1,16 +1,13 @@
 """`leaderboard verify` and `submit`: check records, and take in those of others. Loads no torch itself."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
-from lra.leaderboard.consistency import labels_of, places
+from lra.leaderboard.consistency import identity, labels_of, places
 from lra.leaderboard.context import Context
-from lra.leaderboard.identity import identity
 from lra.leaderboard.levels import FEWEST, Verdict, author, judge, verify
 from lra.options import UsageError
 from lra.records.record import predictions_path, read_record, write_labels
@@ -32,7 +29,12 @@ def verify_all(args: Namespace) -> int:
             shortfalls[place] = _shortfall(verdict, 1 if level == 4 and author(place) else level)
     for path in named.values():  # not under --results
         shortfalls[path] = _shortfall(verify(path, min(level, 3), where), level)
-    _print_grouped(shortfalls)
+    groups = defaultdict(list)  # a line for each rejected record, and one for each other reason
+    for place, why in shortfalls.items():
+        if why:
+            groups[why, place if why.startswith("rejected") else None].append(place)
+    for (why, _), group in groups.items():
+        print(f"{group[0]}{f' and {len(group) - 1} more' if len(group) > 1 else ''}: {why}")
     short = sum(map(bool, shortfalls.values()))
     print(f"{len(shortfalls)} records: {len(shortfalls) - short} reached V{level}, {short} did not")
     return 1 if short else 0
@@ -44,17 +46,6 @@ def _shortfall(verdict: Verdict, level: int) -> str:
         return f"rejected: {verdict.reason}"
     why = str(verdict.reproduction or verdict.reason or f"no {FEWEST} verified runs of somebody else")
     return "" if level in verdict.levels else f"not V{level}: {why if level == 4 else verdict.reason}"
-
-
-def _print_grouped(shortfalls: dict[Path, str]) -> None:
-    """One line for each rejected record, and one for each other reason, such as data that are not prepared."""
-    groups = defaultdict(list)
-    for place, why in shortfalls.items():
-        if why:
-            groups[why, place if why.startswith("rejected") else None].append(place)
-    for (why, _), group in groups.items():
-        others = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        print(f"{group[0]}{others}: {why}")
 
 
 def submit(args: Namespace) -> int:
@@ -86,7 +77,6 @@ def submit(args: Namespace) -> int:
         write_labels(args.results, content)
     for place, path in taken.items():
         target = tree / place
-        target.parent.mkdir(parents=True, exist_ok=True)
         for source, goal in ((predictions_path(path), predictions_path(target)), (path, target)):
             if source.exists():
                 with atomic_path(goal) as temporary:

@@ -8,9 +8,8 @@ import sys
 import pytest
 
 from lra.__main__ import main
-from lra.leaderboard.consistency import Places
+from lra.leaderboard.consistency import Places, identity
 from lra.leaderboard.context import Context
-from lra.leaderboard.identity import identity
 from lra.leaderboard.levels import judge, verify
 from lra.records.record import iterate_records, predictions_path, read_record
 from lra.records.schema import RECORD
