@@ -47,9 +47,7 @@ SERIES = 8  # lines in one panel; more cannot be told apart
 LONGEST = 28  # characters of a name in a figure
 STYLE = {
     "axes.axisbelow": True,
-    "axes.edgecolor": INK,
     "axes.grid": True,
-    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -67,18 +65,9 @@ STYLE = {
     "savefig.dpi": 144,
     "svg.fonttype": "none",  # text stays text: searchable, and read out by a screen reader
     "svg.hashsalt": "lra",  # without it, every identifier in an SVG is random
-    "text.color": INK,
     "text.parse_math": False,  # a name from a record is never markup
-    "xtick.color": INK,
-    "ytick.color": INK,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
 }
-
-
-def method_of(name: str) -> str:
-    """The method that a name of a figure belongs to: "performer bf16" and "pypi:performer-pytorch" are performers."""
-    method = name.partition(" ")[0]
-    peer = method.removeprefix("pypi:")
-    return method if peer == method else next((known for known in METHODS if known in peer), method)
 
 
 def color(name: str) -> str:
@@ -92,7 +81,10 @@ def marker(name: str) -> str:
 
 
 def _color_and_marker(name: str) -> tuple[str, str]:
-    method = method_of(name)
+    """Those of the method: "performer bf16" and "pypi:performer-pytorch" are performers."""
+    method = name.partition(" ")[0]
+    if method.startswith("pypi:"):
+        method = next((known for known in METHODS if known in method.removeprefix("pypi:")), method)
     number = int.from_bytes(hashlib.sha256(method.encode()).digest()[:8], "big")
     other = PALETTE[number % len(PALETTE)], MARKERS[number // len(PALETTE) % len(MARKERS)]
     return METHODS.get(method, other)
@@ -100,22 +92,17 @@ def _color_and_marker(name: str) -> tuple[str, str]:
 
 def look(name: str) -> dict[str, object]:
     """How a line is drawn. Variants and peers of a method keep its colour, and differ in dashes and markers.
-
-    A variant ("softmax causal") has hollow markers and dashes of its own; a peer ("pypi:NAME") is dotted.
-    """
+    A variant ("softmax causal") has hollow markers and dashes of its own; a peer ("pypi:NAME") is dotted."""
     own = {"bf16": "--", "causal": "-.", "unfused": (0, (6, 1, 1, 1, 1, 1))}
-    variant = name.partition(" ")[2]
-    line = own.get(variant, (0, (3, 3))) if variant else ":" if name.startswith("pypi:") else "-"
-    fill = "none" if variant else "full"
-    return {"color": color(name), "marker": marker(name), "linestyle": line, "fillstyle": fill}
+    variant, line = name.partition(" ")[2], ":" if name.startswith("pypi:") else "-"
+    line = own.get(variant, (0, (3, 3))) if variant else line
+    return {"color": color(name), "marker": marker(name), "linestyle": line, "fillstyle": "none" if variant else "full"}
 
 
 def selection(names: Sequence[str], everything: bool = False) -> list[str]:
     """The names that a figure shows, in their order: SERIES at most unless `everything` is asked for.
-
-    softmax and constant come first, then methods that are not in METHODS (the reader's own), then the others in
-    the order of METHODS, and variants and peers last.
-    """
+    softmax and constant come first, then methods that are not in METHODS (the reader's own), then the others in the
+    order of METHODS, and variants and peers last."""
     order = list(METHODS)
 
     def rank(name):
@@ -170,9 +157,7 @@ def message(figure: Figure, text: str) -> None:
 
 def log_axes(axes: Axes, base: float = 10, y: str = "log", **labels: str) -> None:
     """Logarithmic x, and y unless it is "linear"; labels as matplotlib's `axes.set` takes them.
-
-    Numbers stand as people write them, 0.5 or 2,048; never powers of ten, which would be markup.
-    """
+    Numbers stand as people write them, 0.5 or 2,048; never powers of ten, which would be markup."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set_xscale("log", base=base)
@@ -185,10 +170,8 @@ def log_axes(axes: Axes, base: float = 10, y: str = "log", **labels: str) -> Non
 
 def label_ends(axes: Axes, lines: Sequence[Line2D] | None = None, size: float = 7.5) -> None:
     """Name each line at the right of the axes, at the height of its last point or as near as the others allow.
-
-    The name is the label of the line; by default all lines that have one are named. Limits and scales of the axes
-    must be set before.
-    """
+    The name is the label of the line; by default all lines that have one are named. Limits and scales of the axes must
+    be set before."""
     lines = lines or [line for line in axes.lines if not line.get_label().startswith("_")]
     axes.figure.draw_without_rendering()
     step = 1.35 * size / 72 * axes.figure.dpi / axes.get_window_extent().height  # of the height of the axes
@@ -204,9 +187,7 @@ def label_ends(axes: Axes, lines: Sequence[Line2D] | None = None, size: float = 
 
 def spread(wanted: Sequence[float], step: float) -> list[float]:
     """Heights in [0, 1] at least `step` apart, as near to the wanted ones as that allows (least squares).
-
-    Heights minus their rank times `step` must not fall: isotonic regression.
-    """
+    Heights minus their rank times `step` must not fall: isotonic regression."""
     from scipy.optimize import isotonic_regression
 
     order = np.argsort(wanted, kind="stable")
@@ -219,9 +200,7 @@ def spread(wanted: Sequence[float], step: float) -> list[float]:
 
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Write PATH.svg and PATH.png, each atomically: the same figure gives the same bytes, without a date.
-
-    Returns the two paths.
-    """
+    Returns the two paths."""
     svg, png = Path(f"{path}.svg"), Path(f"{path}.png")
     with drawing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # another script: boxes in the PNG alone

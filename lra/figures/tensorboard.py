@@ -17,9 +17,7 @@ from lra.training.log import LAYOUT, read_log
 
 def tensorboard(args: Namespace) -> None:
     """`tensorboard`: refresh the means, name the tabs to open, print the command; with --start become TensorBoard.
-
-    Raises UsageError when there are no runs, or none of the task.
-    """
+    Raises UsageError when there are no runs, or none of the task."""
     logs = sorted(args.runs.glob("*/*/*/seed*/log.jsonl"))  # <task>/<attention>/<preset>/seed<k>
     tasks = sorted({log.parents[3].name for log in logs})
     if not tasks:
@@ -40,9 +38,7 @@ def tensorboard(args: Namespace) -> None:
 
 def write_mean(cell: Path) -> bool:
     """Write <cell>/mean: each tag's mean at the steps that every seed has reached. Returns whether there is one.
-
-    A single seed has no mean, which would be the same curve twice. Raises UsageError for a log that is not one.
-    """
+    A single seed has no mean, which would be the same curve twice. Raises UsageError for a log that is not one."""
     seeds = [_values(path) for path in cell.glob("seed*/log.jsonl")]
     mean, temporary = cell / "mean", cell / f".mean-{uuid.uuid4().hex[:12]}"
     if len(seeds) < 2:

@@ -69,9 +69,7 @@ class Context:
 
     def agrees(self, tree: Path, place: Path, path: Path, record: dict[str, Any]) -> None:
         """Raise Rejected for a copy or for other facts of the same data, Unchecked for a gap of seeds.
-
-        `path` is where the record is now, with its predictions beside it.
-        """
+        `path` is where the record is now, with its predictions beside it."""
         self._facts(tree, record)
         self._copies(tree, place, path, record)
         names = self.seeds[tree, place.parent] | {place.stem}

@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "compare": Command("lra.leaderboard.page:compare", (READ, REFERENCE, PRESETS_SHOWN)),
     "leaderboard submit": Command(
-        "lra.leaderboard.submit:submit",
+        "lra.leaderboard.levels:submit",
         (
             option("files", "JSON files of records, their predictions beside them", Path, nargs="+"),
             option("--by", "whose runs they are: they are added to results/counter/BY/", required=True),
@@ -49,7 +49,7 @@ COMMANDS = {
         "verify records from elsewhere at V1 and add them",
     ),
     "leaderboard verify": Command(
-        "lra.leaderboard.submit:verify_all",
+        "lra.leaderboard.levels:verify_all",
         (
             option("files", "JSON files of records (default: all of --results)", Path, nargs="*"),
             option("--level", LEVELS, range(5), 1, type=int),

@@ -10,8 +10,8 @@ import numpy as np
 
 from lra import registry
 from lra.leaderboard.consistency import identity, places, prepared_data
+from lra.leaderboard.levels import counter_tree
 from lra.leaderboard.rerun import run_of, unlike
-from lra.leaderboard.submit import counter_tree
 from lra.machine import pick_device, set_threads
 from lra.options import UsageError
 from lra.records import schema
@@ -27,10 +27,8 @@ from tasks.store.prepared import Prepared
 
 def reproduce(args: Namespace) -> int:
     """`reproduce RECORD`: one line per thread count; exit code 1 where a rerun differs beyond the tolerance.
-
     The data are prepared if they are not there. The first rerun becomes a counter-record, unless it is bitwise equal:
-    nothing tells that from a copy. None is overwritten.
-    """
+    nothing tells that from a copy. None is overwritten."""
     record = read_record(args.record)
     where = places(args)
     try:

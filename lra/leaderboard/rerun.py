@@ -35,10 +35,8 @@ Found = tuple[Run, Prepared, torch.nn.Module]
 
 def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None = None) -> Run:
     """The run a well-formed record describes, resolved as `train` would from its preset and overrides.
-
-    `known` is the data's manifest where the data are at hand. Raises Unchecked for outside code without
-    `trust`, Rejected for a configuration that no run can have, or that is too large to be built here.
-    """
+    `known` is the data's manifest where the data are at hand. Raises Unchecked for outside code without `trust`,
+    Rejected for a configuration that no run can have, or that is too large to be built here."""
     task, model, training = record["task"], record["model"], record["training"]
     name = model["attention"]
     if ":" in name and not places.trust:
@@ -54,9 +52,7 @@ def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None 
 
 def model_again(record: dict[str, Any], places: Places) -> None:
     """V1's part of the configuration: recipe, parameters and protocol. Raises Rejected at the first difference.
-
-    Initial weights are compared only with the software and processor of the record: others round otherwise.
-    """
+    Initial weights are compared only with the software and processor of the record: others round otherwise."""
     run = run_of(record, places)
     facts = model_facts(run)
     expected = {f"model.{k}": v for k, v in facts.items() if k != "source_sha256"}
@@ -78,11 +74,10 @@ def model_again(record: dict[str, Any], places: Places) -> None:
 
 def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
     """V2: the probe's losses, on one CPU thread in fp32, from the start and from the checkpoint in the middle.
-
     Loss k of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The checkpoint must have the hash of
     the record, and validate as the curve says. The data are at hand, so floors and revision are compared, too. Returns
-    why only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the data.
-    """
+    why only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the
+    data."""
     prepared = prepared_data(record, places)
     for key in ("floors", "revision"):
         if record["data"][key] != prepared.manifest[key]:
@@ -142,9 +137,7 @@ def unlike(recorded: list[float | None], again: list[float | None]) -> int | Non
 
 def evaluate_again(path: Path, record: dict[str, Any], places: Places) -> None:
     """V3: the final weights have the hash of the record, predict what is stored, and validate as the curve says.
-
-    Raises Rejected, or UsageError where there are no weights.
-    """
+    Raises Rejected, or UsageError where there are no weights."""
     found = saved_model(path, record, places)
     if chain := record["result"].get("chain"):
         again = checkpoint.tensors_sha256(found[2].state_dict())
@@ -205,9 +198,7 @@ def _affordable(record: dict[str, Any]) -> None:
 
 def show(args: Namespace) -> int:
     """`evaluate`: the saved weights of a record, on its test split, against its stored predictions.
-
-    Exit code 1 where fewer than AGREE of the predictions are the same.
-    """
+    Exit code 1 where fewer than AGREE of the predictions are the same."""
     record, where = read_record(args.record), places(args)
     try:
         check(record)

@@ -164,10 +164,8 @@ class Cell:
 
 class Table:
     """All runs of one preset; columns and rows in the order shown.
-
     speeds: relative to softmax, by digest of the runs, as `bench tasks` measured. averaged: the first column of each of
-    the five tasks, real before substitute; none if a task is missing.
-    """
+    the five tasks, real before substitute; none if a task is missing."""
 
     def __init__(self, preset: str, entries: Sequence[Entry], speeds: dict[str, float]):
         self.preset, self.entries, self.speeds = preset, entries, speeds
@@ -212,10 +210,8 @@ class Table:
 
 def build(results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None) -> Tables:
     """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
-
-    Reported and left out, a line each: files that are no records, copies of one run, `left_out` (path: reason).
-    Raises UsageError for a preset without records.
-    """
+    Reported and left out, a line each: files that are no records, copies of one run, `left_out` (path: reason). Raises
+    UsageError for a preset without records."""
     runs, left_out = defaultdict(list), left_out or {}
     for path, record in iterate_records(results, report):
         try:

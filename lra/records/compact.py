@@ -28,8 +28,7 @@ def _preset(table: Table) -> list[Block]:
         if not row[2]:
             cells = (_cell(table, row, c, compared.get((row, c, "softmax"))) for c in table.columns)
             rows.append((row_name(row), *cells))
-    grid = Grid(("method", *(names[c] for c in table.columns)), tuple(rows))
-    return [grid, Text(" ".join(_sentences(table, compared)))]
+    return [Grid(("method", *names.values()), tuple(rows)), Text(" ".join(_sentences(table, compared)))]
 
 
 def column_names(table: Table) -> dict[Column, str]:

@@ -38,9 +38,7 @@ ALWAYS = (EQUAL, WITHIN, DIFFERENT)  # counted in the last line even if there ar
 
 def compare(args: Namespace, left_out: Mapping[Path, str] | None = None) -> int:
     """`compare`: yours beside the reference, a table for each preset, and how many cells are the same.
-
-    `left_out`: as in lra.records.cells.build. Exit code 1 if a file was left out.
-    """
+    `left_out`: as in lra.records.cells.build. Exit code 1 if a file was left out."""
     skipped: list[str] = []
     marks: list[str] = []
 
@@ -64,9 +62,7 @@ def compare(args: Namespace, left_out: Mapping[Path, str] | None = None) -> int:
 
 def against(cell: Cell, results: Path, reference: Path) -> tuple[str, Accuracies, Accuracies]:
     """How a cell compares with that of the reference: a mark of MEANINGS, and the accuracies of the seeds of both.
-
-    Without a seed of both: all accuracies of the cell, and none.
-    """
+    Without a seed of both: all accuracies of the cell, and none."""
     places = {e.path.relative_to(results): e for e in cell.runs}
     theirs = {place: record for place in places if (record := _read(reference / place))}
     ours = {place: read_record(places[place].path) for place in theirs or places}
@@ -88,10 +84,8 @@ def against(cell: Cell, results: Path, reference: Path) -> tuple[str, Accuracies
 
 def equivalent(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -> tuple[str, Estimate, float]:
     """The equivalence test of two sets of runs of one cell, accuracies by seed on n test examples.
-
-    Returns the verdict of lra.records.stats.equivalence, the gap theirs - ours, and the margin. Equal sets of seeds
-    are compared in pairs.
-    """
+    Returns the verdict of lra.records.stats.equivalence, the gap theirs - ours, and the margin. Equal sets of seeds are
+    compared in pairs."""
     within = margin(sum(ours.values()) / len(ours), n)
     paired = ours.keys() == theirs.keys()
     seeds = sorted(ours) if paired else sorted(theirs)

@@ -39,9 +39,7 @@ def flat(text: str) -> str:
 
 def refresh_block(text: str, name: str, block: str) -> str:
     """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `block`.
-
-    Raises UsageError unless each marker stands there once, in that order.
-    """
+    Raises UsageError unless each marker stands there once, in that order."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UsageError(f"cannot place the block: the text must hold {begin} once and, after it, {end} once")

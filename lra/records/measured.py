@@ -87,9 +87,7 @@ def _points(path: Path, names: tuple, numbers: tuple, optional: tuple = ()) -> I
 
 def crossover(curve: Sequence[Point], baseline: Sequence[Point]) -> float | None:
     """The x from which `curve` is never slower than `baseline`, between shared points by straight lines in log-log.
-
-    The first shared x when it is never slower; None when it is slower at the last one.
-    """
+    The first shared x when it is never slower; None when it is slower at the last one."""
     base = {p.x: p for p in baseline}
     gaps = [(math.log(p.x), math.log(p.faster(base[p.x]))) for p in sorted(curve) if p.x in base]
     if not gaps or gaps[-1][1] < 0:

@@ -70,9 +70,7 @@ def cell_digest(
     execution: Execution,
 ) -> str:
     """sha256 that names a cell: task, data, recipe, overrides, validation rule, attention, execution.
-
-    The default execution adds nothing, so that records of before it counted keep their digest.
-    """
+    The default execution adds nothing, so that records of before it counted keep their digest."""
     parts = {"task": [task, version], "data": data, "recipe": recipe, "overrides": overrides}
     parts |= {"val_rule": val_rule, "attention": [attention, config]}
     if execution != Execution():
@@ -117,9 +115,7 @@ def write_labels(results: Path, labels: bytes) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read one record. Raises UsageError when it is missing, too large, not strict JSON or not of this schema.
-
-    Strict: no NaN or infinity, no number beyond 64 bits, no key twice, no text that UTF-8 cannot hold.
-    """
+    Strict: no NaN or infinity, no number beyond 64 bits, no key twice, no text that UTF-8 cannot hold."""
     try:
         text = read_limited(path).decode()
         record = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_int, object_pairs_hook=_once)

@@ -33,9 +33,7 @@ CLUSTERED = {("retrieval", 1, "Python imports (substitute for AAN)"): 1.49}
 @dataclass(frozen=True)
 class Comparison:
     """A cell against a baseline: gap of mean accuracies (a fraction), p-value by Holm.
-
-    seeds: those of the method that has fewer. margin: the largest gap that counts as none.
-    """
+    seeds: those of the method that has fewer. margin: the largest gap that counts as none."""
 
     gap: Uncertain
     adjusted: float
@@ -57,9 +55,7 @@ class Comparison:
 
 def compare_all(table: Table) -> dict[Key, Comparison]:
     """Every comparison of a table whose predictions and test labels are kept.
-
-    Both methods have several seeds, or both have one: a single seed beside several shows none of its noise.
-    """
+    Both methods have several seeds, or both have one: a single seed beside several shows none of its noise."""
     tests, labels_of = {}, cache(read_labels)
     answers = {id(cell): _answers(cell, labels_of) for cell in table.cells.values() if cell.ok}
     for (row, column), cell in table.cells.items():

@@ -53,9 +53,7 @@ def render(
     left_out: Reasons = None,
 ) -> str:
     """The records under a results folder as text; `form` is compact, long, tex or csv. Reports and raises as `build`.
-
-    `reproduced`: what somebody else's runs say of a record, by the record's path relative to `results`.
-    """
+    `reproduced`: what somebody else's runs say of a record, by the record's path relative to `results`."""
     tables = build(results, presets, report, left_out)
     if form == "csv":
         return to_csv(tables)
@@ -67,9 +65,7 @@ def render(
 
 def write(path: Path, text: str) -> None:
     """Write to a file, atomically. A Markdown file keeps what stands around its results markers.
-
-    A new Markdown file gets the markers; one that exists without them is left alone, with a UsageError.
-    """
+    A new Markdown file gets the markers; one that exists without them is left alone, with a UsageError."""
     if path.suffix == ".md":
         markers = "<!-- results:begin -->\n<!-- results:end -->\n"
         try:
@@ -173,16 +169,11 @@ def _average(table: Table, estimates: list[Uncertain]) -> list[str]:
 
 def _floor_row(table: Table, kind: str) -> list[str]:
     floors = {c: floor for c in table.columns if (floor := table.floor(c, kind))}
-
-    def text(column):
-        if column not in floors:
-            return MISSING
-        name, floor = floors[column]
+    cells = dict.fromkeys(table.columns, MISSING)
+    for column, (name, floor) in floors.items():
         named = "" if name == "majority" else f" {flat(name)}"
-        return f"{100 * floor.value:.1f}{named} {_percent(floor)}"
-
-    averaged = [floors[c][1] for c in table.averaged if c in floors]
-    return [*map(text, table.columns), *_average(table, averaged)]
+        cells[column] = f"{100 * floor.value:.1f}{named} {_percent(floor)}"
+    return [*cells.values(), *_average(table, [floors[c][1] for c in table.averaged if c in floors])]
 
 
 def _remarks(table: Table, compared: dict[Key, Comparison]) -> list[str]:
@@ -237,11 +228,8 @@ def _averaging(table: Table, column: Column, compared: dict[Key, Comparison]) ->
         return
     if comparison.verdict == "below":
         return
-    verb = {
-        "above": "is above softmax",
-        "ties": f"ties softmax within {100 * comparison.margin:.1f} points",
-        "untold": "is not told apart from softmax",
-    }[comparison.verdict]
+    verbs = {"above": "is above softmax", "untold": "is not told apart from softmax"}
+    verb = verbs.get(comparison.verdict, f"ties softmax within {100 * comparison.margin:.1f} points")
     shown = comparison.verdict != "untold"
     meaning = f"this column {'does not' if shown else 'is not shown to'} measure attention at this size."
     cells = {row: c for (row, place, baseline), c in compared.items() if (place, baseline) == (column, "constant")}
