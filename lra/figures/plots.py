@@ -124,16 +124,21 @@ def curves(table: Table, rows: Rows) -> Figure | None:
     if not any(e.curve for e in table.entries):
         return None
     figure, places = panels(table, 2.7)
-    lines = {}
+    lines, gaps = {}, {}
     for column, axes in places:
+        ends = []
         for row in rows:
             if points := _mean_curve(table.cells.get((row, column))):
+                ends.append(points[-1][1])
                 steps, means, sds = zip(*points, strict=True)
                 if row[1] in ("softmax", "constant"):
                     low, high = ([m + sign * s for m, s in zip(means, sds)] for sign in (-1, 1))
                     axes.fill_between(steps, low, high, color=color(row[1]), alpha=0.18, linewidth=0)
                 (lines[short(row_name(row))],) = axes.plot(steps, means, **style.look(row[1]))
-    style.message(figure, _apart(table, rows))
+        gap = max(ends, default=0.0) - min(ends, default=0.0)
+        gaps[f"{gap:.0f} on {column.task}"] = gap
+    ranked = listed(sorted(gaps, key=gaps.__getitem__, reverse=True))
+    style.message(figure, f"{table.preset}: points between the best and the worst method at the end: {ranked}")
     figure.supxlabel("optimizer step" + _more(table, rows), fontsize=8)
     figure.supylabel("validation accuracy, %: mean over seeds (band: ± sd)", fontsize=8)
     figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize=8)
@@ -146,17 +151,6 @@ def _mean_curve(cell: Cell | None) -> list[tuple[int, float, float]]:
     shared = sorted(set.intersection(*map(set, runs))) if runs else []
     points = [(step, *mean_sd([100 * run[step] for run in runs])) for step in shared]
     return [(step, mean, sd or 0.0) for step, mean, sd in points]
-
-
-def _apart(table: Table, rows: Rows) -> str:
-    """How far apart the curves of each column end, as a sentence."""
-    gaps: dict[str, float] = {}
-    for column in table.columns:
-        curves = [_mean_curve(table.cells.get((row, column))) for row in rows]
-        ends = [points[-1][1] for points in curves if points] or [0.0]
-        gaps[f"{max(ends) - min(ends):.0f} on {column.task}"] = max(ends) - min(ends)
-    ranked = listed(sorted(gaps, key=gaps.__getitem__, reverse=True))
-    return f"{table.preset}: points between the best and the worst method at the end: {ranked}"
 
 
 def bubble(table: Table, rows: Rows) -> Figure | None:
@@ -177,8 +171,7 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
         axes.scatter([speed], height[-1:], s=260 * memory, color=color(method), alpha=0.7, linewidths=0)
     axes.margins(0.15, 0.1)
     speed = "speed relative to softmax (bench tasks; geometric mean over tasks)"
-    tasks = f"{len(columns)} task{'s' * (len(columns) > 1)}"
-    height = f"test accuracy, %, mean of {tasks}, 95% interval"
+    height = f"test accuracy, %, mean of {len(columns)} task{'s' * (len(columns) > 1)}, 95% interval"
     style.log_axes(axes, y="linear", xlabel=speed, ylabel=height)
     axes.set_title(f"area, ×: peak memory relative to softmax{_more(table, rows)}", fontsize=8)
     style.message(figure, _tradeoff(table, columns, points))
@@ -219,18 +212,13 @@ def scaling(lengths: Curves) -> Figure | None:
                 xs, ys = (np.log([getattr(p, axis) for p in lengths[BASELINE]]) for axis in ("x", "y"))
                 ring = {"markersize": 11, "fillstyle": "none", "markeredgecolor": color(name), "markeredgewidth": 1.8}
                 times.plot([cross], [np.exp(np.interp(math.log(cross), xs, ys))], "o", **ring)
-    style.message(figure, _overtaken(lengths, crossings))
+    ranked = sorted(crossings, key=crossings.__getitem__)
+    ends = [f"{short(n)} from {crossings[n]:,.0f} tokens" for n in dict.fromkeys(ranked[:1] + ranked[-1:])]
+    text = f"{len(crossings)} of {sum(name != BASELINE for name in lengths)} methods overtake softmax"
+    style.message(figure, f"{text}: {', '.join(ends)}" if ends else text)
     tokens = "tokens N (ring, from: not slower than softmax)"
     style.log_axes(times, 2, xlabel=tokens, ylabel="seconds, forward and backward")
     style.log_axes(memory, 2, xlabel="tokens N", ylabel="peak memory, MB")
     for axes in (times, memory):
         label_ends(axes)
     return figure
-
-
-def _overtaken(lengths: Curves, crossings: dict[str, float]) -> str:
-    """From which lengths methods are not slower than softmax, as a sentence."""
-    ranked = sorted(crossings, key=crossings.__getitem__)
-    ends = [f"{short(n)} from {crossings[n]:,.0f} tokens" for n in dict.fromkeys(ranked[:1] + ranked[-1:])]
-    text = f"{len(crossings)} of {sum(name != BASELINE for name in lengths)} methods overtake softmax"
-    return ": ".join([text, ", ".join(ends)] if ends else [text])

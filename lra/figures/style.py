@@ -118,9 +118,9 @@ def short(name: str, longest: int = LONGEST) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
-def listed(names: Iterable[str], longest: int = LONGEST) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names as a sentence lists them: "a, b and c"."""
-    *others, last = (short(name, longest) for name in names)
+    *others, last = map(short, names)
     return f"{', '.join(others)} and {last}" if others else last
 
 

@@ -7,7 +7,7 @@ A results folder holds trees: RESULTS itself, with the records of its owner, and
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,6 @@ class Origin(NamedTuple):
 def trees(results: Path) -> list[Path]:
     """RESULTS, then RESULTS/counter/<name> of everybody who submitted records."""
     return [Path(results), *sorted(p.parent for p in Path(results).glob("counter/*/records"))]
-
-
-def missing_seeds(names: Iterable[str], first: int = 0) -> str:
-    """Of n files seed<k> of a cell, which of n in a row from `first` on are missing, in words; empty if none is."""
-    names = set(names)
-    gap = [str(k) for k in range(first, first + len(names)) if f"seed{k}" not in names]
-    return f"the cell's seeds must be {first}, {first + 1}, ...: missing {', '.join(gap)}" if gap else ""
 
 
 class Context:
@@ -74,8 +67,8 @@ class Context:
         self._copies(tree, place, path, record)
         names = self.seeds[tree, place.parent] | {place.stem}
         first = 0 if tree == self.owner else min(int(name.removeprefix("seed")) for name in names)
-        if gap := missing_seeds(names, first):
-            raise Unchecked(gap)
+        if gap := [str(k) for k in range(first, first + len(names)) if f"seed{k}" not in names]:
+            raise Unchecked(f"the cell's seeds must be {first}, {first + 1}, ...: missing {', '.join(gap)}")
 
     def _facts(self, tree: Path, record: dict[str, Any]) -> None:
         """The owner's records decide; where there are none of these data, most of the tree."""

@@ -5,6 +5,7 @@ import hashlib
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,12 +98,9 @@ def serve(args: Namespace) -> None:
     if not (page := args.results / "index.html").exists():
         raise UsageError(f"no page at {page}: python -m lra leaderboard build makes it")
     handler = partial(SimpleHTTPRequestHandler, directory=str(args.results))
-    with ThreadingHTTPServer(("127.0.0.1", args.port), handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", args.port), handler) as server, suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_port}/index.html (Ctrl-C ends)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
+        server.serve_forever()
 
 
 def render(
@@ -186,7 +184,14 @@ def _rows(results: Path, t: Table, verdicts: dict[Path, Verdict]) -> Iterator[di
 
 def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
     speed, memory = t.efficiency(cell)
-    return {
+    failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
+    score = {"accuracy": None, "bounds": (), "dots": [100 * a for a in cell.accuracies]}
+    if cell.ok:  # percent
+        value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
+        _, sd = mean_sd(cell.accuracies)
+        score |= {"accuracy": value, "bounds": [low, high], "interval": f"{low:.1f} to {high:.1f}"}
+        score["sd"] = None if sd is None else 100 * sd
+    return score | {
         "name": row_name(key),
         "color": "currentColor" if color(key[1]) == INK else color(key[1]),
         "protocol": flat(" / ".join(sorted({"open" if e.open else PROTOCOL for e in cell.runs}))),
@@ -196,7 +201,8 @@ def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, V
         "memory": memory,
         "badge": _badge(results, cell, verdicts),
         "runs": [{"command": flat(e.command), "path": e.path.relative_to(results).as_posix()} for e in cell.runs],
-        **_score(cell),
+        "seeds": f"{len(cell.ok)} of {cell.seeds}",
+        "failed": failed,
     }
 
 
@@ -206,18 +212,6 @@ def _floor(name: str, value: float) -> dict[str, Any]:
     empty |= dict.fromkeys(("protocol", "device", "interval", "seeds", "failed"), "")
     empty |= dict.fromkeys(("bounds", "dots", "runs"), ())
     return empty | {"name": f"floor: {flat(name)}", "color": GREY, "accuracy": 100 * value}
-
-
-def _score(cell: Cell) -> dict[str, Any]:
-    """Accuracy in percent, with its interval and seeds."""
-    failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
-    score = {"accuracy": None, "bounds": (), "seeds": f"{len(cell.ok)} of {cell.seeds}", "failed": failed}
-    if cell.ok:
-        value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
-        _, sd = mean_sd(cell.accuracies)
-        score |= {"accuracy": value, "bounds": [low, high], "interval": f"{low:.1f} to {high:.1f}"}
-        score["sd"] = None if sd is None else 100 * sd
-    return score | {"dots": [100 * a for a in cell.accuracies]}
 
 
 def _badge(results: Path, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:

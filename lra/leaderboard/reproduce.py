@@ -66,21 +66,18 @@ def _report(args: Namespace, record: dict, reruns: dict[int, tuple], target: Pat
     """Compare every rerun with the record, later ones with the first, and keep the first."""
     original = record, read_predictions(args.record, record) if record["result"] else None
     (first, (again, predictions)), *others = reruns.items()
-    worst, equal = 0, False
+    verdicts = {}
     for threads, rerun in reruns.items():
-        verdict, details = same_run(original, rerun, args.results)
-        worst |= verdict == "different"
-        equal |= threads == first and verdict == "bitwise equal"
-        print(f"threads {threads}, against the record: {verdict}{details}")
+        verdicts[threads], details = same_run(original, rerun, args.results)
+        print(f"threads {threads}, against the record: {verdicts[threads]}{details}")
     for threads, rerun in others:
-        verdict, details = same_run(reruns[first], rerun, args.results)
-        print(f"threads {threads} against {first}: {verdict}{details}")
-    if equal:
+        print(f"threads {threads} against {first}: {''.join(same_run(reruns[first], rerun, args.results))}")
+    if verdicts[first] == "bitwise equal":
         print("no counter-record: nothing tells an equal run from a copy; for V4, run other seeds and submit them")
-        return worst
-    write_record(target, again, predictions)
-    print(f"counter-record: {target}")
-    return worst
+    else:
+        write_record(target, again, predictions)
+        print(f"counter-record: {target}")
+    return int("different" in verdicts.values())
 
 
 def same_run(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
@@ -92,8 +89,8 @@ def same_run(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
     """
     (a, stored), (b, fresh) = original, rerun
     if a["status"] != b["status"] or not a["result"]:
-        same = a["status"] == b["status"]
-        return ("bitwise equal" if same else "different"), f": {a['status']}, then {b['status']}"
+        verdict = "bitwise equal" if a["status"] == b["status"] else "different"
+        return verdict, f": {a['status']}, then {b['status']}"
     first, second = a["result"], b["result"]
     if first == second and stored == fresh and a["model"]["init_sha256"] == b["model"]["init_sha256"]:
         return "bitwise equal", ""
