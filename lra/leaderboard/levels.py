@@ -165,9 +165,8 @@ def _reproductions(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, R
 
 
 def verify_all(args: Namespace) -> int:
-    """`leaderboard verify`: every record, or those named, up to --level. Writes nothing.
-    --level 4 is V1 and what the records of others show; those are asked for V1 alone. Exit code 1 if a record did not
-    reach the level."""
+    """`leaderboard verify`: every record, or those named, up to --level. Writes nothing. --level 4 is V1 and what the
+    records of others show; those are asked for V1 alone. Exit code 1 if a record did not reach the level."""
     level, where = args.level, places(args)
     named = {os.path.realpath(path): path for path in args.files}
     verdicts = judge(where, *((1,) if level == 4 else (level, named)))

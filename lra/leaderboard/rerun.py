@@ -73,11 +73,10 @@ def model_again(record: dict[str, Any], places: Places) -> None:
 
 
 def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
-    """V2: the probe's losses, on one CPU thread in fp32, from the start and from the checkpoint in the middle.
-    Loss k of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The checkpoint must have the hash of
-    the record, and validate as the curve says. The data are at hand, so floors and revision are compared, too. Returns
-    why only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the
-    data."""
+    """V2: the probe's losses, on one CPU thread in fp32, from the start and from the checkpoint in the middle. Loss k
+    of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The checkpoint must have the hash of the
+    record, and validate as the curve says. The data are at hand, so floors and revision are compared, too. Returns why
+    only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the data."""
     prepared = prepared_data(record, places)
     for key in ("floors", "revision"):
         if record["data"][key] != prepared.manifest[key]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -54,35 +54,48 @@ class Column:
         return [self.task, *datasets, f"{self.seq_len:,} tokens", *self.execution]
 
 
-@dataclass(frozen=True)
 class Entry:
-    """What tables, figures and the page read of one record."""
+    """What tables, figures and the page read of the record at `path`.
+    Raises KeyError, TypeError, ValueError or AttributeError for a record that makes no sense."""
 
-    path: Path
-    preset: str
-    column: Column
-    floors: dict[str, float]
-    attention: str
-    label: tuple[str, ...]  # what differs from the defaults: ("attention.num_features=256",)
-    overrides: str
-    config: dict[str, str]  # flat: every setting that may differ between runs of one name
-    open: bool  # outside PROTOCOL
-    seed: int
-    n_correct: int | None  # None: the run failed
-    n_test: int
-    params_ratio: float
-    peak_bytes: int | None
-    machine: str  # equal for two runs whose memory may be compared
-    dirty: bool
-    status: str
-    command: str
-    device: str
-    curve: tuple[tuple[int, float], ...]  # (step, validation accuracy)
-
-    @property
-    def results(self) -> Path:
-        """The folder that holds records/ and labels/."""
-        return self.path.parents[4]
+    def __init__(self, path: Path, record: dict[str, Any]):
+        task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
+        result, cost, env = record["result"], record["cost"] or {}, record["env"]
+        execution, hashes = Execution.of(training), {name: split["sha256"] for name, split in data["splits"].items()}
+        self.path, self.results = path, path.parents[4]  # that holds records/ and labels/
+        self.preset = str(task["preset"])
+        self.column = Column(
+            task=str(task["name"]),
+            substitute=bool(task["substitute"]),
+            dataset=str(task["dataset"]),
+            version=int(task["version"]),
+            seq_len=int(task["seq_len"]),
+            data=hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
+            execution=execution.words,
+        )
+        self.floors = {str(k): float(v) for k, v in data["floors"].items()}
+        self.attention = str(model["attention"])
+        overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]
+        self.overrides = " ".join(overrides)
+        # label: what differs from the defaults, ("attention.num_features=256",). config: whatever may differ beside it.
+        self.label = (*overrides, *([] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"]))
+        parts = {"attention": model["attention_config"], "encoder": model["encoder"], "train": training["recipe"]}
+        self.config = {k: v for name, part in parts.items() for k, v in _flatten(name, part).items()}
+        self.params_ratio = float(model["n_params_ratio_to_softmax"])
+        self.open = task["protocol"] != PROTOCOL or self.params_ratio > MAX_PARAMETER_RATIO
+        self.seed = int(training["seed"])
+        self.n_test = int(result["n_test"] if result else data["splits"]["test"]["n"])
+        self.n_correct = int(result["n_correct"]) if record["status"] == "ok" else None  # None: the run failed
+        wilson(self.n_correct or 0, self.n_test)  # raises ValueError unless the counts are a proportion
+        self.peak_bytes = None if cost.get("peak_bytes") is None else int(cost["peak_bytes"])
+        hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
+        facts = map(str, filter(None, (*hardware, execution.precision, *execution.words)))
+        self.machine = ", ".join(dict.fromkeys(facts))  # equal for two runs whose memory may be compared
+        self.device = str(cost.get("gpu") or cost.get("device"))
+        self.dirty = bool(record["suite"]["git_dirty"])
+        self.status, self.command = str(record["status"]), str(record.get("command", ""))
+        curve = (result or {}).get("curve", ())  # (step, validation accuracy)
+        self.curve = [(int(step), correct / n) for step, split, _, correct, n in curve if split == "val"]
 
     @property
     def row(self) -> Row:
@@ -94,52 +107,6 @@ class Entry:
         """Equal for two runs that differ in their attention alone."""
         shared = {k: v for k, v in self.config.items() if not k.startswith("attention.")}
         return self.column, self.machine, json.dumps(shared, sort_keys=True)
-
-
-def read_entry(path: Path, record: dict[str, Any]) -> Entry:
-    """The entry of the record at `path`; KeyError, TypeError, ValueError or AttributeError if it makes no sense."""
-    task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
-    result, cost, env = record["result"], record["cost"] or {}, record["env"]
-    curve = (result or {}).get("curve", ())
-    hashes = json.dumps({name: split["sha256"] for name, split in data["splits"].items()}, sort_keys=True)
-    overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]
-    n_test = int((result or {"n_test": data["splits"]["test"]["n"]})["n_test"])
-    n_correct = int(result["n_correct"]) if record["status"] == "ok" else None
-    wilson(n_correct or 0, n_test)  # raises ValueError unless the counts are a proportion
-    ratio, execution = float(model["n_params_ratio_to_softmax"]), Execution.of(training)
-    hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
-    return Entry(
-        path=path,
-        preset=str(task["preset"]),
-        column=Column(
-            task=str(task["name"]),
-            substitute=bool(task["substitute"]),
-            dataset=str(task["dataset"]),
-            version=int(task["version"]),
-            seq_len=int(task["seq_len"]),
-            data=hashlib.sha256(hashes.encode()).hexdigest(),
-            execution=execution.words,
-        ),
-        floors={str(k): float(v) for k, v in data["floors"].items()},
-        attention=str(model["attention"]),
-        label=(*overrides, *([] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"])),
-        overrides=" ".join(overrides),
-        config=_flatten("attention", model["attention_config"])
-        | _flatten("encoder", model["encoder"])
-        | _flatten("train", training["recipe"]),
-        open=task["protocol"] != PROTOCOL or ratio > MAX_PARAMETER_RATIO,
-        seed=int(training["seed"]),
-        n_correct=n_correct,
-        n_test=n_test,
-        params_ratio=ratio,
-        peak_bytes=None if cost.get("peak_bytes") is None else int(cost["peak_bytes"]),
-        machine=", ".join(dict.fromkeys(map(str, filter(None, (*hardware, execution.precision, *execution.words))))),
-        dirty=bool(record["suite"]["git_dirty"]),
-        status=str(record["status"]),
-        command=str(record.get("command", "")),
-        device=str(cost.get("gpu") or cost.get("device")),
-        curve=tuple((int(step), correct / n) for step, split, _, correct, n in curve if split == "val"),
-    )
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, str]:
@@ -218,7 +185,7 @@ def build(results: Path, presets: Names = None, report: Report = report_skipped,
             if path in left_out:
                 report(f"{path}: {left_out[path]}")
             else:
-                e = read_entry(path, record)
+                e = Entry(path, record)
                 runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             report(f"{path} is not a usable record: {type(error).__name__} {error}")
@@ -232,7 +199,7 @@ def build(results: Path, presets: Names = None, report: Report = report_skipped,
             raise unknown("preset of the records", preset, by_preset)
     order = [p for p in reversed(PRESETS) if p in by_preset] + sorted(by_preset.keys() - set(PRESETS))
     chosen = [p for p in order if not presets or p in presets]
-    return [Table(p, tuple(_tell_apart(by_preset[p])), measured.speeds(results, p)) for p in chosen]
+    return [Table(p, _tell_apart(by_preset[p]), measured.speeds(results, p)) for p in chosen]
 
 
 def _tell_apart(entries: list[Entry]) -> list[Entry]:
@@ -240,9 +207,9 @@ def _tell_apart(entries: list[Entry]) -> list[Entry]:
     groups = defaultdict(list)
     for e in entries:
         groups[e.row, e.column].append(e)
-    labelled = []
     for group in groups.values():
         keys = sorted({k for e in group for k in e.config})
         differ = [k for k in keys if len({e.config.get(k) for e in group}) > 1]
-        labelled += [replace(e, label=(*e.label, *(f"{k}={e.config.get(k)}" for k in differ))) for e in group]
-    return labelled
+        for e in group:
+            e.label += tuple(f"{k}={e.config.get(k)}" for k in differ)
+    return entries

@@ -106,9 +106,7 @@ def quantile(freedom: float = math.inf, level: float = ALPHA) -> float:
 
 def welch(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Sum of independent variances, each with its degrees of freedom (Welch 1947, Satterthwaite 1946).
-
-    v = sum v_i,    k = v^2 / sum (v_i^2 / k_i)
-    """
+    v = sum v_i, k = v^2 / sum (v_i^2 / k_i)"""
     total = math.fsum(v for v, _ in parts)
     weight = math.fsum(v * v / k for v, k in parts)
     return total, total * total / weight if weight else math.inf
@@ -168,10 +166,8 @@ def over_seeds(accuracies: Sequence[float], n: int) -> Uncertain:
 
 def difference(a: Uncertain, b: Uncertain) -> Uncertain:
     """a - b, of two test sets or without predictions.
-
     Of single seeds it is method 10 of Newcombe 1998, Statistics in Medicine 17:873. Two methods that answer the same
-    test examples tend to err on the same ones; the interval ignores that and is wider than that of `paired`.
-    """
+    test examples tend to err on the same ones; the interval ignores that and is wider than that of `paired`."""
     return combine([(1.0, a), (-1.0, b)])
 
 
@@ -182,10 +178,8 @@ def average(estimates: Sequence[Uncertain]) -> Uncertain:
 
 def mcnemar(b: int, c: int) -> float:
     """Exact two-sided p-value of McNemar's test (1947, Psychometrika 12:153): two runs on the same examples.
-
-    b examples were answered right by the first run alone, c by the second alone. Were the runs equally good,
-    b would be binomial(b + c, 1/2): p = 2 P(X <= min(b, c)), at most 1.
-    """
+    b examples were answered right by the first run alone, c by the second alone. Were the runs equally good, b would be
+    binomial(b + c, 1/2): p = 2 P(X <= min(b, c)), at most 1."""
     from scipy.special import bdtr
 
     return 1.0 if b == c else min(1.0, 2.0 * float(bdtr(min(b, c), b + c, 0.5)))
@@ -209,9 +203,7 @@ def paired(a: np.ndarray, b: np.ndarray) -> Uncertain:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6:65), in their order.
-
-    adjusted_(i) = max over j <= i of min(1, (k - j + 1) p_(j)),    p_(1) <= ... <= p_(k)
-    """
+    adjusted_(i) = max over j <= i of min(1, (k - j + 1) p_(j)), p_(1) <= ... <= p_(k)"""
     p = np.asarray(p_values, float)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
@@ -221,19 +213,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def margin(p: float, n: int) -> float:
     """Largest gap of accuracies that counts as none: 1 point, or the noise of the test set where that is more.
-
-    The noise is half of Wilson's 95% interval at n examples.
-    """
+    The noise is half of Wilson's 95% interval at n examples."""
     low, high = wilson(p * n, n)
     return max(0.01, (high - low) / 2)
 
 
 def equivalence(a: Sequence[float], b: Sequence[float], within: float, paired: bool) -> tuple[str, Estimate]:
     """Two one-sided tests (Schuirmann 1987, J. Pharmacokinetics 15:657) on accuracies of seeds: a verdict and a - b.
-
-    The interval is the 90% one of Student's t, by pairs of equal seeds where `paired`, else by Welch. It lies
-    within +-`within`: "reproduced"; wholly outside: "disputed"; across an end: "inconclusive".
-    """
+    The interval is the 90% one of Student's t, by pairs of equal seeds where `paired`, else by Welch. It lies within
+    +-`within`: "reproduced"; wholly outside: "disputed"; across an end: "inconclusive"."""
     gap = training(np.subtract(a, b)) if paired else difference(training(a), training(b))
     low, high = gap.interval(2 * ALPHA)
     outside = "disputed" if low > within or high < -within else "inconclusive"
