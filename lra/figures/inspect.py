@@ -88,14 +88,14 @@ def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
 
 def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Facts by task and preset, presets in the usual order. Raises UsageError for a file that holds none."""
-    order, files = list(PRESETS), []
+    files = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
             facts = json.loads(path.read_text("utf-8"))
             if facts["schema"] != SCHEMA:
                 raise ValueError(f"schema {facts['schema']!r}")
-            task, preset = facts["task"], facts["preset"]
-            files.append((task, order.index(preset) if preset in order else len(order), preset, facts))
+            preset = facts["preset"]
+            files.append((facts["task"], [*PRESETS, preset].index(preset), preset, facts))
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} holds no facts of `inspect` ({error}): write it again") from None
     if not files:

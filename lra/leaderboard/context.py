@@ -63,20 +63,17 @@ class Context:
     def agrees(self, tree: Path, place: Path, path: Path, record: dict[str, Any]) -> None:
         """Raise Rejected for a copy or for other facts of the same data, Unchecked for a gap of seeds.
         `path` is where the record is now, with its predictions beside it."""
-        self._facts(tree, record)
-        self._copies(tree, place, path, record)
-        names = self.seeds[tree, place.parent] | {place.stem}
-        first = 0 if tree == self.owner else min(int(name.removeprefix("seed")) for name in names)
-        if gap := [str(k) for k in range(first, first + len(names)) if f"seed{k}" not in names]:
-            raise Unchecked(f"the cell's seeds must be {first}, {first + 1}, ...: missing {', '.join(gap)}")
-
-    def _facts(self, tree: Path, record: dict[str, Any]) -> None:
-        """The owner's records decide; where there are none of these data, most of the tree."""
+        # Of facts the owner's records decide; where there are none of these data, most of the tree.
         for subject, key, value in _claims(record):
             known = self.claims.get((self.owner, subject, key)) or self.claims.get((tree, subject, key))
             usual = known.most_common(1)[0][0] if known else value
             if value != usual:
                 raise Rejected(f"data: {subject} differ from those of other records on the same data: {usual}")
+        self._copies(tree, place, path, record)
+        names = self.seeds[tree, place.parent] | {place.stem}
+        first = 0 if tree == self.owner else min(int(name.removeprefix("seed")) for name in names)
+        if gap := [str(k) for k in range(first, first + len(names)) if f"seed{k}" not in names]:
+            raise Unchecked(f"the cell's seeds must be {first}, {first + 1}, ...: missing {', '.join(gap)}")
 
     def _copies(self, tree: Path, place: Path, path: Path, record: dict[str, Any]) -> None:
         """No two runs are equal but those of one author, attention and seed, whose options may change nothing."""

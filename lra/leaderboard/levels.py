@@ -25,10 +25,9 @@ from tqdm import tqdm
 from lra.leaderboard.consistency import Places, consistent, identity, labels_of, places
 from lra.leaderboard.context import Context, trees
 from lra.options import UsageError
-from lra.records.compare import equivalent
 from lra.records.record import predictions_path, read_record, write_labels
 from lra.records.schema import Rejected, Unchecked, check
-from lra.records.stats import Estimate
+from lra.records.stats import Estimate, equivalence, margin, mean_sd
 from tasks.base import SourceError
 from tasks.store.files import atomic_path
 
@@ -155,9 +154,10 @@ def _reproductions(results: Path, verdicts: dict[Path, Verdict]) -> dict[Path, R
         for (by, theirs), (other, ours) in itertools.permutations(ended.items(), 2):
             if min(len(ours), len(theirs)) < FEWEST:
                 continue
-            accuracies = ({seed: r["n_correct"] / r["n_test"] for seed, r in runs.items()} for runs in (ours, theirs))
-            verdict, gap, margin = equivalent(*accuracies, next(iter(ours.values()))["n_test"])
-            found = Reproduction(by or "the owner of these results", len(theirs), verdict, gap, margin)
+            shares = [{seed: r["n_correct"] / r["n_test"] for seed, r in runs.items()} for runs in (ours, theirs)]
+            within = margin(mean_sd([*shares[0].values()])[0], next(iter(ours.values()))["n_test"])
+            verdict, gap = equivalence(*shares, within)
+            found = Reproduction(by or "the owner of these results", len(theirs), verdict, gap, within)
             for place in groups[other]:
                 known = least.get(place, found)
                 least[place] = min(known, found, key=lambda r: ORDER.index(r.verdict))

@@ -22,7 +22,7 @@ from lra.records import compact
 from lra.records.cells import Cell, build, row_name
 from lra.records.markup import MISSING, Grid, flat, markdown
 from lra.records.record import read_record, report_all
-from lra.records.stats import Estimate, equivalence, margin, mean_sd
+from lra.records.stats import equivalence, margin, mean_sd
 
 EQUAL, WITHIN, UNCLEAR, DIFFERENT, NONE = "=", "≈", "?", "≠", "–"
 MEANINGS = {
@@ -75,22 +75,12 @@ def against(cell: Cell, results: Path, reference: Path) -> tuple[str, Accuracies
     elif None in mine + other:
         mark = DIFFERENT
     elif len(mine) > 1:
-        verdict, _, _ = equivalent(dict(zip(theirs, mine)), dict(zip(theirs, other)), cell.runs[0].n_test)
+        within = margin(mean_sd(mine)[0], cell.runs[0].n_test)
+        verdict, _ = equivalence(dict(zip(theirs, mine)), dict(zip(theirs, other)), within)
         mark = {"reproduced": WITHIN, "disputed": DIFFERENT, "inconclusive": UNCLEAR}[verdict]
     else:
         mark = WITHIN if abs(mine[0] - other[0]) <= margin(mine[0], cell.runs[0].n_test) else DIFFERENT
     return mark, mine, other
-
-
-def equivalent(ours: Mapping[Any, float], theirs: Mapping[Any, float], n: int) -> tuple[str, Estimate, float]:
-    """The equivalence test of two sets of runs of one cell, accuracies by seed on n test examples.
-    Returns the verdict of lra.records.stats.equivalence, the gap theirs - ours, and the margin. Equal sets of seeds are
-    compared in pairs."""
-    within = margin(sum(ours.values()) / len(ours), n)
-    paired = ours.keys() == theirs.keys()
-    seeds = sorted(ours) if paired else sorted(theirs)
-    verdict, gap = equivalence([theirs[seed] for seed in seeds], [ours[seed] for seed in sorted(ours)], within, paired)
-    return verdict, gap, within
 
 
 def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:

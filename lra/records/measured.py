@@ -53,16 +53,16 @@ def attention(results: Path) -> Curves:
     """Seconds of each attention over N; empty when nothing was measured. Raises UsageError for a broken file."""
     curves: Curves = defaultdict(list)
     path = Path(results) / "bench" / "attention.json"
-    for (name,), numbers, more in _points(path, ("name",), ("N", "seconds"), ("peak_bytes", "ratio")):
-        curves[name].append(Point(*numbers, *more))
+    for name, values in _points(path, "name", ("N", "seconds"), ("peak_bytes", "ratio")):
+        curves[name].append(Point(*values))
     return {name: sorted(curves[name]) for name in sorted(curves)}
 
 
 def speeds(results: Path, preset: str) -> dict[str, float]:
     """How many times as fast as softmax's a training step is, by the digest of the runs it stands for (the folder of
     their records); empty when nothing was measured. Raises UsageError for a broken file."""
-    points = _points(Path(results) / "bench" / f"{tasks_report(preset)}.json", ("digest",), ("ratio",))
-    return {digest: ratio for (digest,), (ratio,), _ in points}
+    path = Path(results) / "bench" / f"{tasks_report(preset)}.json"
+    return {digest: ratio for digest, (ratio,) in _points(path, "digest", ("ratio",))}
 
 
 def tasks_report(preset: str) -> str:
@@ -70,17 +70,17 @@ def tasks_report(preset: str) -> str:
     return f"tasks-{preset}"
 
 
-def _points(path: Path, names: tuple, numbers: tuple, optional: tuple = ()) -> Iterator[tuple[list, list, list]]:
-    """(names, positive numbers, positive numbers or None) of each point of a file; none where there is no file."""
+def _points(path: Path, name: str, numbers: tuple, optional: tuple = ()) -> Iterator[tuple[str, list]]:
+    """(name, positive numbers, None for an optional one that is missing) of each point; none where there is no file."""
     if not path.exists():
         return
     try:
         for point in json.loads(path.read_text("utf-8"))["points"]:
-            required = [float(point[key]) for key in numbers]
-            more = [None if point.get(key) is None else float(point[key]) for key in optional]
-            if not all(v is None or (math.isfinite(v) and v > 0) for v in (*required, *more)):
+            values = [float(point[key]) for key in numbers]
+            values += [None if point.get(key) is None else float(point[key]) for key in optional]
+            if not all(v is None or (math.isfinite(v) and v > 0) for v in values):
                 raise ValueError(f"{point}")
-            yield [str(point[key]) for key in names], required, more
+            yield str(point[name]), values
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None
 

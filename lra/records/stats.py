@@ -34,9 +34,9 @@ example is. Arrays of answers have the shape (seeds, examples), True where the a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -218,11 +218,13 @@ def margin(p: float, n: int) -> float:
     return max(0.01, (high - low) / 2)
 
 
-def equivalence(a: Sequence[float], b: Sequence[float], within: float, paired: bool) -> tuple[str, Estimate]:
-    """Two one-sided tests (Schuirmann 1987, J. Pharmacokinetics 15:657) on accuracies of seeds: a verdict and a - b.
-    The interval is the 90% one of Student's t, by pairs of equal seeds where `paired`, else by Welch. It lies within
+def equivalence(ours: Mapping[Any, float], theirs: Mapping[Any, float], within: float) -> tuple[str, Estimate]:
+    """Two one-sided tests (Schuirmann 1987, J. Pharmacokinetics 15:657) on accuracies by seed: verdict, theirs - ours.
+    The interval is the 90% one of Student's t, by pairs where the seeds are the same, else by Welch. It lies within
     +-`within`: "reproduced"; wholly outside: "disputed"; across an end: "inconclusive"."""
-    gap = training(np.subtract(a, b)) if paired else difference(training(a), training(b))
+    gap = difference(training([*theirs.values()]), training([*ours.values()]))
+    if ours.keys() == theirs.keys():
+        gap = training([theirs[seed] - ours[seed] for seed in ours])
     low, high = gap.interval(2 * ALPHA)
     outside = "disputed" if low > within or high < -within else "inconclusive"
     return "reproduced" if gap.within(within) else outside, Estimate(gap.value, low, high)
