@@ -65,9 +65,6 @@ def cards(args: Namespace) -> None:
         path.write_text(text, "utf-8")
 
 
-# Facts
-
-
 def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
     """Facts of prepared data as plain values: manifest, label counts, lengths; no path and no host."""
     m = prepared.manifest
@@ -104,9 +101,6 @@ def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     for task, _, preset, facts in sorted(files, key=lambda file: file[:3]):
         tasks.setdefault(task, {})[preset] = facts
     return tasks
-
-
-# Facts as text
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -154,9 +148,6 @@ def _checks(facts: dict[str, Any]) -> dict[str, str]:
     rows = {"duplicates across splits removed": removed or "none", "duplicates within a split, kept": within or "none"}
     rows |= {f"floor: {name}, % of test": f"{100 * value:.1f}" for name, value in facts["floors"].items()}
     return rows | {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in facts["report"].items()}
-
-
-# Examples
 
 
 def examples(task: ModuleType, split: Split) -> list[str]:

@@ -19,8 +19,7 @@ from lra.leaderboard.consistency import Places, places
 from lra.leaderboard.context import trees
 from lra.leaderboard.levels import Verdict, judge, reproductions
 from lra.options import UsageError
-from lra.records import cells, measured, table
-from lra.records import compare as beside
+from lra.records import cells, compact, measured, table
 from lra.records.cells import Cell, Table, row_name
 from lra.records.markup import Bullets, flat, html_fragment, parsed
 from lra.records.record import PROTOCOL, report_all
@@ -84,7 +83,7 @@ def plot(args: Namespace) -> int:
 
 def compare(args: Namespace) -> int:
     """`compare`: the user's runs beside the reference's, without those that are rejected."""
-    return beside.compare(args, _judged(Places(args.results))[1])
+    return compact.compare(args, _judged(Places(args.results))[1])
 
 
 def _judged(places: Places, level: int = 1) -> tuple[dict[Path, Verdict], dict[Path, str]]:

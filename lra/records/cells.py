@@ -64,15 +64,9 @@ class Entry:
         execution, hashes = Execution.of(training), {name: split["sha256"] for name, split in data["splits"].items()}
         self.path, self.results = path, path.parents[4]  # that holds records/ and labels/
         self.preset = str(task["preset"])
-        self.column = Column(
-            task=str(task["name"]),
-            substitute=bool(task["substitute"]),
-            dataset=str(task["dataset"]),
-            version=int(task["version"]),
-            seq_len=int(task["seq_len"]),
-            data=hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
-            execution=execution.words,
-        )
+        sha256 = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        what = str(task["name"]), bool(task["substitute"]), str(task["dataset"])
+        self.column = Column(*what, int(task["version"]), int(task["seq_len"]), sha256, execution.words)
         self.floors = {str(k): float(v) for k, v in data["floors"].items()}
         self.attention = str(model["attention"])
         overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]

@@ -78,8 +78,6 @@ class Language(NamedTuple):
         return self.newline.join(face.format(self.escape(flat(line))) for line in cell.split("\n"))
 
 
-# Markdown
-
 _MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\|*`~"})
 
 
@@ -104,8 +102,6 @@ def markdown(blocks: Sequence[Block], width: int = 0) -> str:
         texts = [fill(text) if isinstance(block, Text) else text for block, text in zip(blocks, texts, strict=True)]
     return "\n\n".join(texts) + "\n"
 
-
-# LaTeX
 
 _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
@@ -152,9 +148,6 @@ def latex(blocks: Sequence[Block]) -> str:
     """A whole document for any LaTeX with booktabs. A character beyond ASCII that is not known here becomes
     its nearest ASCII letters, or ?."""
     return "\n\n".join([_LATEX_BEGIN, *map(LATEX.block, blocks), r"\end{document}"]) + "\n"
-
-
-# HTML
 
 
 def _html_grid(cell: Callable[[str], str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
