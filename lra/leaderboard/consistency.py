@@ -6,7 +6,7 @@ Nothing is written.
 import math
 import re
 from argparse import Namespace
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from lra import registry
 from lra.options import UsageError
 from lra.records.record import Execution, cell_digest, predictions_path, read_labels, read_predictions, record_path
 from lra.records.schema import Rejected, Unchecked
-from tasks.base import Optim, SourceError, Stack
+from tasks.base import SourceError
 from tasks.store.prepared import SCHEMA as DATA_SCHEMA
 from tasks.store.prepared import Prepared, data_identity, load
 
@@ -63,19 +63,13 @@ def identity(record: dict[str, Any]) -> Path:
     digest    = sha256 of task, data hash, recipe, overrides, validation rule, attention, execution
     """
     task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
-    as_run = replace(
-        task_module(record).RECIPES[task["preset"]],
-        encoder=Stack(**model["encoder"]),
-        train=Optim(**training["recipe"]),
-        budget=training["budget"],
-    )
+    recipe = asdict(task_module(record).RECIPES[task["preset"]])
+    recipe |= {"encoder": model["encoder"], "train": training["recipe"], "budget": training["budget"]}
     if data["manifest_sha256"] != (data_hash := data_identity(manifest(record))):
         raise Rejected(f"data.manifest_sha256 must be {data_hash}, by the task, data set and splits beside it")
     how, method = (training["overrides"], data["val_rule"]), (model["attention"], model["attention_config"])
-    what = task["name"], task["version"], data_hash, asdict(as_run)
-    digest = cell_digest(*what, *how, *method, Execution.of(training))
-    path = record_path(Path(), task["name"], model["attention"], digest, training["seed"])
-    return path.relative_to("records")
+    digest = cell_digest(task["name"], task["version"], data_hash, recipe, *how, *method, Execution.of(training))
+    return record_path(Path(), task["name"], model["attention"], digest, training["seed"]).relative_to("records")
 
 
 def consistent(path: Path, record: dict[str, Any], places: Places) -> None:
