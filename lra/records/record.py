@@ -8,8 +8,6 @@ and results/counter/<by>/ the repetitions of runs, laid out as records/ is.
 Records come from anybody: files are read within limits, as strict JSON, and nothing in them is executed.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io
@@ -53,7 +51,7 @@ class Execution(NamedTuple):
         return f"{self.precision}, {'compiled' if self.compiled else 'eager'}, processes: {self.processes}"
 
     @staticmethod
-    def of(training: dict[str, Any]) -> Execution:
+    def of(training: dict[str, Any]) -> "Execution":
         """From the training section of a record."""
         return Execution(training["precision"], training["compile"], training["world_size"])
 

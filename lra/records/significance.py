@@ -13,7 +13,7 @@ training, so it shows no tie, and no cell is bold for it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class Comparison:
         return self.verdict if self.seeds >= FEWEST and self.verdict in ("above", "below") else None
 
 
+@lru_cache(maxsize=8)  # tables and figures of one command ask for the same
 def compare_all(table: Table) -> dict[Key, Comparison]:
     """Every comparison of a table whose predictions and test labels are kept.
     Both methods have several seeds, or both have one: a single seed beside several shows none of its noise."""
