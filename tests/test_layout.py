@@ -39,7 +39,7 @@ MAY_IMPORT = {  # of this project; a room always imports itself
     "lra.gemma": STUDY,
 }
 TORCH_FREE = re.compile(
-    r"lra/(cli|options|registry|records/\w+|\w+/options|leaderboard/(co\w+|identity|levels|submit)|figures/style"
+    r"lra/(cli|options|registry|records/\w+|\w+/options|leaderboard/(co\w+|levels)|figures/style"
     r"|gemma/table|variance/report)\.py"
 )
 TOP_LEVEL = {

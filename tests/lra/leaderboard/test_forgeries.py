@@ -277,7 +277,7 @@ def one_curve(f):
         f.write(path, record, f.answers)
 
 
-# On the committed records, with those of a task as the owner's
+# On the committed records, with those of an attention as the owner's
 
 
 def committed(f, task, attention):
@@ -285,7 +285,7 @@ def committed(f, task, attention):
     for path in f.inbox.iterdir():
         path.unlink()
     shutil.rmtree(f.owner.results)
-    shutil.copytree(REFERENCE / "records" / task, f.owner.results / "records" / task)
+    shutil.copytree(REFERENCE / "records" / task / attention, f.owner.results / "records" / task / attention)
     shutil.copytree(REFERENCE / "labels", f.owner.results / "labels")
     for path in sorted((REFERENCE / "records" / task / attention).glob("*/seed*.json")):
         record, answers = f.read(path)
