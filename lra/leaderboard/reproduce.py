@@ -94,16 +94,8 @@ def same_run(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
     first, second = a["result"], b["result"]
     if first == second and stored == fresh and a["model"]["init_sha256"] == b["model"]["init_sha256"]:
         return "bitwise equal", ""
-    n = first["n_test"]
-    gap = (second["n_correct"] - first["n_correct"]) / n
-    apart = unlike(first["probe"]["losses"], second["probe"]["losses"])
-    close = apart is None and abs(gap) <= margin(first["n_correct"] / n, n)
-    return ("within tolerance" if close else "different"), _details(a, stored, b, fresh, apart, results)
-
-
-def _details(a: dict, stored: bytes, b: dict, fresh: bytes, apart: int | None, results: Path) -> str:
-    """Where two runs part, in words: initial weights, probe, curve, predictions, accuracy."""
-    first, second = a["result"], b["result"]
+    n, apart = first["n_test"], unlike(first["probe"]["losses"], second["probe"]["losses"])
+    close = apart is None and abs(second["n_correct"] - first["n_correct"]) / n <= margin(first["n_correct"] / n, n)
     parts = [] if a["model"]["init_sha256"] == b["model"]["init_sha256"] else ["other initial weights"]
     if apart is not None:
         parts.append(f"probe loss {apart} is {second['probe']['losses'][apart]}")
@@ -119,7 +111,7 @@ def _details(a: dict, stored: bytes, b: dict, fresh: bytes, apart: int | None, r
     parts.append(f"{first['n_correct']} correct became {second['n_correct']}")
     value, low, high = (100 * x for x in (gap.value, gap.low, gap.high))
     parts.append(f"{value:+.2f} points [{low:+.2f}, {high:+.2f}], McNemar p {p:.3g}")
-    return ": " + "; ".join(parts)
+    return ("within tolerance" if close else "different"), f": {'; '.join(parts)}"
 
 
 def _threads(text: str | None, record: dict[str, Any]) -> list[int]:

@@ -120,12 +120,12 @@ _LATEX_BEGIN = r"""\documentclass{article}
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(c) or (c if c.isascii() and c.isprintable() else _ascii(c)) for c in text)
+    def spelled(character):
+        known = character in _LATEX
+        plain = character if known else unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        return "".join(_LATEX.get(c, c) for c in plain if c.isprintable()) or "?"
 
-
-def _ascii(character: str) -> str:
-    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return "".join(_LATEX.get(c, c) for c in plain if c.isprintable()) or "?"
+    return "".join(map(spelled, text))
 
 
 def _latex_grid(cell: Callable[[str], str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

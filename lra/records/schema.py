@@ -111,13 +111,10 @@ def of_dataclass(cls: type) -> dict[str, Value]:
     return {f.name: kinds.get(hints[f.name]) or one_of(*get_args(hints[f.name])) for f in fields(cls)}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 300 and value.isprintable() and not set(value) & set("<>")
-
-
-TEXT = Value("printable text of at most 300 characters without < and >", _is_text)
+PLAIN = "printable text of at most 300 characters without < and >"
+TEXT = Value(PLAIN, lambda v: isinstance(v, str) and len(v) <= 300 and v.isprintable() and not set(v) & set("<>"))
 NUMBER = real(-FINITE)
-OPTION = Value("a number, a flag or a text", lambda v: type(v) is bool or _is_text(v) or NUMBER.holds(v))
+OPTION = Value("a number, a flag or a text", lambda v: type(v) is bool or TEXT.holds(v) or NUMBER.holds(v))
 FLAG = one_of(True, False)
 SHA256 = matching("[0-9a-f]{64}", "a sha256 in 64 hexadecimal digits")
 NAME = matching(WORD, "a name of letters, digits and underscores")
