@@ -21,14 +21,8 @@ from tasks.base import SPLITS
 TELLING = 10  # equal answers are no chance if so many are wrong, and so many are not of the commonest class
 
 
-class Origin(NamedTuple):
-    """Whose run a record is of: tree, path below it, attention, seed, seconds."""
-
-    tree: Path
-    place: Path
-    attention: str
-    seed: int
-    seconds: float
+# Whose run a record is of; `place`: the path below the tree.
+Origin = NamedTuple("Origin", [("tree", Path), ("place", Path), ("attention", str), ("seed", int), ("seconds", float)])
 
 
 def trees(results: Path) -> list[Path]:

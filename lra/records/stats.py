@@ -43,12 +43,8 @@ import numpy as np
 ALPHA = 0.05  # level of every test
 
 
-class Estimate(NamedTuple):
-    """A value between the limits of an interval; accuracies are fractions, not percent."""
-
-    value: float
-    low: float
-    high: float
+# A value between the limits of an interval; accuracies are fractions, not percent.
+Estimate = NamedTuple("Estimate", [("value", float), ("low", float), ("high", float)])
 
 
 @dataclass(frozen=True)
