@@ -10,7 +10,8 @@ import math
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,24 +37,18 @@ Rows = Sequence[Row]
 def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> list[Path]:
     """Write all figures to results/figures/; returns the paths of the SVG files. With `everything` they show all
     methods, else style.SERIES of them."""
-    folder, written = Path(results) / "figures", []
+    figures, written, lengths = {}, [], measured.attention(results)
+    for table in (t for t in tables if t.preset in PRESETS):  # a name of a record becomes no name of a file
+        for make in (bubble, accuracy, curves):
+            figures[f"{table.preset}-{make.__name__}"] = partial(make, table, shown_rows(table, everything))
+    figures["lengths"] = partial(scaling, {name: lengths[name] for name in style.selection(list(lengths), everything)})
     with drawing():
-        for name, figure in _figures(results, tables, everything):
-            if figure:
-                written.append(style.save(figure, folder / name)[0])
+        for name, make in figures.items():
+            if figure := make():
+                written.append(style.save(figure, Path(results) / "figures" / name)[0])
             else:
                 print(f"no {name}: nothing to draw it from")
     return written
-
-
-def _figures(results: Path, tables: Sequence[Table], everything: bool) -> Iterator[tuple[str, Figure | None]]:
-    """Names of the figures, and the figures, one after another."""
-    lengths = measured.attention(results)
-    for table in (t for t in tables if t.preset in PRESETS):  # a name of a record becomes no name of a file
-        rows = shown_rows(table, everything)
-        for make in (bubble, accuracy, curves):
-            yield f"{table.preset}-{make.__name__}", make(table, rows)
-    yield "lengths", scaling({name: lengths[name] for name in style.selection(list(lengths), everything)})
 
 
 def shown_rows(table: Table, everything: bool = False) -> Rows:
@@ -75,16 +70,6 @@ def panels(table: Table, height: float) -> tuple[Figure, list[tuple[Column, Axes
         task, *rest = map(flat, column.parts)
         place.set_title("\n".join([task, *textwrap.wrap(", ".join(rest), 34)[:3]]), fontsize=8)
     return figure, list(zip(table.columns, places))
-
-
-def _told_apart(table: Table) -> str:
-    """Which columns tell softmax from constant (the paired test of the tables), as a sentence."""
-    tells: dict[bool, list[str]] = {True: [], False: []}
-    for (row, column, baseline), comparison in compare_all(table).items():
-        if row[1:] == ("constant", ()) and baseline == "softmax":
-            tells[comparison.verdict == "below"].append(column.task)
-    above, level = (listed(tells[key] or ["no task"]) for key in (True, False))
-    return f"{table.preset}: softmax is significantly above averaging (constant) on {above}; not on {level}"
 
 
 def accuracy(table: Table, rows: Rows) -> Figure | None:
@@ -113,7 +98,13 @@ def accuracy(table: Table, rows: Rows) -> Figure | None:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", visible=False)
-    style.message(figure, _told_apart(table))
+    tells = {True: [], False: []}  # columns that tell softmax from constant, by the paired test of the tables
+    for (row, column, baseline), comparison in compare_all(table).items():
+        if row[1:] == ("constant", ()) and baseline == "softmax":
+            tells[comparison.verdict == "below"].append(column.task)
+    above, level = (listed(tells[key] or ["no task"]) for key in (True, False))
+    averaging = f"softmax is significantly above averaging (constant) on {above}; not on {level}"
+    style.message(figure, f"{table.preset}: {averaging}")
     label = "test accuracy, %: seeds, mean, 95% interval; each panel has a scale of its own"
     figure.supxlabel(label + _more(table, rows), fontsize=8)
     return figure
