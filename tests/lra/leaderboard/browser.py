@@ -60,10 +60,6 @@ class Browser:
         """Load a page and wait until it is there."""
         self._ask("POST", "/url", {"url": url})
 
-    def resize(self, width: int, height: int = 900) -> None:
-        """Another size of the window."""
-        self._ask("POST", "/window/rect", {"width": width, "height": height})
-
     def run(self, script: str, *arguments):
         """The value of a function's body of JavaScript."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
