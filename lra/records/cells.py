@@ -61,34 +61,35 @@ class Entry:
     def __init__(self, path: Path, record: dict[str, Any]):
         task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
         result, cost, env = record["result"], record["cost"] or {}, record["env"]
-        execution, hashes = Execution.of(training), {name: split["sha256"] for name, split in data["splits"].items()}
-        self.path, self.results = path, path.parents[4]  # that holds records/ and labels/
-        self.preset = str(task["preset"])
-        sha256 = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-        what = str(task["name"]), bool(task["substitute"]), str(task["dataset"])
-        self.column = Column(*what, int(task["version"]), int(task["seq_len"]), sha256, execution.words)
-        self.floors = {str(k): float(v) for k, v in data["floors"].items()}
-        self.attention = str(model["attention"])
+        curve = (result or {}).get("curve", ())
+        hashes = json.dumps({name: split["sha256"] for name, split in data["splits"].items()}, sort_keys=True)
         overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]
-        self.overrides = " ".join(overrides)
-        # label: what differs from the defaults, ("attention.num_features=256",). config: whatever may differ beside it.
-        self.label = (*overrides, *([] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"]))
-        parts = {"attention": model["attention_config"], "encoder": model["encoder"], "train": training["recipe"]}
-        self.config = {k: v for name, part in parts.items() for k, v in _flatten(name, part).items()}
-        self.params_ratio = float(model["n_params_ratio_to_softmax"])
-        self.open = task["protocol"] != PROTOCOL or self.params_ratio > MAX_PARAMETER_RATIO
-        self.seed = int(training["seed"])
-        self.n_test = int(result["n_test"] if result else data["splits"]["test"]["n"])
+        self.n_test = int((result or {"n_test": data["splits"]["test"]["n"]})["n_test"])
         self.n_correct = int(result["n_correct"]) if record["status"] == "ok" else None  # None: the run failed
         wilson(self.n_correct or 0, self.n_test)  # raises ValueError unless the counts are a proportion
-        self.peak_bytes = None if cost.get("peak_bytes") is None else int(cost["peak_bytes"])
+        self.params_ratio, execution = float(model["n_params_ratio_to_softmax"]), Execution.of(training)
         hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
+        self.path, self.results = path, path.parents[4]  # that holds records/ and labels/
+        self.preset = str(task["preset"])
+        what = str(task["name"]), bool(task["substitute"]), str(task["dataset"]), int(task["version"])
+        sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        self.column = Column(*what, int(task["seq_len"]), sha256, execution.words)
+        self.floors = {str(k): float(v) for k, v in data["floors"].items()}
+        self.attention = str(model["attention"])
+        # label: what differs from the defaults, ("attention.num_features=256",). config: whatever may differ beside it.
+        self.label = (*overrides, *([] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"]))
+        self.overrides = " ".join(overrides)
+        parts = {"attention": model["attention_config"], "encoder": model["encoder"], "train": training["recipe"]}
+        self.config = {k: v for name, part in parts.items() for k, v in _flatten(name, part).items()}
+        self.open = task["protocol"] != PROTOCOL or self.params_ratio > MAX_PARAMETER_RATIO
+        self.seed = int(training["seed"])
+        self.peak_bytes = None if cost.get("peak_bytes") is None else int(cost["peak_bytes"])
         facts = map(str, filter(None, (*hardware, execution.precision, *execution.words)))
         self.machine = ", ".join(dict.fromkeys(facts))  # equal for two runs whose memory may be compared
-        self.device = str(cost.get("gpu") or cost.get("device"))
         self.dirty = bool(record["suite"]["git_dirty"])
         self.status, self.command = str(record["status"]), str(record.get("command", ""))
-        curve = (result or {}).get("curve", ())  # (step, validation accuracy)
+        self.device = str(cost.get("gpu") or cost.get("device"))
+        # (step, validation accuracy)
         self.curve = [(int(step), correct / n) for step, split, _, correct, n in curve if split == "val"]
 
     @property
