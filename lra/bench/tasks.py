@@ -55,12 +55,9 @@ Milliseconds, and in brackets how many times as fast as with softmax in the same
 def measure(
     runs: dict[str, config.Run], data: Prepared, where: Where, rounds: int, done: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    """One point for each attention at its defaults.
-
-    All take step k of their runs (seed 0: the same batch) in round k; the first round is not counted. ratio, low,
-    high: median and quartiles over rounds of (seconds of softmax) / (seconds of the attention). seconds: the median of
-    a step. digest: that of the runs that the point stands for.
-    """
+    """One point for each attention at its defaults. All take step k of their runs (seed 0: the same batch) in round k;
+    the first round is not counted. ratio, low, high: median and quartiles over rounds of (seconds of softmax) /
+    (seconds of the attention). seconds: the median of a step. digest: that of the runs that the point stands for."""
     trainers = {name: Trainer(run, data, where) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(1 + rounds):

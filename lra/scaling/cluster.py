@@ -60,17 +60,15 @@ def _deaf() -> None:
 
 
 def executor(args: Namespace, at_once: int, threads: int) -> Any:
-    """submitit's, with `--slurm KEY=VALUE` as its own parameters (partition, account, time, gpus_per_node ...).
-
-    Raises UsageError where submitit is missing or refuses a parameter.
-    """
+    """submitit's, with `--slurm KEY=VALUE` as its own parameters (partition, account, time, gpus_per_node ...). Raises
+    UsageError where submitit is missing or refuses a parameter."""
     try:
         import submitit
     except ImportError:
         raise UsageError(f"--executor {args.executor} needs submitit: pip install {PIN}") from None
     parameters: dict[str, Any] = {"cpus_per_task": threads, "timeout_min": args.job_minutes}
     if args.executor == "slurm":
-        parameters |= {"slurm_array_parallelism": at_once}
+        parameters["slurm_array_parallelism"] = at_once
         for pair in args.slurm:
             key, equals, value = pair.partition("=")
             if not equals:

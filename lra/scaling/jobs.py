@@ -31,8 +31,7 @@ def available_memory() -> int | None:
     except (OSError, StopIteration):
         return None
     try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text("utf-8") for name in ("max", "current"))
         return min(available, int(limit) - int(used))
     except (OSError, ValueError):  # no such group, or no limit: "max"
         return available
@@ -95,21 +94,18 @@ class Running:
     """A job at work, with its seconds and its peak bytes so far."""
 
     def __init__(self, job: Job, process: subprocess.Popen):
-        self.job, self.process, self.begun = job, process, time.monotonic()
-        self.seconds, self.peak = 0.0, 0
+        self.job, self.process, self.begun, self.seconds, self.peak = job, process, time.monotonic(), 0.0, 0
 
     def look(self) -> int | None:
         """Measure it; returns the exit code once it has ended."""
         self.seconds = time.monotonic() - self.begun
-        self.peak = max(self.peak, peak_resident(self.process.pid) or 0)
+        self.peak = max(self.peak, peak_resident(self.process.pid))
         return self.process.poll()
 
 
 class Pool:
     """Jobs waiting, running and done, within `at_once` processes, `memory` bytes and `limit` seconds (None: no limit).
-
-    Order: first seeds first, of one seed the longest first, so that no long job is left to run alone at the end.
-    """
+    Order: first seeds first, of one seed the longest first, so that no long job is left to run alone at the end."""
 
     def __init__(self, jobs: list[Job], at_once: int, memory: int | None, needs: dict, limit: float | None = None):
         self.total, self.at_once, self.memory, self.needs = len(jobs), at_once, memory or sys.maxsize, needs
@@ -121,7 +117,10 @@ class Pool:
     def run(self, start: Callable[[Job], subprocess.Popen]) -> Outcome:
         """Until all have ended, or a signal, a stopped job or the limit ends it; no process outlives it."""
         if any(need.seconds for need in self.needs.values()):
-            print(self.forecast(), flush=True)
+            total = sum(map(self.seconds_of, self.waiting))
+            largest = max(self.needs[job.kind].bytes for job in self.waiting)
+            line = f"predicted: {duration(total / self.at_once)} with {self.at_once} at a time"
+            print(f"{line} ({duration(total)} one by one), up to {largest / 1e9:.1f} GB each", flush=True)
         with StopSignals() as stop, tqdm(bar_format="{desc}", **LINE) as line:
             try:
                 while (self.waiting or self.running) and not self.outcome.stopped:
@@ -164,7 +163,7 @@ class Pool:
     def seconds_of(self, job: Job) -> float:
         """The need of a job, or the mean of the known ones."""
         known = [need.seconds for need in self.needs.values() if need.seconds]
-        return self.needs[job.kind].seconds or (sum(known) / len(known) if known else 0.0)
+        return self.needs[job.kind].seconds or sum(known) / max(1, len(known))
 
     def settle(self, running: Running, code: int) -> None:
         """Note that a job ended; what it took counts for its other seeds."""
@@ -175,13 +174,6 @@ class Pool:
             self.needs[job.kind] = Need(running.seconds, running.peak)
         tqdm.write(f"{self.progress()}  {job}: {words}")
         sys.stdout.flush()
-
-    def forecast(self) -> str:
-        """`predicted: 1.5 min with 2 at a time (3.0 min one by one), up to 0.4 GB each`."""
-        total = sum(map(self.seconds_of, self.waiting))
-        largest = max(self.needs[job.kind].bytes for job in self.waiting)
-        line = f"predicted: {duration(total / self.at_once)} with {self.at_once} at a time"
-        return f"{line} ({duration(total)} one by one), up to {largest / 1e9:.1f} GB each"
 
     def progress(self) -> str:
         """`[3/8] 1.3 min spent, about 2.2 min left`."""
@@ -201,5 +193,5 @@ def smaller(run: Run, factor: float) -> int:
 
 def last_line(log: Path) -> str:
     """The last line that a process printed."""
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
+    lines = log.read_text("utf-8", "replace").splitlines()
+    return next(filter(str.strip, reversed(lines)), "no output")

@@ -22,26 +22,16 @@ Clocks = tuple[datetime, float]  # the date and the seconds of time.perf_counter
 def build_record(
     sections: dict, result: dict | None, *, status: str, device: torch.device, command: str, clocks: Clocks
 ) -> dict[str, Any]:
-    """The whole record, of the arena and of the Gemma track.
-
-    `sections` are its task, data, model, training, cost and, where there are more packages to name, env.
-
-    The end is counted from the start by a monotonic clock: the date may be set while a run goes on.
-    """
+    """The whole record, of the arena and of the Gemma track. `sections`: its task, data, model, training, cost and,
+    where there are more packages to name, env. The end is counted from the start by a monotonic clock: the date may be
+    set while a run goes on."""
     started, begun = clocks
     ended = started + timedelta(seconds=time.perf_counter() - begun)
-    return {
-        "schema": SCHEMA,
-        "suite": suite_facts(),
-        **{name: sections[name] for name in ("task", "data", "model", "training")},
-        "result": result,
-        "cost": sections["cost"],
-        "env": environment(device) | sections.get("env", {}),
-        "status": status,
-        "command": command,
-        "started": started.isoformat(timespec="microseconds"),
-        "ended": ended.isoformat(timespec="microseconds"),
-    }
+    record = {"schema": SCHEMA, "suite": suite_facts()}
+    record |= {name: sections[name] for name in ("task", "data", "model", "training")}
+    record |= {"result": result, "cost": sections["cost"], "env": environment(device) | sections.get("env", {})}
+    record |= {"status": status, "command": command, "started": started.isoformat(timespec="microseconds")}
+    return record | {"ended": ended.isoformat(timespec="microseconds")}
 
 
 def cell_sections(run: Run) -> dict[str, Any]:
@@ -57,7 +47,7 @@ def cell_sections(run: Run) -> dict[str, Any]:
 
 def protocol(run: Run, parameter_ratio: float) -> str:
     """lra-v1 is the shared recipe at an equal parameter budget, with validation held out; the rest is open."""
-    shared = not any(key.split(".")[0] in ("encoder", "train") for key in run.overrides)
+    shared = all(key.startswith("attention.") for key in run.overrides)
     closed = shared and run.val_rule == "held-out" and parameter_ratio <= MAX_PARAMETER_RATIO
     return PROTOCOL if closed else "open"
 
@@ -66,12 +56,6 @@ def model_facts(run: Run) -> dict[str, Any]:
     """The record's model section, from the configuration and the seed alone."""
     model = run.build_model()
     n_params, softmax = (sum(p.numel() for p in m.parameters()) for m in (model, run.build_model("softmax")))
-    return {
-        "attention": run.attention,
-        "attention_config": run.attention_config,
-        "encoder": asdict(run.recipe.encoder),
-        "exact": model.encoder.attentions[0].exact,
-        "n_params": n_params,
-        "n_params_ratio_to_softmax": n_params / softmax,
-        "init_sha256": tensors_sha256(model.state_dict()),
-    }
+    facts = {"attention": run.attention, "attention_config": run.attention_config}
+    facts |= {"encoder": asdict(run.recipe.encoder), "exact": model.encoder.attentions[0].exact, "n_params": n_params}
+    return facts | {"n_params_ratio_to_softmax": n_params / softmax, "init_sha256": tensors_sha256(model.state_dict())}

@@ -536,7 +536,7 @@ def test_accumulation_equals_the_whole_batch(lab, parts):
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(lab):
-    from lra.training.optim import learning_rate
+    from lra.training.trainer import learning_rate
 
     o = new_run(lab)[0].recipe.train
     rates = [learning_rate(step, o) / o.lr for step in range(o.steps)]
