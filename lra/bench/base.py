@@ -12,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import json
-import multiprocessing
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,7 +37,6 @@ from lra.records.measured import BASELINE
 from lra.scaling.reports import machine_line, write_report
 from tasks.store.files import one_line
 
-ROOT = Path(__file__).parents[2]
 TUNED = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 SETTINGS = {"tuned": TUNED, "as_found": ""}  # GLIBC_TUNABLES of the processes that are measured
 LEAST = 0.05  # seconds that the runs of one turn take together, at least
@@ -59,15 +59,20 @@ def twice(module: str, columns: Sequence[Column]) -> dict[str, list[Point]]:
     contender = importlib.import_module(module).contender
     for name, facts in {name: column.facts for column in columns[::-1] for name in column.names}.items():
         contender(name, **facts)
-    plan, measured = json.dumps([module, columns, torch.get_num_threads()]), {}
+    measured, spawn = {}, get_context("spawn")
     for setting, tunables in SETTINGS.items():
         print(f"allocator {setting.replace('_', ' ')}", file=sys.stderr)
-        how = {"cwd": ROOT, "env": {**os.environ, "GLIBC_TUNABLES": tunables}, "stdout": subprocess.PIPE}
-        done = subprocess.run([sys.executable, "-m", "lra.bench.base", plan], **how)
-        measured[setting] = json.loads(done.stdout or '"the process that measures was killed"')
-        if isinstance(measured[setting], str):
-            raise UsageError(measured[setting])
+        with mock.patch.dict(os.environ, GLIBC_TUNABLES=tunables), ProcessPoolExecutor(1, spawn) as fresh:
+            try:
+                measured[setting] = fresh.submit(points_of, module, columns, torch.get_num_threads()).result()
+            except BrokenProcessPool:
+                raise UsageError("the process that measures was killed") from None
     return measured
+
+
+def points_of(module: str, columns: Sequence[Column], threads: int) -> list[Point]:
+    """`interleaved`, in the process of one setting."""
+    return interleaved(importlib.import_module(module).contender, columns, threads)
 
 
 def interleaved(contender: Contender, columns: Sequence[Column], threads: int) -> list[Point]:
@@ -102,8 +107,8 @@ def interleaved(contender: Contender, columns: Sequence[Column], threads: int) -
 def apart(contender: Contender, name: str, columns: Sequence[Column], threads: int) -> Callable[[], Any]:
     """`answers`, given by a process of its own: a function that returns the next one. It raises UsageError where the
     contender fails. The process ends with this one."""
-    ours, theirs = multiprocessing.Pipe()
-    fork = multiprocessing.get_context("fork")  # of a process that has loaded its libraries, and computed nothing
+    ours, theirs = Pipe()
+    fork = get_context("fork")  # of a process that has loaded its libraries, and computed nothing
     fork.Process(target=serve, args=(ours, theirs, contender, name, columns, threads), daemon=True).start()
     theirs.close()
 
@@ -264,16 +269,3 @@ def finish(results: Path, what: str, action: str, measured: dict[str, Any], text
     text = text.replace("{command}", command) + f"\n{machine_line()}\n"
     paths = write_report(results, what, command, measured, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
-
-
-def main(module: str, columns: list[list], threads: int) -> None:
-    """The process of one setting: print the points as JSON, or the message of a contender that fails."""
-    try:
-        answer: Any = interleaved(importlib.import_module(module).contender, [Column(*c) for c in columns], threads)
-    except UsageError as error:
-        answer = str(error)
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main(*json.loads(sys.argv[1]))
