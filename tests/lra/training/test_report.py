@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-import lra.training.log
 import lra.training.commands
+import lra.training.log
 from lra.training.log import Display
 
 
