@@ -23,8 +23,7 @@ from lra.scaling.calibration import Machine, planned_manifest
 from lra.scaling.count import Uncountable, count
 from lra.training import config
 from lra.training.batches import Batches, evaluation_widths
-from lra.training.provenance import PROBE_BATCH, PROBE_STEPS
-from lra.training.trainer import validation_split
+from lra.training.trainer import PROBE_BATCH, PROBE_STEPS, validation_split
 from tasks.base import SPLITS
 from tasks.store.prepared import Prepared, load
 

@@ -1,4 +1,7 @@
-"""From what the user typed to one resolved run: recipe, overrides, attention options, data, and its digest."""
+"""From what the user typed to one resolved run: recipe, overrides, attention options, data, and its digest.
+
+And from the run to what its record says of the task, the data and the model.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 from lra.options import UsageError, construct, unknown
-from lra.records.record import Execution, cell_digest, read_record
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, cell_digest, read_record
 from lra.registry import attention_class, attention_module, budget_options, build_attention, load_task
+from lra.training.checkpoint import tensors_sha256
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
 from tasks.base import Meta, Optim, Recipe, Stack
@@ -198,3 +202,30 @@ def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "failed",
         return ("done", "") if record["status"] == "ok" else ("failed", str(record["status"]))
     what = f"the source of {' and of '.join(edited)} has changed since {path}"
     return "changed", f"{what}: --again trains the cell anew and keeps the old record beside it"
+
+
+def cell_sections(run: Run) -> dict[str, Any]:
+    """The record's task, data and model, from the configuration, the data and the seed alone."""
+    model, manifest, sources = model_facts(run), run.manifest, run.sources
+    task = {"name": run.meta.name, "version": run.meta.version, "preset": run.preset}
+    task |= {"protocol": protocol(run, model["n_params_ratio_to_softmax"]), "seq_len": run.recipe.data.seq_len}
+    task |= {"dataset": manifest["dataset"], "substitute": manifest["substitute"], "source_sha256": sources["task"]}
+    data = {key: manifest[key] for key in ("source", "revision", "splits", "floors")}
+    data |= {"manifest_sha256": data_identity(manifest), "val_rule": run.val_rule}
+    return {"task": task, "data": data, "model": model | {"source_sha256": sources["model"]}}
+
+
+def protocol(run: Run, parameter_ratio: float) -> str:
+    """lra-v1 is the shared recipe at an equal parameter budget, with validation held out; the rest is open."""
+    shared = all(key.startswith("attention.") for key in run.overrides)
+    closed = shared and run.val_rule == "held-out" and parameter_ratio <= MAX_PARAMETER_RATIO
+    return PROTOCOL if closed else "open"
+
+
+def model_facts(run: Run) -> dict[str, Any]:
+    """The record's model section, from the configuration and the seed alone."""
+    model = run.build_model()
+    n_params, softmax = (sum(p.numel() for p in m.parameters()) for m in (model, run.build_model("softmax")))
+    facts = {"attention": run.attention, "attention_config": run.attention_config}
+    facts |= {"encoder": asdict(run.recipe.encoder), "exact": model.encoder.attentions[0].exact, "n_params": n_params}
+    return facts | {"n_params_ratio_to_softmax": n_params / softmax, "init_sha256": tensors_sha256(model.state_dict())}

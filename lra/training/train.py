@@ -10,27 +10,27 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from lra.machine import StopSignals
+from lra.machine import StopSignals, environment
 from lra.options import Held, UsageError
-from lra.records.record import Execution, predictions_path, record_path, write_labels, write_record
+from lra.records.record import SCHEMA, Execution, predictions_path, record_path, suite_facts, write_labels, write_record
 from lra.training import checkpoint
 from lra.training.config import Run
 from lra.training.distributed import ALONE, World
 from lra.training.evaluate import Counts, Diverged, Where
 from lra.training.log import LOG, Display, RunLog
-from lra.training.provenance import build_record
 from lra.training.trainer import MIDDLE, WEIGHTS, Trainer, Training
 from tasks.store.files import remove_temporaries
 from tasks.store.prepared import Prepared
 
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")  # the newest, and the one before
+Clocks = tuple[datetime, float]  # the date and the seconds of time.perf_counter() at which a run started
 LONGEST = 100  # characters of a folder's name, before its digest
 
 
@@ -97,6 +97,21 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
     except Timeout:
         raise Held(f"another process is training this cell: {folder / 'lock'} is held") from None
     return True
+
+
+def build_record(
+    sections: dict, result: dict | None, *, status: str, device: torch.device, command: str, clocks: Clocks
+) -> dict[str, Any]:
+    """The whole record, of the arena and of the Gemma track. `sections`: its task, data, model, training, cost and,
+    where there are more packages to name, env. The end is counted from the start by a monotonic clock: the date may be
+    set while a run goes on."""
+    started, begun = clocks
+    ended = started + timedelta(seconds=time.perf_counter() - begun)
+    record = {"schema": SCHEMA, "suite": suite_facts()}
+    record |= {name: sections[name] for name in ("task", "data", "model", "training")}
+    record |= {"result": result, "cost": sections["cost"], "env": environment(device) | sections.get("env", {})}
+    record |= {"status": status, "command": command, "started": started.isoformat(timespec="microseconds")}
+    return record | {"ended": ended.isoformat(timespec="microseconds")}
 
 
 def run_folder(runs: Path, run: Run) -> Path:

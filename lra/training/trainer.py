@@ -19,14 +19,14 @@ from lra.machine import PeakMemory, StopSignals
 from lra.records.record import finite
 from lra.training import checkpoint
 from lra.training.batches import Batches, collate, example_lengths
-from lra.training.config import Run
+from lra.training.config import Run, cell_sections
 from lra.training.distributed import gradient_sync
 from lra.training.evaluate import Counts, Where, attention_report, autocast, evaluate, to_device
 from lra.training.log import RunLog
-from lra.training.provenance import PROBE_BATCH, PROBE_STEPS, cell_sections
 from tasks.base import Batch, Optim
 from tasks.store.prepared import Prepared
 
+PROBE_STEPS, PROBE_BATCH = 20, 4
 REPORT = 4  # validation examples that the attention report looks at, at most
 WEIGHTS, MIDDLE = "model.safetensors", "middle.safetensors"  # of the selected step, and of Training.middle
 Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # mean loss, number correct, gradient norm before clipping
