@@ -187,12 +187,8 @@ def flush(training: Training, pending: list[tuple]) -> dict[str, float]:
         if not math.isfinite(value):
             raise Diverged(f"loss is not finite at step {step}")
     pending.clear()
-    return {
-        "train/loss": value,
-        "train/acc": int(correct) / training.predictions,
-        "opt/grad_norm": float(norm),
-        "opt/lr": training.optimizer.param_groups[-1]["lr"],
-    }
+    scalars = {"train/loss": value, "train/acc": int(correct) / training.predictions, "opt/grad_norm": float(norm)}
+    return scalars | {"opt/lr": training.optimizer.param_groups[-1]["lr"]}
 
 
 def validate(training: Training, log: RunLog | None, display: Display) -> None:
@@ -220,10 +216,9 @@ def save(training: Training, folder: Path) -> None:
         if world.is_main:
             checkpoint.save(folder / MIDDLE, kept, {"digest": training.digest, "seed": training.seed})
     state = {"digest": training.digest, "seed": training.seed, "execution": training.where.execution}
-    state["progress"], state["sources"] = asdict(training.progress), training.sources
-    newest, previous = (folder / name for name in CHECKPOINTS)
+    state |= {"progress": asdict(training.progress), "sources": training.sources}
     if world.is_main:
-        checkpoint.save(newest, tensors, state, previous)
+        checkpoint.save(folder / CHECKPOINTS[0], tensors, state, folder / CHECKPOINTS[1])
 
 
 def resume(training: Training, folder: Path) -> None:

@@ -129,8 +129,8 @@ class Trainer(Training):
         self.forward = where.world.data_parallel(torch.compile(self.model) if where.compiled else self.model)
         where.world.reseed(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
-        train_split = prepared.splits["train"]
-        self.batches = Batches(train_split, run.meta.towers, size=self.optim.batch, seed=run.seed)
+        data = prepared.splits["train"]
+        self.batches = Batches(data, run.meta.towers, size=self.optim.batch, seed=run.seed)
         self.progress = Progress()
 
     def step(self, step: int) -> Step:
@@ -141,8 +141,7 @@ class Trainer(Training):
                 world.broadcast_buffers(attention)
             attention.before_step(step)
         if step % o.eval_every == 0:
-            weights = self.model.state_dict
-            world.check_equal("weights or projections", lambda: checkpoint.tensors_sha256(weights()))
+            world.check_equal("weights or projections", lambda: checkpoint.tensors_sha256(self.model.state_dict()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
         batch = self.batches.batch(step)
@@ -159,9 +158,8 @@ class Trainer(Training):
     def validate(self) -> dict[str, float]:
         """Keep the weights of the step with most validation examples correct, the earliest on a tie."""
         p, towers, val = self.progress, self.run.meta.towers, self.prepared.splits["val"]
-        loss_sum, correct, steps = p.window
+        (loss_sum, correct, steps), p.window = p.window, [0.0, 0, 0]
         p.curve.append([p.step, "train", loss_sum / steps, correct, steps * self.optim.batch])
-        p.window = [0.0, 0, 0]
         counts = self.evaluate(validation_split(self.run))
         p.curve.append([p.step, "val", finite(counts.loss), counts.n_correct, counts.n])
         if counts.n_correct > p.best_correct:
@@ -206,7 +204,7 @@ class Trainer(Training):
         """Of the cell, and of this run of it."""
         run, training = self.run, self.training_section(self.optim.batch)
         training |= {"recipe": asdict(self.optim), "budget": run.recipe.budget, "overrides": run.overrides}
-        training |= {"selected_step": self.progress.best_step}
+        training["selected_step"] = self.progress.best_step
         return cell_sections(run) | {"training": training, "cost": self.cost_section(peak)}
 
     def hparams(self) -> dict[str, Any]:
@@ -228,8 +226,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """AdamW; only the matrices of linear layers decay. Biases, norms, embeddings, positions and whatever an
     attention learns (DARKFormer's G, Linformer's projections) do not."""
     decay = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    chosen = {id(p) for p in decay}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in model.parameters() if not any(p is q for q in decay)]
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-6, fused=fused)
