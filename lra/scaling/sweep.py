@@ -11,9 +11,8 @@ from lra import registry
 from lra.machine import cores, pick_device, set_threads
 from lra.options import BUSY, STOPPED, UsageError
 from lra.records.record import Execution, record_path
-from lra.scaling import cluster
 from lra.scaling.calibration import Machine
-from lra.scaling.jobs import Job, Outcome, Pool, available_memory, needs
+from lra.scaling.jobs import Job, Outcome, Pool, available_memory, needs, submit
 from lra.training import config
 from lra.training.commands import precision
 from lra.training.train import run_folder
@@ -62,7 +61,7 @@ def execute(jobs: list[Job], args: Namespace) -> Outcome:
     threads = args.threads or max(1, cores() // at_once)
     if args.executor != "here":
         commands = [command(job.run, args, threads) for job in jobs]
-        return cluster.run(jobs, commands, args, at_once, threads)
+        return submit(jobs, commands, args, at_once, threads)
     machine = Machine.read(args.results) if cpu else None  # other devices are not calibrated
     limit = args.time_limit * 60 if args.time_limit else None
     pool = Pool(jobs, at_once, args.memory or available_memory(), needs(jobs, machine), limit)

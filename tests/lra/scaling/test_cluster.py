@@ -13,7 +13,7 @@ import pytest
 import lra.scaling.sweep
 from lra.__main__ import main
 from lra.records.record import record_path
-from lra.scaling import cluster
+from lra.scaling import jobs
 from tests.conftest import ROOT
 
 submitit = pytest.importorskip("submitit", reason="pip install -r requirements-dev.txt")
@@ -69,8 +69,8 @@ def options(lab, executor, slurm=()):
 def test_preempted_job_saves_its_state_is_queued_again_and_goes_on(lab, monkeypatch):
     monkeypatch.chdir(ROOT)
     log = lab.runs / "train.log"
-    made = cluster.executor(options(lab, "local"), 1, 1)
-    job = made.submit(cluster.Command(lab.driver(SLOWLY) + lab.words(), str(log)))
+    made = jobs.executor(options(lab, "local"), 1, 1)
+    job = made.submit(jobs.Command(lab.driver(SLOWLY) + lab.words(), str(log)))
     until = time.monotonic() + 60
     while not list(lab.runs.rglob("checkpoint.safetensors")) and time.monotonic() < until:
         time.sleep(0.1)
@@ -89,10 +89,10 @@ def test_slurm_gets_one_array_with_the_parameters_of_the_command_line(lab, tmp_p
         script.write_text(f"#!/bin/sh\necho {says}\n")
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    made = cluster.executor(options(lab, "slurm", slurm=["partition=gpu", "gpus_per_node=1"]), 5, 3)
+    made = jobs.executor(options(lab, "slurm", slurm=["partition=gpu", "gpus_per_node=1"]), 5, 3)
     with made.batch():
-        jobs = [made.submit(cluster.Command(["true"], str(tmp_path / "log"))) for _ in range(2)]
-    assert [job.job_id for job in jobs] == ["17_0", "17_1"]
+        submitted = [made.submit(jobs.Command(["true"], str(tmp_path / "log"))) for _ in range(2)]
+    assert [job.job_id for job in submitted] == ["17_0", "17_1"]
     text = next((lab.runs / "submitit").glob("*.sh")).read_text()
     for line in ("--array=0-1%2", "--partition=gpu", "--gpus-per-node=1", "--cpus-per-task=3", "--signal=USR2@"):
         assert f"#SBATCH {line}" in text, text
