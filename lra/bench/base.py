@@ -108,9 +108,17 @@ def apart(contender: Contender, name: str, columns: Sequence[Column], threads: i
     """`answers`, given by a process of its own: a function that returns the next one. It raises UsageError where the
     contender fails. The process ends with this one."""
     ours, theirs = Pipe()
-    fork = get_context("fork")  # of a process that has loaded its libraries, and computed nothing
-    fork.Process(target=serve, args=(ours, theirs, contender, name, columns, threads), daemon=True).start()
-    theirs.close()
+
+    def serve() -> None:
+        ours.close()
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            set_threads(threads)
+            given = answers(contender, name, columns)
+            for _ in iter(theirs.recv, 0):
+                try:
+                    theirs.send(next(given))
+                except Exception as error:  # whatever a package raises
+                    theirs.send(told(error))
 
     def ask() -> Any:
         try:
@@ -122,20 +130,10 @@ def apart(contender: Contender, name: str, columns: Sequence[Column], threads: i
             raise UsageError(f"{name}: {answer}")
         return answer
 
+    # A fork of a process that has loaded its libraries, and computed nothing.
+    get_context("fork").Process(target=serve, daemon=True).start()
+    theirs.close()
     return ask
-
-
-def serve(ours, theirs, contender: Contender, name: str, columns: Sequence[Column], threads: int) -> None:
-    """The other side of `apart`."""
-    ours.close()
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        set_threads(threads)
-        given = answers(contender, name, columns)
-        for _ in iter(theirs.recv, 0):
-            try:
-                theirs.send(next(given))
-            except Exception as error:  # whatever a package raises
-                theirs.send(told(error))
 
 
 def told(error: Exception) -> str:
