@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(importlib.import_module(module), function)(args) or 0
     except (UsageError, SourceError, OSError) as error:
         file = getattr(error, "filename", None)
-        print(f"error: {f'{error.strerror or error}: {file}' if file else error}", file=sys.stderr)
+        message = f"{error.strerror or error}: {file}" if file else str(error)
+        print(f"error: {message}", file=sys.stderr)
         return BUSY if isinstance(error, Held) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
