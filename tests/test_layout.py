@@ -26,7 +26,6 @@ MAY_IMPORT = {  # of this project; a room always imports itself
     "lra.options": set(),
     "lra.machine": {"lra.options"},
     "lra.registry": {"lra.options", "tasks", "models"},
-    "lra.listing": {"lra.options", "lra.registry"},
     "lra.cli": {"lra.options", "tasks"},
     "lra.__main__": {"lra.cli"},
     "lra.records": {"lra.options", "lra.registry", "tasks"},

@@ -17,7 +17,7 @@ from lra.options import UsageError
 from lra.records import schema
 from lra.records.record import read_labels, read_predictions, read_record, write_labels, write_record
 from lra.records.stats import margin, mcnemar, paired
-from lra.training.report import header
+from lra.training.commands import header
 from lra.training.train import Interrupted, train
 from lra.training.trainer import Where
 from tasks.base import SourceError

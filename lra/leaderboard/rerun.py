@@ -20,11 +20,10 @@ from lra.options import UsageError
 from lra.records.record import Execution, read_predictions, read_record, record_path
 from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
-from lra.training.config import Run
+from lra.training.config import Run, model_facts, protocol
 from lra.training.evaluate import Counts, Where, evaluate
-from lra.training.provenance import PROBE_BATCH, model_facts, protocol
 from lra.training.train import run_folder
-from lra.training.trainer import MIDDLE, WEIGHTS, middle_step, probe, validation_split
+from lra.training.trainer import MIDDLE, PROBE_BATCH, WEIGHTS, middle_step, probe, validation_split
 from tasks.store.prepared import Prepared
 
 LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte
