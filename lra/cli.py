@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable
 
-from lra.options import BUSY, STOPPED, Command, Held, UsageError
+from lra.options import BUSY, STOPPED, Held, UsageError
 from tasks.base import SourceError
 
 ROOMS = {  # command: the package whose options.py has its options, and its line in --help
@@ -26,7 +26,7 @@ ROOMS = {  # command: the package whose options.py has its options, and its line
     "reproduce": ("lra.leaderboard", "run a record again and compare; adds a counter-record"),
     "leaderboard": ("lra.leaderboard", "take records in, verify them, make the page of all results"),
     "table": ("lra.leaderboard", "make the results tables from the records alone"),
-    "compare": ("lra.records", "set your records beside the reference's, cell by cell"),
+    "compare": ("lra.leaderboard", "set your records beside the reference's, cell by cell"),
     "plot": ("lra.figures", "draw the figures of the records and benchmarks, as SVG and PNG"),
     "tensorboard": ("lra.figures", "average the seeds of each cell, and show all learning curves"),
     "bench": ("lra.bench", "measure this machine, and write results/bench/ACTION.json and ACTION.md"),
@@ -52,20 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; training itself saves first
     module, _, function = args.run.partition(":")
-    code = 2
     try:
         return getattr(importlib.import_module(module), function)(args) or 0
-    except Held as error:
-        message, code = str(error), BUSY
-    except (UsageError, SourceError) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    except (UsageError, SourceError, OSError) as error:
+        file = getattr(error, "filename", None)
+        message = f"{error.strerror or error}: {file}" if file else str(error)
+        print(f"error: {message}", file=sys.stderr)
+        return BUSY if isinstance(error, Held) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return STOPPED
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -96,23 +92,18 @@ def parser(called: Iterable[str] = ROOMS) -> Parser:
         if name not in called:
             continue
         described = importlib.import_module(f"{room}.options").COMMANDS
-        if name in described:
-            fill(sub, described[name])
-            continue
-        sub.set_defaults(run=None, parser=sub)
-        actions = sub.add_subparsers(metavar="ACTION")
-        for words, command in described.items():
-            family, _, action = words.partition(" ")
-            if family == name:
-                fill(actions.add_parser(action, help=command.help, description=command.help), command)
+        family = {words: command for words, command in described.items() if words.partition(" ")[0] == name}
+        if name not in family:
+            sub.set_defaults(run=None, parser=sub)
+            actions = sub.add_subparsers(metavar="ACTION")
+        for words, command in family.items():
+            if words != name:
+                action = words.partition(" ")[2]
+                sub = actions.add_parser(action, help=command.help, description=command.help)
+            sub.set_defaults(run=command.run, parser=sub)
+            for option, facts in command.options:
+                sub.add_argument(option, **facts)
     return top
-
-
-def fill(sub: Parser, command: Command) -> None:
-    """Give the parser of a command its options."""
-    sub.set_defaults(run=command.run, parser=sub)
-    for name, facts in command.options:
-        sub.add_argument(name, **facts)
 
 
 def unrecognized(command: Parser, words: list[str], rest: list[str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import signal
 import threading
 from importlib import metadata
@@ -28,44 +30,32 @@ def pick_device(name: str) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware as stored in records; no host or user name."""
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:(.*)$", info.read_text("utf-8") if info.exists() else "", re.MULTILINE)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": metadata.version("numpy"),
         "os": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name(),
+        "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 
-def cpu_name() -> str:
-    """Model name of the processor."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 class PeakMemory:
     """Peak bytes above what was in use when the meter was started: device memory on cuda, else resident memory.
-
-    `read()` returns None where the system cannot tell (resident peaks need Linux's /proc, and leave to write there).
-    """
+    `read()` returns None where the system cannot tell (resident peaks need Linux's /proc, and leave to write there)."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.start = device, None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5", "utf-8")  # resets the high-water mark, see proc(5)
-                self.start = _status("VmRSS")
-            except OSError:  # not there, or refused
-                self.start = None
+            return
+        with contextlib.suppress(OSError):  # not there, or refused
+            Path("/proc/self/clear_refs").write_text("5", "utf-8")  # resets the high-water mark, see proc(5)
+            self.start = _status("VmRSS")
 
     def read(self) -> int | None:
         """Bytes."""
@@ -75,18 +65,17 @@ class PeakMemory:
 
 
 def _status(field: str, pid: int | str = "self") -> int:
-    for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
+    if found := re.search(rf"^{field}:\s*(\d+)", Path(f"/proc/{pid}/status").read_text("utf-8"), re.MULTILINE):
+        return int(found[1]) * 1024
     raise OSError(f"/proc/{pid}/status has no {field}")
 
 
-def peak_resident(pid: int | str) -> int | None:
-    """Most bytes a process has held; None once it ended, and where the system cannot tell."""
+def peak_resident(pid: int) -> int:
+    """Most bytes a process has held; 0 once it ended, and where the system cannot tell."""
     try:
         return _status("VmHWM", pid)
     except OSError:
-        return None
+        return 0
 
 
 def cores() -> int:

@@ -33,11 +33,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 def construct(cls: type, values: dict[str, Any], *, where: str, base: Any = None) -> Any:
-    """`cls(**values)` for a frozen dataclass, strings converted to the declared types.
-
-    With `base`, an instance of cls, unnamed fields keep its values. Raises UsageError for an unknown key
-    (naming the nearest) or a value of the wrong type. `where` prefixes names in messages: "attention".
-    """
+    """`cls(**values)` for a frozen dataclass, strings converted to the declared types. With `base`, an instance of cls,
+    unnamed fields keep its values. Raises UsageError for an unknown key (naming the nearest) or a value of the wrong
+    type. `where` prefixes names in messages: "attention"."""
     types = get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls)]
     checked = {}
@@ -126,10 +124,8 @@ class Command(NamedTuple):
 
 
 def option(name: str, help: str, kind: Any = str, default: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
-    """One option of a command, as the arguments of argparse's add_argument.
-
-    `kind`: an argparse type; a tuple of choices; bool, a switch; list, an option that may be repeated.
-    """
+    """One option of a command, as the arguments of argparse's add_argument. `kind`: an argparse type; a tuple of
+    choices; bool, a switch; list, an option that may be repeated."""
     if kind is bool:
         return name, {"help": help, "action": "store_true", **more}
     if kind is list:
@@ -168,7 +164,7 @@ TRUST = option("--trust", "import the attention package.module:Class of a record
 
 COMMANDS = {
     "list": Command(
-        "lra.listing:show",
+        "lra.registry:show",
         (
             option("what", "default: all three", ("tasks", "attentions", "presets"), nargs="?"),
             option("--json", "names alone, as JSON", bool),

@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch._dynamo  # seconds that every process forked from this one saves
 
+import lra.scaling.jobs
 import lra.scaling.sweep
 import lra.training.train
 from lra.__main__ import main
@@ -36,13 +37,14 @@ from lra.options import BUSY, STOPPED
 from lra.records.markup import Grid, markdown
 from lra.records.record import read_predictions, read_record
 from lra.registry import attention_class
+from lra.scaling.jobs import Job
 from lra.scaling.reports import machine_line, write_report
 from lra.training import checkpoint
 from lra.training.train import CHECKPOINTS, WEIGHTS
 from tests.conftest import Lab, plug_in, timeless
 
 # Random features, redrawn as it goes, with dropout: whatever a checkpoint forgets shows in the losses.
-RUN = ("--threads=1", "--steps=60", "--set=train.eval_every=3", "--set=attention.redraw_every=7")
+RUN = ("--threads=1", "--steps=36", "--set=train.eval_every=3", "--set=attention.redraw_every=7")
 CELL = {"attention": "performer"}
 LIMIT = 60  # seconds a process may take before it is taken for hung
 
@@ -143,12 +145,12 @@ def run(
         return Done(os.waitstatus_to_exitcode(status), err.read().decode(errors="replace"), seconds)
 
 
-def child(words: list[str], before: Callable[[], None], err: int) -> None:
+def child(words: list[str], before: Callable[[], None], err: int, out: int | None = None) -> None:
     """Never returns."""
     code = 70
     try:
         os.dup2(err, 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY) if out is None else out, 1)
         before()
         code = main(words)
     except SystemExit as refusal:  # of an option, by argparse
@@ -385,12 +387,40 @@ def clock_jumps(suite: Suite) -> int:
     return 2
 
 
+class Forked:
+    """What a sweep needs of a Popen: the process of a cell, forked from the sweep's, which has imported everything."""
+
+    def __init__(self, job: Job, args: argparse.Namespace, threads: int):
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        self.code, self.pid = None, os.fork()
+        if not self.pid:
+            os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the sweep has a handler of its own
+            log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            child(lra.scaling.sweep.command(job.run, args, threads)[3:], lambda: None, log, log)
+
+    def poll(self, how: int = os.WNOHANG) -> int | None:
+        """The exit code once it has ended."""
+        if self.code is None and (status := os.waitpid(self.pid, how))[0]:
+            self.code = os.waitstatus_to_exitcode(status[1])
+        return self.code
+
+    def wait(self) -> int:
+        """Until it has ended."""
+        return self.poll(0)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
 def run_sweep(lab: Lab, *options: str, disturb: Callable[[int], None] = lambda pid: None) -> Done:
-    """A sweep whose cells know the plugins too."""
+    """A sweep whose cells are forks of it."""
 
     def before() -> None:
-        original = subprocess.Popen
-        lra.scaling.sweep.subprocess.Popen = lambda command, **more: original(lab.driver() + command[3:], **more)
+        lra.scaling.jobs.foresee = lambda *_: None  # a process in which gradients were computed may not fork
+        lra.scaling.sweep.start = Forked
 
     words = ["sweep", "--tasks=tiny", "--preset=smoke", "--device=cpu", "--threads=1", "--jobs=1"]
     return run(lab, [*words, *options, *lab.places], before=before, disturb=disturb)

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from lra.bench.base import Column, Point, both, finish, twice, whole_numbers
-from lra.bench.peers import OURS, PYPI, WINDOW, build, contenders
+from lra.bench.base import Column, both, finish, twice, whole_numbers
+from lra.bench.peers import PEERS, PYPI, WINDOW, build, contenders
 from lra.machine import set_threads
 from lra.options import UsageError
 
 UNFUSED = "softmax unfused"
 DEFAULT = (
     *("softmax", "softmax causal", "performer", "performer bf16", "performer causal", "performer hybrid"),
-    *("performer hybrid causal", "darkformer", "performer plain", *(f"{PYPI}{method}-pytorch" for method in OURS)),
+    *("performer hybrid causal", "darkformer", "performer plain", *(PYPI + package for package in PEERS)),
     *("linformer", "linear", "nystrom", "local", "reformer", "s4d"),
 )
 MEMORY = {"B": 1, "N": 16384}  # where memory is measured, and no time
@@ -39,20 +39,15 @@ features, landmarks, projected positions or window tokens; fp32 unless named; no
 blocks of {WINDOW} tokens and to the neighbouring ones, features beyond. plain: the definition of performer in six \
 lines, with autograd. Each in a process of its own, taking turns; {args.rounds} rounds.
 {both(measured, lambda p: f"N {p['N']:,}" + (f", B {p['B']}" if "rounds" not in p else ""), lambda points: "")}"""
-    lists = {"points": _timed(measured["tuned"]), "as_found": _timed(measured["as_found"])}
+    timed = {setting: [p for p in points if "rounds" in p] for setting, points in measured.items()}
     memory = {setting: [p for p in points if "rounds" not in p] for setting, points in measured.items()}
-    finish(args.results, "attention", "attention", lists | {"memory": memory}, text)
-
-
-def _timed(points: list[Point]) -> list[Point]:
-    return [p for p in points if "rounds" in p]
+    lists = {"points": timed["tuned"], "as_found": timed["as_found"], "memory": memory}
+    finish(args.results, "attention", "attention", lists, text)
 
 
 def contender(name: str, B: int, H: int, N: int, D: int, M: int, device: str = "cpu") -> dict[str, Callable[[], None]]:
-    """One forward and backward of `name` on standard normal q, k, v (gradients of all, and of its parameters).
-
-    A name is one of lra/bench/peers.py, "causal" or "bf16" among its words.
-    """
+    """One forward and backward of `name` on standard normal q, k, v (gradients of all, and of its parameters). A name
+    is one of lra/bench/peers.py, "causal" or "bf16" among its words."""
     attention, words = build(name, M, ("causal", "bf16"), heads=H, head_dim=D, max_len=N)
     if "causal" in words and not attention.causal:
         raise UsageError(f"{name.replace(' causal', '')} has no causal form")

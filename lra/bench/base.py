@@ -12,18 +12,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import json
-import multiprocessing
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ from lra.records.measured import BASELINE
 from lra.scaling.reports import machine_line, write_report
 from tasks.store.files import one_line
 
-ROOT = Path(__file__).parents[2]
 TUNED = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 SETTINGS = {"tuned": TUNED, "as_found": ""}  # GLIBC_TUNABLES of the processes that are measured
 LEAST = 0.05  # seconds that the runs of one turn take together, at least
@@ -54,35 +53,33 @@ class Column(NamedTuple):
 
 
 def twice(module: str, columns: Sequence[Column]) -> dict[str, list[Point]]:
-    """The points of `interleaved`, of the contender of a module, for each of SETTINGS.
-
-    Each setting has a process of its own: the C library reads its settings when a process starts. Raises UsageError
-    with the message of a contender that fails; where one cannot be built, before anything is measured.
-    """
+    """The points of `interleaved`, of the contender of a module, for each of SETTINGS. Each setting has a process of
+    its own: the C library reads its settings when a process starts. Raises UsageError with the message of a contender
+    that fails; where one cannot be built, before anything is measured."""
     contender = importlib.import_module(module).contender
     for name, facts in {name: column.facts for column in columns[::-1] for name in column.names}.items():
         contender(name, **facts)
-    plan = json.dumps({"module": module, "columns": columns, "threads": torch.get_num_threads()})
-    measured = {}
+    measured, spawn = {}, get_context("spawn")
     for setting, tunables in SETTINGS.items():
         print(f"allocator {setting.replace('_', ' ')}", file=sys.stderr)
-        environ = {**os.environ, "GLIBC_TUNABLES": tunables}
-        command = [sys.executable, "-m", "lra.bench.base", plan]
-        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
-        answer = json.loads(done.stdout or '"the process that measures was killed"')
-        if isinstance(answer, str):
-            raise UsageError(answer)
-        measured[setting] = answer
+        with mock.patch.dict(os.environ, GLIBC_TUNABLES=tunables), ProcessPoolExecutor(1, spawn) as fresh:
+            try:
+                measured[setting] = fresh.submit(points_of, module, columns, torch.get_num_threads()).result()
+            except BrokenProcessPool:
+                raise UsageError("the process that measures was killed") from None
     return measured
 
 
-def interleaved(contender: Contender, columns: Sequence[Column], threads: int) -> list[Point]:
-    """One point for each name and column: all names of a column run once in every round.
+def points_of(module: str, columns: Sequence[Column], threads: int) -> list[Point]:
+    """`interleaved`, in the process of one setting."""
+    return interleaved(importlib.import_module(module).contender, columns, threads)
 
-    seconds: median over rounds, all of them in `rounds`. ratio: the median over rounds of (seconds of softmax) /
-    (seconds of the name). parts: medians of what else the contender times. peak_bytes: of one run, above a process
-    that is ready for it; None where the system cannot tell.
-    """
+
+def interleaved(contender: Contender, columns: Sequence[Column], threads: int) -> list[Point]:
+    """One point for each name and column: all names of a column run once in every round. seconds: median over rounds,
+    all of them in `rounds`. ratio: the median over rounds of (seconds of softmax) / (seconds of the name). parts:
+    medians of what else the contender times. peak_bytes: of one run, above a process that is ready for it; None where
+    the system cannot tell."""
     names, points = list(dict.fromkeys(name for column in columns for name in column.names)), []
     ask = {name: apart(contender, name, [c for c in columns if name in c.names], threads) for name in names}
     with tqdm(total=sum(len(c.names) * (1 + c.rounds) for c in columns), disable=None, unit="turn") as bar:
@@ -110,10 +107,18 @@ def interleaved(contender: Contender, columns: Sequence[Column], threads: int) -
 def apart(contender: Contender, name: str, columns: Sequence[Column], threads: int) -> Callable[[], Any]:
     """`answers`, given by a process of its own: a function that returns the next one. It raises UsageError where the
     contender fails. The process ends with this one."""
-    ours, theirs = multiprocessing.Pipe()
-    fork = multiprocessing.get_context("fork")  # of a process that has loaded its libraries, and computed nothing
-    fork.Process(target=serve, args=(ours, theirs, contender, name, columns, threads), daemon=True).start()
-    theirs.close()
+    ours, theirs = Pipe()
+
+    def serve() -> None:
+        ours.close()
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            set_threads(threads)
+            given = answers(contender, name, columns)
+            for _ in iter(theirs.recv, 0):
+                try:
+                    theirs.send(next(given))
+                except Exception as error:  # whatever a package raises
+                    theirs.send(told(error))
 
     def ask() -> Any:
         try:
@@ -125,20 +130,15 @@ def apart(contender: Contender, name: str, columns: Sequence[Column], threads: i
             raise UsageError(f"{name}: {answer}")
         return answer
 
+    # A fork of a process that has loaded its libraries, and computed nothing.
+    get_context("fork").Process(target=serve, daemon=True).start()
+    theirs.close()
     return ask
 
 
-def serve(ours, theirs, contender: Contender, name: str, columns: Sequence[Column], threads: int) -> None:
-    """The other side of `apart`."""
-    ours.close()
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        set_threads(threads)
-        given = answers(contender, name, columns)
-        for _ in iter(theirs.recv, 0):
-            try:
-                theirs.send(next(given))
-            except Exception as error:  # whatever a package raises
-                theirs.send(f"{type(error).__name__}: {one_line(error)}")
+def told(error: Exception) -> str:
+    """An error in one line, with its type."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def answers(contender: Contender, name: str, columns: Sequence[Column]) -> Iterator[Any]:
@@ -206,10 +206,7 @@ def table(points: Sequence[Point], column: Callable[[Point], str], cell: Callabl
     cells = {(p["name"], column(p)): cell(p) for p in points}
     versions = {p["name"]: f" {p['version']} (PyPI)" if p.get("version") else "" for p in points}
     columns = list(dict.fromkeys(map(column, points)))
-    rows = [
-        [name.removeprefix(PYPI) + version, *(cells.get((name, c), MISSING) for c in columns)]
-        for name, version in versions.items()
-    ]
+    rows = [[n.removeprefix(PYPI) + v, *(cells.get((n, c), MISSING) for c in columns)] for n, v in versions.items()]
     return markdown([Grid(["attention", *columns], rows)])
 
 
@@ -244,11 +241,9 @@ def megabytes(point: Point) -> str:
 
 def both(measured: Mapping[str, Sequence[Point]], column: Callable[[Point], str], more: Callable[..., str]) -> str:
     """The tables of each setting, `more(points)` behind them."""
-    titles = {
-        "tuned": f"Allocator tuned for all\n\n`GLIBC_TUNABLES={TUNED}` in the environment of every contender.",
-        "as_found": "As users find the packages\n\nThe same without a setting of the allocator.",
-    }
-    text = ""
+    tuned = f"Allocator tuned for all\n\n`GLIBC_TUNABLES={TUNED}` in the environment of every contender."
+    found = "As users find the packages\n\nThe same without a setting of the allocator."
+    text, titles = "", {"tuned": tuned, "as_found": found}
     for setting, points in measured.items():
         timed = [p for p in points if "rounds" in p]
         text += f"""
@@ -272,19 +267,3 @@ def finish(results: Path, what: str, action: str, measured: dict[str, Any], text
     text = text.replace("{command}", command) + f"\n{machine_line()}\n"
     paths = write_report(results, what, command, measured, text)
     print(text + "\nwritten: " + ", ".join(map(str, paths)))
-
-
-def main(plan: str) -> None:
-    """The process of one setting: print the points as JSON, or the message of a contender that fails."""
-    asked = Namespace(**json.loads(plan))
-    contender = importlib.import_module(asked.module).contender
-    columns = [Column(*column) for column in asked.columns]
-    try:
-        answer: Any = interleaved(contender, columns, asked.threads)
-    except UsageError as error:
-        answer = str(error)
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

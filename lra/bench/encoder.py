@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from lra.bench.base import Column, Point, both, finish, table, twice, whole_numbers
-from lra.bench.peers import OURS, PYPI, build, contenders
+from lra.bench.peers import PEERS, PYPI, build, contenders
 from lra.machine import set_threads
 from lra.records.markup import MISSING
 from lra.training.evaluate import autocast
-from lra.training.optim import build_optimizer
+from lra.training.trainer import build_optimizer
 from models.encoder import Encoder
 from models.heads import Classifier, Classify
 from tasks import base
 
-PACKAGES = [f"{PYPI}{method}-pytorch M256" for method in OURS]
+PACKAGES = [f"{PYPI}{package} M256" for package in PEERS]
 DEFAULT = ("softmax", "performer M64", "performer M256", *PACKAGES, "constant")
 VOCAB, CLASSES = 257, 2  # of Text: bytes and padding, two classes
 
@@ -66,10 +67,8 @@ the mixer less the same without its linear layers.
 
 
 class Step:
-    """A training step, as `train` makes it: forward, loss, backward, AdamW; the encoder of the `paper` preset.
-
-    `name`: of a contender, "compiled" among its words for the model through torch.compile.
-    """
+    """A training step, as `train` makes it: forward, loss, backward, AdamW; the encoder of the `paper` preset. `name`:
+    of a contender, "compiled" among its words for the model through torch.compile."""
 
     def __init__(self, name: str, B: int, N: int, M: int, precision: str = "fp32", device: str = "cpu"):
         self.precision, self.size, self.device = precision, base.Stack(), torch.device(device)
@@ -106,21 +105,14 @@ class Step:
         x_BNE, g_BNE = torch.randn(2, B, N, self.size.width)
         x_BNE.requires_grad_()
 
-        def all_layers(layer: nn.Module, *more: None) -> Callable[[], None]:
-            def run() -> None:
-                for _ in range(self.size.layers):
-                    with autocast(self.device, self.precision):
-                        out_BNE = layer(x_BNE, *more)
-                    out_BNE.backward(g_BNE.to(out_BNE.dtype))
+        def all_layers(layer: nn.Module, *more: None) -> None:
+            for _ in range(self.size.layers):
+                with autocast(self.device, self.precision):
+                    out_BNE = layer(x_BNE, *more)
+                out_BNE.backward(g_BNE.to(out_BNE.dtype))
 
-            return run
-
-        return {
-            "attention": all_layers(bare, None),
-            "mixer": all_layers(block.mixer, None),
-            "feed-forward": all_layers(feed_forward),
-            "optimiser": self.optimizer.step,
-        }
+        runs = {"attention": (bare, None), "mixer": (block.mixer, None), "feed-forward": (feed_forward,)}
+        return {p: partial(all_layers, *args) for p, args in runs.items()} | {"optimiser": self.optimizer.step}
 
 
 class Given(nn.Module):

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lra import registry
 from lra.bench import attention, encoder
-from lra.bench.base import quartiles, seconds_of
+from lra.bench.base import megabytes, quartiles, seconds_of, told
 from lra.bench.peers import build
 from lra.machine import PeakMemory, environment, pick_device
 from lra.options import STOPPED, UsageError
@@ -30,16 +30,11 @@ from lra.records.markup import MISSING, Grid, Heading, markdown
 from lra.records.measured import BASELINE
 from lra.scaling.reports import write_report
 from models.features import flash
-from tasks.store.files import one_line
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # of the norm; TF32 may be on
-METHODS = (
-    "softmax,performer,performer causal,performer hybrid,performer hybrid causal,darkformer,lfk,optimal,linear,local"
-)
-TIMED = (
-    "softmax,softmax bf16,softmax causal,performer,performer bf16,performer plain,performer causal,performer hybrid,"
-    "performer hybrid causal,darkformer"
-)
+HYBRIDS = "performer causal,performer hybrid,performer hybrid causal,darkformer"
+METHODS = f"softmax,performer,{HYBRIDS},lfk,optimal,linear,local"
+TIMED = f"softmax,softmax bf16,softmax causal,performer,performer bf16,performer plain,{HYBRIDS}"
 STEPS = "softmax,performer M64,performer M256,darkformer M256,constant"
 
 
@@ -53,14 +48,9 @@ class Size(NamedTuple):
     rounds: int
 
 
+LENGTHS, LAYOUTS = (512, 1024, 4096, 16384, 65536), ((32, 1024), (32, 2048), (32, 4096))
 SIZES = {
-    "cuda": Size(
-        {"B": 2, "H": 4, "D": 64, "M": 256},
-        (512, 1024, 4096, 16384, 65536),
-        ((32, 1024), (32, 2048), (32, 4096)),
-        "paper",
-        5,
-    ),
+    "cuda": Size({"B": 2, "H": 4, "D": 64, "M": 256}, LENGTHS, LAYOUTS, "paper", 5),
     "cpu": Size({"B": 1, "H": 2, "D": 8, "M": 16}, (64, 192), ((2, 64),), "smoke", 1),
 }
 Row = dict[str, str]  # of a table: its first column, and others
@@ -69,10 +59,8 @@ Row = dict[str, str]  # of a table: its first column, and others
 def bench_gpu(args: Namespace) -> int:
     """`bench gpu`: check, measure, write as it goes. Exit code 1 when a check fails."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "bench gpu needs an NVIDIA GPU and PyTorch for CUDA, and this machine lacks one of them; "
-            "--device cpu rehearses it at tiny sizes"
-        )
+        lacks = "bench gpu needs an NVIDIA GPU and PyTorch for CUDA, and this machine lacks one of them"
+        raise UsageError(f"{lacks}; --device cpu rehearses it at tiny sizes")
     end, size = time.monotonic() + 60 * args.minutes, SIZES[args.device]
     parts: dict[str, Iterator[Row]] = {
         "Kernels against the definition": kernels(args.device),
@@ -95,29 +83,23 @@ def write(args: Namespace, tables: dict[str, list[Row]], state: str) -> None:
     """Write what there is so far."""
     command = shlex.join(["python", "-m", "lra", "bench", "gpu", *sys.argv[3:]])
     env = environment(pick_device(args.device)) | {"load": round(os.getloadavg()[0], 2)}
-    blocks = [
-        block
-        for title, rows in tables.items()
-        for block in (Heading(title), Grid((*rows[0],), tuple(tuple(row.values()) for row in rows)))
-    ]
+    blocks = []
+    for title, rows in tables.items():
+        blocks += [Heading(title), Grid((*rows[0],), tuple(tuple(row.values()) for row in rows))]
     text = f"# This suite on {env['gpu'] or 'a CPU, rehearsed'}\n\n`{command}`: {state}. torch {env['torch']}.\n\n"
     write_report(args.results, "gpu", command, {"env": env, "state": state, "tables": tables}, text + markdown(blocks))
-
-
-def tried(run: Callable[[], Row], failed: Row) -> Row:
-    """The row of `run`, or `failed` with the error in its last column."""
-    try:
-        return run()
-    except Exception as error:  # an error of the device or of a kernel is what this command looks for
-        return failed | {[*failed][-1]: f"{type(error).__name__}: {one_line(error)}"}
 
 
 # Checks
 
 
-def verdict(what: str, error: float, tolerance: float) -> Row:
-    """The row of a check."""
-    holds = "yes" if error <= tolerance else "NO"
+def verdict(what: str, tolerance: float, check: Callable[[], float]) -> Row:
+    """The row of a check, which returns an error or raises one."""
+    try:
+        error = check()
+        holds = "yes" if error <= tolerance else "NO"
+    except Exception as failure:  # of the device or of a kernel: what this command looks for
+        error, holds = float("inf"), told(failure)
     return {"what": what, "error": f"{error:.1e}", "tolerance": f"{tolerance:g}", "holds": holds}
 
 
@@ -152,21 +134,19 @@ def kernels(device: str) -> Iterator[Row]:
     bias = torch.randn(2, 3, 521, generator=source)
     bias[1, :, 300:] = flash.NEVER
     for dtype, tolerance in TOLERANCE.items():
-        rounded = [x.to(dtype) for x in (q / 4, k, v)]
+        inputs = [*(x.to(dtype) for x in (q / 4, k, v)), bias]
         for causal in (False, True):
-            want = outcome(functools.partial(definition, causal=causal), [x.double() for x in (*rounded, bias)])
+            want = outcome(functools.partial(definition, causal=causal), [x.double() for x in inputs])
             for allowed in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
 
-                def check() -> Row:
-                    with sdpa_kernel(allowed):
-                        backend = flash.backend(device, torch.float32 if dtype == torch.float16 else dtype)
-                        got = outcome(
-                            functools.partial(flash.flash, causal=causal), [x.to(device) for x in (*rounded, bias)]
-                        )
-                    return verdict(f"{what}: {backend}", distance(got, want), tolerance)
+                def check() -> float:
+                    run = functools.partial(flash.flash, causal=causal)
+                    return distance(outcome(run, [x.to(device) for x in inputs]), want)
 
-                what = f"{str(dtype)[6:]}{' causal' * causal}"
-                yield tried(check, verdict(what, float("inf"), tolerance))
+                with sdpa_kernel(allowed):
+                    backend = flash.backend(device, torch.float32 if dtype == torch.float16 else dtype)
+                    row = verdict(f"{str(dtype)[6:]}{' causal' * causal}: {backend}", tolerance, check)
+                yield row
 
 
 def methods(device: str) -> Iterator[Row]:
@@ -184,18 +164,15 @@ def methods(device: str) -> Iterator[Row]:
         for dtype, tolerance in TOLERANCE.items():
             leaves = [(x / s).to(dtype) for x, s in zip(qkv, (2, 2, 1), strict=True)]
 
-            def check() -> Row:
-                there = copy.deepcopy(method).to(device)
-                mask = mask_BN.to(device)
+            def check() -> float:
+                there, mask = copy.deepcopy(method).to(device), mask_BN.to(device)
                 want = outcome(lambda *x: (naive(reference, *x, mask_BN, **how) * real,), [x.double() for x in leaves])
                 inputs = [x.to(device) for x in leaves]
                 got = outcome(lambda *x: (there(*x, mask, **how) * real.to(device),), inputs)
                 large = there(30 * inputs[0], 30 * inputs[1], inputs[2], mask, **how)
-                error = distance(got, want) if large.isfinite().all() else float("inf")
-                return verdict(what, error, tolerance)
+                return distance(got, want) if large.isfinite().all() else float("inf")
 
-            what = f"{name}, {str(dtype)[6:]}"
-            yield tried(check, verdict(what, float("inf"), tolerance))
+            yield verdict(f"{name}, {str(dtype)[6:]}", tolerance, check)
 
 
 # Measurements
@@ -221,18 +198,16 @@ def group(where: str, made: dict[str, Callable[[], Callable]], device: str, roun
     """Contenders that take turns, softmax first: a row for each."""
     runs, rows = {}, {}
     for name, make in made.items():
-
-        def first() -> Row:
+        rows[name] = {"attention": name, "where": where, "ms": MISSING, "times softmax": MISSING, "MB": MISSING}
+        try:
             run = make()
             run()
             meter = PeakMemory(torch.device(device))
             run()
-            peak = meter.read()
+            rows[name]["MB"] = megabytes({"peak_bytes": meter.read()})
             runs[name] = run
-            return blank | {"MB": MISSING if peak is None else f"{peak / 1e6:,.0f}"}
-
-        blank = {"attention": name, "where": where, "ms": MISSING, "times softmax": MISSING, "MB": MISSING}
-        rows[name] = tried(first, blank)
+        except Exception as failure:
+            rows[name]["MB"] = told(failure)
     turns = [{name: seconds_of(run, device) for name, run in runs.items()} for _ in range(rounds)]
     for name, row in rows.items():
         if name in runs:

@@ -41,26 +41,20 @@ TASKS = (
     PRECISION,
     DEVICE,
 )
-GPU = (
-    option("--device", "cpu: rehearse at tiny sizes", ("cuda", "cpu"), "cuda"),
-    option("--minutes", "after which no new row is begun", at_least(1), 10),
-    DATA,
-    RUNS,
-    REPORT,
+REHEARSAL = option("--device", "cpu: rehearse at tiny sizes", ("cuda", "cpu"), "cuda")
+GPU = REHEARSAL, option("--minutes", "after which no new row is begun", at_least(1), 10), DATA, RUNS, REPORT
+
+
+def bench(action: str, options: tuple, help: str) -> tuple[str, Command]:
+    """An action of `bench`: bench_ACTION in lra/bench/ACTION.py."""
+    return f"bench {action}", Command(f"lra.bench.{action}:bench_{action}", options, help)
+
+
+COMMANDS = dict(
+    (
+        bench("attention", (*ATTENTION, *timing(4)), "time and memory against length, beside packages"),
+        bench("encoder", (*ENCODER, *timing(3)), "training step with each attention, beside packages"),
+        bench("gpu", GPU, "check and measure this suite on an NVIDIA GPU, row by row"),
+        bench("tasks", (*TASKS, *timing(20)), "training step of each attention on prepared data, for the tables"),
+    )
 )
-COMMANDS = {
-    "bench attention": Command(
-        "lra.bench.attention:bench_attention",
-        (*ATTENTION, *timing(4)),
-        "time and memory against length, beside packages",
-    ),
-    "bench encoder": Command(
-        "lra.bench.encoder:bench_encoder", (*ENCODER, *timing(3)), "training step with each attention, beside packages"
-    ),
-    "bench gpu": Command("lra.bench.gpu:bench_gpu", GPU, "check and measure this suite on an NVIDIA GPU, row by row"),
-    "bench tasks": Command(
-        "lra.bench.tasks:bench_tasks",
-        (*TASKS, *timing(20)),
-        "training step of each attention on prepared data, for the tables",
-    ),
-}

@@ -35,6 +35,7 @@ INSTALL = "pip install -r requirements-dev.txt"
 WINDOW = 128  # of a hybrid
 SIZE = r"M[1-9]\d*"  # the word that sets an approximation size
 OURS = ("performer", "darkformer")  # what the packages have too
+PEERS = ("performer-pytorch", "darkformer-pytorch")
 
 
 class Plain(performer.Attention):
@@ -72,23 +73,8 @@ class Peer(AttentionBase):
         return self.inner(q_BHND, k_BHND, v_BHND)
 
 
-def _performer(heads, head_dim, size):
-    from performer_pytorch.performer_pytorch import FastAttention
-
-    return FastAttention(head_dim, size)
-
-
-def _darkformer(heads, head_dim, size):
-    from darkformer_pytorch.attention import DarkformerKernelAttention
-
-    return DarkformerKernelAttention(head_dim, heads, num_features=size)
-
-
-PEERS = {"performer-pytorch": _performer, "darkformer-pytorch": _darkformer}  # package -> builder
-
-
 def contenders(text: str | None, default: Sequence[str]) -> list[str]:
-    """The comma-separated names of a benchmark, or its default, without packages that are not installed. Those are
+    """The comma-separated names of a benchmark, or its default, without packages that are not installed, which are
     named on stderr. Raises UsageError where BASELINE is missing."""
     names = text.split(",") if text else list(default)
     if BASELINE not in names:
@@ -99,11 +85,8 @@ def contenders(text: str | None, default: Sequence[str]) -> list[str]:
 
 
 def build(name: str, M: int, how: Collection[str] = (), **shape: int) -> tuple[AttentionBase, set[str]]:
-    """A contender, and the words behind its name, of which those in `how` are for the caller.
-
-    `M`: its approximation size where the name has none. Raises UsageError for a word that does not fit, and for a
-    package that is not installed.
-    """
+    """A contender, and the words behind its name, of which those in `how` are for the caller. `M`: its approximation
+    size where the name has none. Raises UsageError for a word that does not fit, and for an absent package."""
     base, *words = name.split(" ")
     package = base.removeprefix(PYPI) if base.startswith(PYPI) else None
     known = {*how, *({"softmax": ["unfused"], "performer": ["plain"]}.get(base, []))}
@@ -114,15 +97,13 @@ def build(name: str, M: int, how: Collection[str] = (), **shape: int) -> tuple[A
         raise UsageError(f"{name!r}: {', '.join(wrong)} is none of {', '.join(sorted(known))}, M64")
     M = int(sizes[-1][1:]) if sizes else M
     if "unfused" in words:
-        attention = Unfused(None, **shape)
-    elif "plain" in words:
-        attention = Plain(performer.Config(num_features=M), **shape)
-    elif package:
-        attention = build_peer(package, size=M, **shape)
-    else:
-        options = registry.budget_options(base, M) | ({"window": WINDOW} if "hybrid" in words else {})
-        attention = registry.build_attention(base, **shape, **options)
-    return attention, set(words)
+        return Unfused(None, **shape), set(words)
+    if "plain" in words:
+        return Plain(performer.Config(num_features=M), **shape), set(words)
+    if package:
+        return build_peer(package, size=M, **shape), set(words)
+    options = registry.budget_options(base, M) | ({"window": WINDOW} if "hybrid" in words else {})
+    return registry.build_attention(base, **shape, **options), set(words)
 
 
 def rivals(name: str, names: Sequence[str]) -> dict[str, list[str]]:
@@ -162,13 +143,15 @@ def version(name: str) -> str | None:
 
 
 def build_peer(package: str, *, size: int, **shape: int) -> Peer:
-    """The attention of a package, with `size` random features.
-
-    Raises UsageError when the package is not installed.
-    """
+    """The attention of a package, with `size` random features. Raises UsageError where it is not installed."""
     if version(PYPI + package) is None:
         raise UsageError(f"{package} is not installed: {INSTALL}")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # at import, inside packages of 2020
-        inner = PEERS[package](shape["heads"], shape["head_dim"], size)
-    return Peer(inner, **shape)
+        if package == "performer-pytorch":
+            from performer_pytorch.performer_pytorch import FastAttention
+
+            return Peer(FastAttention(shape["head_dim"], size), **shape)
+        from darkformer_pytorch.attention import DarkformerKernelAttention
+
+        return Peer(DarkformerKernelAttention(shape["head_dim"], shape["heads"], num_features=size), **shape)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any
 
 from tqdm import tqdm
 
@@ -20,11 +18,18 @@ from lra.machine import pick_device, set_threads, synchronize
 from lra.records.measured import BASELINE, tasks_report
 from lra.training import config
 from lra.training.trainer import Trainer, Where
-from tasks.store.prepared import Prepared, load
+from tasks.store.prepared import load
+
+CELL = "{:,.1f} ({ratio:.2f} [{low:.2f}, {high:.2f}])"
 
 
 def bench_tasks(args: Namespace) -> None:
-    """`bench tasks`: measure, print and write."""
+    """`bench tasks`: measure, print and write one point for each task and attention at its defaults.
+
+    All attentions of a task take step k of their runs (seed 0: the same batch) in round k; the first round is not
+    counted. ratio, low, high: median and quartiles over rounds of (seconds of softmax) / (seconds of the attention).
+    seconds: the median of a step. digest: that of the runs that the point stands for.
+    """
     set_threads(args.threads)
     tasks = registry.choose("task", args.tasks, registry.task_names())
     names = contenders(args.attentions, registry.attention_names())
@@ -36,10 +41,21 @@ def bench_tasks(args: Namespace) -> None:
             bar.set_description(task)
             how = {"manifest": data.manifest, "overrides": {}, "execution": where.execution}
             runs = {name: config.resolve(task, args.preset, name, 0, **how) for name in names}
-            points += measure(runs, data, where, args.rounds, bar.update)
-
-    def cell(p: dict[str, Any]) -> str:
-        return f"{1e3 * p['seconds']:,.1f} ({p['ratio']:.2f} [{p['low']:.2f}, {p['high']:.2f}])"
+            trainers = {name: Trainer(run, data, where) for name, run in runs.items()}
+            times = {name: [] for name in names}
+            for step in range(1 + args.rounds):
+                for name, trainer in trainers.items():
+                    synchronize(where.device)
+                    start = time.perf_counter()
+                    trainer.step(step)
+                    synchronize(where.device)
+                    times[name].append(time.perf_counter() - start)
+                    bar.update()
+            for name, run in runs.items():
+                low, ratio, high = (round(value, 4) for value in quartiles(times[BASELINE][1:], times[name][1:]))
+                seconds = round(statistics.median(times[name][1:]), 6)
+                point = {"task": task, "name": name, "digest": run.digest[:16], "seconds": seconds}
+                points.append(point | {"ratio": ratio, "low": low, "high": high})
 
     text = f"""# A training step of the {args.preset} preset
 
@@ -48,33 +64,5 @@ interleaved rounds.
 
 Milliseconds, and in brackets how many times as fast as with softmax in the same round: median [quartiles].
 
-{table(points, lambda p: p["task"], cell)}"""
+{table(points, lambda p: p["task"], lambda p: CELL.format(1e3 * p["seconds"], **p))}"""
     finish(args.results, tasks_report(args.preset), "tasks", {"points": points}, text)
-
-
-def measure(
-    runs: dict[str, config.Run], data: Prepared, where: Where, rounds: int, done: Callable[[], Any]
-) -> list[dict[str, Any]]:
-    """One point for each attention at its defaults.
-
-    All take step k of their runs (seed 0: the same batch) in round k; the first round is not counted. ratio, low,
-    high: median and quartiles over rounds of (seconds of softmax) / (seconds of the attention). seconds: the median of
-    a step. digest: that of the runs that the point stands for.
-    """
-    trainers = {name: Trainer(run, data, where) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(1 + rounds):
-        for name, trainer in trainers.items():
-            synchronize(where.device)
-            start = time.perf_counter()
-            trainer.step(step)
-            synchronize(where.device)
-            times[name].append(time.perf_counter() - start)
-            done()
-    points = []
-    for name, run in runs.items():
-        low, ratio, high = (round(value, 4) for value in quartiles(times[BASELINE][1:], times[name][1:]))
-        seconds = round(statistics.median(times[name][1:]), 6)
-        point = {"task": run.meta.name, "name": name, "digest": run.digest[:16], "seconds": seconds}
-        points.append(point | {"ratio": ratio, "low": low, "high": high})
-    return points

@@ -4,8 +4,6 @@
 TASK-PRESET-sheet.png. `cards` reads these files.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from argparse import Namespace
@@ -66,9 +64,6 @@ def cards(args: Namespace) -> None:
         path.write_text(text, "utf-8")
 
 
-# Facts
-
-
 def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
     """Facts of prepared data as plain values: manifest, label counts, lengths; no path and no host."""
     m = prepared.manifest
@@ -77,31 +72,26 @@ def examine(prepared: Prepared, preset: str) -> dict[str, Any]:
     facts["recipe"] = {k: v for k, v in m["request"].items() if k in ("seq_len", "seed", "options")}
     facts["duplicates_removed"] = m["duplicates_removed"]
     _, _, facts["duplicates_within"] = disjoint(prepared.splits, registry.load_task(m["task"]).META.towers)
-    lengths = {name: np.diff(split.offsets) for name, split in prepared.splits.items()}
     facts["splits"] = {}
-    for name, each in lengths.items():
-        tokens = {"shortest": int(each.min()), "median": float(np.median(each))}
-        tokens |= {"mean": round(float(each.mean()), 1), "longest": int(each.max())}
-        labels = prepared.splits[name].labels
-        facts["splits"][name] = {
-            "n": len(labels),
-            "sha256": m["splits"][name]["sha256"],
-            "labels": np.bincount(labels).tolist(),
-            "tokens": tokens,
-        }
+    for name, split in prepared.splits.items():
+        lengths, sha256 = np.diff(split.offsets), m["splits"][name]["sha256"]
+        tokens = {"shortest": int(lengths.min()), "median": float(np.median(lengths))}
+        tokens |= {"mean": round(float(lengths.mean()), 1), "longest": int(lengths.max())}
+        counts = {"n": len(split.labels), "labels": np.bincount(split.labels).tolist()}
+        facts["splits"][name] = counts | {"sha256": sha256, "tokens": tokens}
     return facts
 
 
 def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Facts by task and preset, presets in the usual order. Raises UsageError for a file that holds none."""
-    order, files = list(PRESETS), []
+    files = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
             facts = json.loads(path.read_text("utf-8"))
             if facts["schema"] != SCHEMA:
                 raise ValueError(f"schema {facts['schema']!r}")
-            task, preset = facts["task"], facts["preset"]
-            files.append((task, order.index(preset) if preset in order else len(order), preset, facts))
+            preset = facts["preset"]
+            files.append((facts["task"], [*PRESETS, preset].index(preset), preset, facts))
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} holds no facts of `inspect` ({error}): write it again") from None
     if not files:
@@ -110,9 +100,6 @@ def read_facts(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     for task, _, preset, facts in sorted(files, key=lambda file: file[:3]):
         tasks.setdefault(task, {})[preset] = facts
     return tasks
-
-
-# Facts as text
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -162,9 +149,6 @@ def _checks(facts: dict[str, Any]) -> dict[str, str]:
     return rows | {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in facts["report"].items()}
 
 
-# Examples
-
-
 def examples(task: ModuleType, split: Split) -> list[str]:
     """Lines that show the first examples: text as text, symbols as symbols, pictures side by side."""
     count, towers = min(EXAMPLES, len(split.labels)), task.META.towers
@@ -173,11 +157,9 @@ def examples(task: ModuleType, split: Split) -> list[str]:
     lines = []
     for i, t in itertools.product(range(count), range(towers)):
         tokens = split.sequence(towers * i + t)
-        text = _spell(task, tokens)
+        text, which = _spell(task, tokens), f", text {t + 1}" if towers > 1 else ""
         more = f" ... ({len(text) - CHARACTERS:,} characters more)" if len(text) > CHARACTERS else ""
-        which = f", text {t + 1}" if towers > 1 else ""
-        start = f"{i}: label {split.labels[i]}, {len(tokens)} tokens{which}: "
-        lines.append(start + text[:CHARACTERS] + more)
+        lines.append(f"{i}: label {split.labels[i]}, {len(tokens)} tokens{which}: {text[:CHARACTERS]}{more}")
     return lines
 
 
@@ -212,10 +194,9 @@ def contact_sheet(split: Split, path: Path) -> Path:
     """Write a PNG of the first pictures, enlarged without smoothing, each above its label."""
     from PIL import Image, ImageDraw, ImageFont
 
-    columns, rows = SHEET
-    images = pictures(split, min(columns * rows, len(split.labels)))
-    scale = max(1, 96 // images.shape[1])
-    side, gap, line = scale * images.shape[1], 8, 16
+    columns, most = SHEET
+    images = pictures(split, min(columns * most, len(split.labels)))
+    side, gap, line = max(1, 96 // images.shape[1]) * images.shape[1], 8, 16
     rows = -(-len(images) // columns)
     sheet = Image.new("L", (gap + columns * (side + gap), gap + rows * (side + line + gap)), 255)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)

@@ -1,7 +1,5 @@
 """Options of `inspect`, `cards`, `plot` and `tensorboard`; answers --help without torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lra.options import DATA, PRESET, READ, RUNS, TASK, Command, at_least, folder, option

@@ -10,18 +10,18 @@ import math
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lra.figures import style
-from lra.figures.labels import label_ends
-from lra.figures.style import color, drawing, listed, short
+from lra.figures.style import color, drawing, label_ends, listed, short
 from lra.options import PRESETS
 from lra.records import measured
-from lra.records.cells import Cell, Column, Table, row_name
+from lra.records.cells import Cell, Column, Row, Table, row_name
 from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
 from lra.records.significance import compare_all
@@ -31,30 +31,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rows = Sequence[tuple[int, str, tuple[str, ...]]]  # keys of a table's rows
+Rows = Sequence[Row]
 
 
 def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> list[Path]:
     """Write all figures to results/figures/; returns the paths of the SVG files. With `everything` they show all
     methods, else style.SERIES of them."""
-    folder, written = Path(results) / "figures", []
+    figures, written, lengths = {}, [], measured.attention(results)
+    for table in (t for t in tables if t.preset in PRESETS):  # a name of a record becomes no name of a file
+        for make in (bubble, accuracy, curves):
+            figures[f"{table.preset}-{make.__name__}"] = partial(make, table, shown_rows(table, everything))
+    figures["lengths"] = partial(scaling, {name: lengths[name] for name in style.selection(list(lengths), everything)})
     with drawing():
-        for name, figure in _figures(results, tables, everything):
-            if figure:
-                written.append(style.save(figure, folder / name)[0])
+        for name, make in figures.items():
+            if figure := make():
+                written.append(style.save(figure, Path(results) / "figures" / name)[0])
             else:
                 print(f"no {name}: nothing to draw it from")
     return written
-
-
-def _figures(results: Path, tables: Sequence[Table], everything: bool) -> Iterator[tuple[str, Figure | None]]:
-    """Names of the figures, and the figures, one after another."""
-    lengths = measured.attention(results)
-    for table in (t for t in tables if t.preset in PRESETS):  # a name of a record becomes no name of a file
-        rows = shown_rows(table, everything)
-        for make in (bubble, accuracy, curves):
-            yield f"{table.preset}-{make.__name__}", make(table, rows)
-    yield "lengths", scaling({name: lengths[name] for name in style.selection(list(lengths), everything)})
 
 
 def shown_rows(table: Table, everything: bool = False) -> Rows:
@@ -78,16 +72,6 @@ def panels(table: Table, height: float) -> tuple[Figure, list[tuple[Column, Axes
     return figure, list(zip(table.columns, places))
 
 
-def _told_apart(table: Table) -> str:
-    """Which columns tell softmax from constant (the paired test of the tables), as a sentence."""
-    tells: dict[bool, list[str]] = {True: [], False: []}
-    for (row, column, baseline), comparison in compare_all(table).items():
-        if row[1:] == ("constant", ()) and baseline == "softmax":
-            tells[comparison.verdict == "below"].append(column.task)
-    above, level = (listed(tells[key] or ["no task"]) for key in (True, False))
-    return f"{table.preset}: softmax is significantly above averaging (constant) on {above}; not on {level}"
-
-
 def accuracy(table: Table, rows: Rows) -> Figure | None:
     """Accuracy per task, best first: a dot per seed, the mean with its 95% interval. A floor is a row of its own,
     and a dashed line through the others."""
@@ -101,7 +85,12 @@ def accuracy(table: Table, rows: Rows) -> Figure | None:
         names = []
         for y, key in enumerate(sorted([*heights, *floors], key=lambda k: (heights | floors)[k])):
             if key in heights:
-                _seeds(axes, y, key[1], cells[key])
+                cell = cells[key]
+                value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
+                look = {"fmt": style.marker(key[1]), "color": color(key[1]), "markersize": 6, "capsize": 2}
+                axes.errorbar(value, y, xerr=[[value - low], [high - value]], **look)
+                dots = [100 * a for a in cell.accuracies]
+                axes.plot(dots, [y - 0.28] * len(dots), ".", color=color(key[1]), markersize=4, alpha=0.8)
             else:
                 axes.axvline(100 * floors[key], color=style.GREY, linestyle="--", linewidth=0.9)
                 axes.plot([100 * floors[key]], [y], "|", color=style.GREY, markersize=8, markeredgewidth=2)
@@ -109,18 +98,16 @@ def accuracy(table: Table, rows: Rows) -> Figure | None:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", visible=False)
-    style.message(figure, _told_apart(table))
+    tells = {True: [], False: []}  # columns that tell softmax from constant, by the paired test of the tables
+    for (row, column, baseline), comparison in compare_all(table).items():
+        if row[1:] == ("constant", ()) and baseline == "softmax":
+            tells[comparison.verdict == "below"].append(column.task)
+    above, level = (listed(tells[key] or ["no task"]) for key in (True, False))
+    averaging = f"softmax is significantly above averaging (constant) on {above}; not on {level}"
+    style.message(figure, f"{table.preset}: {averaging}")
     label = "test accuracy, %: seeds, mean, 95% interval; each panel has a scale of its own"
     figure.supxlabel(label + _more(table, rows), fontsize=8)
     return figure
-
-
-def _seeds(axes: Axes, y: float, method: str, cell: Cell) -> None:
-    value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
-    look = {"fmt": style.marker(method), "color": color(method), "markersize": 6, "capsize": 2}
-    axes.errorbar(value, y, xerr=[[value - low], [high - value]], **look)
-    dots = [100 * a for a in cell.accuracies]
-    axes.plot(dots, [y - 0.28] * len(dots), ".", color=color(method), markersize=4, alpha=0.8)
 
 
 def curves(table: Table, rows: Rows) -> Figure | None:
@@ -128,16 +115,21 @@ def curves(table: Table, rows: Rows) -> Figure | None:
     if not any(e.curve for e in table.entries):
         return None
     figure, places = panels(table, 2.7)
-    lines = {}
+    lines, gaps = {}, {}
     for column, axes in places:
+        ends = []
         for row in rows:
             if points := _mean_curve(table.cells.get((row, column))):
+                ends.append(points[-1][1])
                 steps, means, sds = zip(*points, strict=True)
                 if row[1] in ("softmax", "constant"):
                     low, high = ([m + sign * s for m, s in zip(means, sds)] for sign in (-1, 1))
                     axes.fill_between(steps, low, high, color=color(row[1]), alpha=0.18, linewidth=0)
                 (lines[short(row_name(row))],) = axes.plot(steps, means, **style.look(row[1]))
-    style.message(figure, _apart(table, rows))
+        gap = max(ends, default=0.0) - min(ends, default=0.0)
+        gaps[f"{gap:.0f} on {column.task}"] = gap
+    ranked = listed(sorted(gaps, key=gaps.__getitem__, reverse=True))
+    style.message(figure, f"{table.preset}: points between the best and the worst method at the end: {ranked}")
     figure.supxlabel("optimizer step" + _more(table, rows), fontsize=8)
     figure.supylabel("validation accuracy, %: mean over seeds (band: ± sd)", fontsize=8)
     figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize=8)
@@ -152,26 +144,15 @@ def _mean_curve(cell: Cell | None) -> list[tuple[int, float, float]]:
     return [(step, mean, sd or 0.0) for step, mean, sd in points]
 
 
-def _apart(table: Table, rows: Rows) -> str:
-    """How far apart the curves of each column end, as a sentence."""
-    gaps: dict[str, float] = {}
-    for column in table.columns:
-        curves = [_mean_curve(table.cells.get((row, column))) for row in rows]
-        ends = [points[-1][1] for points in curves if points] or [0.0]
-        gaps[f"{max(ends) - min(ends):.0f} on {column.task}"] = max(ends) - min(ends)
-    ranked = listed(sorted(gaps, key=gaps.__getitem__, reverse=True))
-    return f"{table.preset}: points between the best and the worst method at the end: {ranked}"
-
-
 def bubble(table: Table, rows: Rows) -> Figure | None:
     """Average accuracy against speed, the area of a bubble being the peak memory, both relative to softmax."""
     columns = table.averaged or table.columns
     points = {}
     for row in rows:
         if cells := table.whole(row, columns):
-            speed, memory = map(_geometric, zip(*map(table.efficiency, cells), strict=True))
-            if speed and memory:
-                points[row[1]] = speed, memory, average([cell.estimate for cell in cells])
+            ratios = list(zip(*map(table.efficiency, cells), strict=True))
+            if all(map(all, ratios)):  # measured in every column
+                points[row[1]] = (*map(statistics.geometric_mean, ratios), average([cell.estimate for cell in cells]))
     if not points:
         return None
     figure, axes = style.subplots(width=7.2, height=4.6)
@@ -181,8 +162,7 @@ def bubble(table: Table, rows: Rows) -> Figure | None:
         axes.scatter([speed], height[-1:], s=260 * memory, color=color(method), alpha=0.7, linewidths=0)
     axes.margins(0.15, 0.1)
     speed = "speed relative to softmax (bench tasks; geometric mean over tasks)"
-    tasks = f"{len(columns)} task{'s' * (len(columns) > 1)}"
-    height = f"test accuracy, %, mean of {tasks}, 95% interval"
+    height = f"test accuracy, %, mean of {len(columns)} task{'s' * (len(columns) > 1)}, 95% interval"
     style.log_axes(axes, y="linear", xlabel=speed, ylabel=height)
     axes.set_title(f"area, ×: peak memory relative to softmax{_more(table, rows)}", fontsize=8)
     style.message(figure, _tradeoff(table, columns, points))
@@ -205,11 +185,6 @@ def _tradeoff(table: Table, columns: Sequence[Column], points: dict[str, tuple])
     return text + (f"; the fastest of the others, {short(best)}, is {speeds[best]:.2f} times as fast" if best else "")
 
 
-def _geometric(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v]
-    return statistics.geometric_mean(known) if len(known) == len(values) else None
-
-
 def scaling(lengths: Curves) -> Figure | None:
     """Time and peak memory of the attention alone against length; a ring where a method overtakes softmax."""
     if not lengths:
@@ -220,32 +195,21 @@ def scaling(lengths: Curves) -> Figure | None:
         cross = measured.crossover(curve, lengths.get(BASELINE, [])) if name != BASELINE else None
         label = short(name) + (f", from {cross:,.0f}" if cross else "")
         times.plot(*zip(*((p.x, p.y) for p in curve)), label=label, **style.look(name))
-        peaks = [(p.x, p.peak_bytes / 1e6) for p in curve if p.peak_bytes]
-        if peaks:
+        if peaks := [(p.x, p.peak_bytes / 1e6) for p in curve if p.peak_bytes]:
             memory.plot(*zip(*peaks), label=short(name), **style.look(name))
         if cross:
             crossings[name] = cross
-            if cross > curve[0].x:
-                _ring(times, cross, lengths[BASELINE], color(name))
-    style.message(figure, _overtaken(lengths, crossings))
-    ring = "tokens N (ring, from: not slower than softmax)"
-    style.log_axes(times, 2, xlabel=ring, ylabel="seconds, forward and backward")
+            if cross > curve[0].x:  # a ring on the baseline's curve, a straight line between points in log-log
+                xs, ys = (np.log([getattr(p, axis) for p in lengths[BASELINE]]) for axis in ("x", "y"))
+                ring = {"markersize": 11, "fillstyle": "none", "markeredgecolor": color(name), "markeredgewidth": 1.8}
+                times.plot([cross], [np.exp(np.interp(math.log(cross), xs, ys))], "o", **ring)
+    ranked = sorted(crossings, key=crossings.__getitem__)
+    ends = [f"{short(n)} from {crossings[n]:,.0f} tokens" for n in dict.fromkeys(ranked[:1] + ranked[-1:])]
+    text = f"{len(crossings)} of {sum(name != BASELINE for name in lengths)} methods overtake softmax"
+    style.message(figure, f"{text}: {', '.join(ends)}" if ends else text)
+    tokens = "tokens N (ring, from: not slower than softmax)"
+    style.log_axes(times, 2, xlabel=tokens, ylabel="seconds, forward and backward")
     style.log_axes(memory, 2, xlabel="tokens N", ylabel="peak memory, MB")
     for axes in (times, memory):
         label_ends(axes)
     return figure
-
-
-def _overtaken(lengths: Curves, crossings: dict[str, float]) -> str:
-    """From which lengths methods are not slower than softmax, as a sentence."""
-    ranked = sorted(crossings, key=crossings.__getitem__)
-    ends = [f"{short(n)} from {crossings[n]:,.0f} tokens" for n in dict.fromkeys(ranked[:1] + ranked[-1:])]
-    text = f"{len(crossings)} of {sum(name != BASELINE for name in lengths)} methods overtake softmax"
-    return ": ".join([text, ", ".join(ends)] if ends else [text])
-
-
-def _ring(axes: Axes, x: float, baseline: Sequence[measured.Point], shade: str) -> None:
-    """Mark x on the baseline's curve, a straight line between points in log-log."""
-    xs, ys = (np.log([getattr(p, axis) for p in baseline]) for axis in ("x", "y"))
-    y = np.exp(np.interp(math.log(x), xs, ys))
-    axes.plot([x], [y], "o", markersize=11, fillstyle="none", markeredgecolor=shade, markeredgewidth=1.8)

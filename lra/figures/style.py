@@ -15,12 +15,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lra.records.markup import flat
 from tasks.store.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 INK = "#1f2328"  # text, axes and softmax, the baseline; the page turns this colour light in the dark
 GREY = "#8b9098"  # constant attention and floors
@@ -44,9 +47,7 @@ SERIES = 8  # lines in one panel; more cannot be told apart
 LONGEST = 28  # characters of a name in a figure
 STYLE = {
     "axes.axisbelow": True,
-    "axes.edgecolor": INK,
     "axes.grid": True,
-    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -64,18 +65,9 @@ STYLE = {
     "savefig.dpi": 144,
     "svg.fonttype": "none",  # text stays text: searchable, and read out by a screen reader
     "svg.hashsalt": "lra",  # without it, every identifier in an SVG is random
-    "text.color": INK,
     "text.parse_math": False,  # a name from a record is never markup
-    "xtick.color": INK,
-    "ytick.color": INK,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
 }
-
-
-def method_of(name: str) -> str:
-    """The method that a name of a figure belongs to: "performer bf16" and "pypi:performer-pytorch" are performers."""
-    method = name.partition(" ")[0]
-    peer = method.removeprefix("pypi:")
-    return method if peer == method else next((known for known in METHODS if known in peer), method)
 
 
 def color(name: str) -> str:
@@ -89,7 +81,10 @@ def marker(name: str) -> str:
 
 
 def _color_and_marker(name: str) -> tuple[str, str]:
-    method = method_of(name)
+    """Those of the method: "performer bf16" and "pypi:performer-pytorch" are performers."""
+    method = name.partition(" ")[0]
+    if method.startswith("pypi:"):
+        method = next((known for known in METHODS if known in method.removeprefix("pypi:")), method)
     number = int.from_bytes(hashlib.sha256(method.encode()).digest()[:8], "big")
     other = PALETTE[number % len(PALETTE)], MARKERS[number // len(PALETTE) % len(MARKERS)]
     return METHODS.get(method, other)
@@ -97,22 +92,17 @@ def _color_and_marker(name: str) -> tuple[str, str]:
 
 def look(name: str) -> dict[str, object]:
     """How a line is drawn. Variants and peers of a method keep its colour, and differ in dashes and markers.
-
-    A variant ("softmax causal") has hollow markers and dashes of its own; a peer ("pypi:NAME") is dotted.
-    """
+    A variant ("softmax causal") has hollow markers and dashes of its own; a peer ("pypi:NAME") is dotted."""
     own = {"bf16": "--", "causal": "-.", "unfused": (0, (6, 1, 1, 1, 1, 1))}
-    variant = name.partition(" ")[2]
-    line = own.get(variant, (0, (3, 3))) if variant else ":" if name.startswith("pypi:") else "-"
-    fill = "none" if variant else "full"
-    return {"color": color(name), "marker": marker(name), "linestyle": line, "fillstyle": fill}
+    variant, line = name.partition(" ")[2], ":" if name.startswith("pypi:") else "-"
+    line = own.get(variant, (0, (3, 3))) if variant else line
+    return {"color": color(name), "marker": marker(name), "linestyle": line, "fillstyle": "none" if variant else "full"}
 
 
 def selection(names: Sequence[str], everything: bool = False) -> list[str]:
     """The names that a figure shows, in their order: SERIES at most unless `everything` is asked for.
-
-    softmax and constant come first, then methods that are not in METHODS (the reader's own), then the others in
-    the order of METHODS, and variants and peers last.
-    """
+    softmax and constant come first, then methods that are not in METHODS (the reader's own), then the others in the
+    order of METHODS, and variants and peers last."""
     order = list(METHODS)
 
     def rank(name):
@@ -128,9 +118,9 @@ def short(name: str, longest: int = LONGEST) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
-def listed(names: Iterable[str], longest: int = LONGEST) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names as a sentence lists them: "a, b and c"."""
-    *others, last = (short(name, longest) for name in names)
+    *others, last = map(short, names)
     return f"{', '.join(others)} and {last}" if others else last
 
 
@@ -167,9 +157,7 @@ def message(figure: Figure, text: str) -> None:
 
 def log_axes(axes: Axes, base: float = 10, y: str = "log", **labels: str) -> None:
     """Logarithmic x, and y unless it is "linear"; labels as matplotlib's `axes.set` takes them.
-
-    Numbers stand as people write them, 0.5 or 2,048; never powers of ten, which would be markup.
-    """
+    Numbers stand as people write them, 0.5 or 2,048; never powers of ten, which would be markup."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set_xscale("log", base=base)
@@ -180,11 +168,39 @@ def log_axes(axes: Axes, base: float = 10, y: str = "log", **labels: str) -> Non
         axis.set_minor_formatter(plain if high < 20 * low else NullFormatter())  # few decades: name all
 
 
+def label_ends(axes: Axes, lines: Sequence[Line2D] | None = None, size: float = 7.5) -> None:
+    """Name each line at the right of the axes, at the height of its last point or as near as the others allow.
+    The name is the label of the line; by default all lines that have one are named. Limits and scales of the axes must
+    be set before."""
+    lines = lines or [line for line in axes.lines if not line.get_label().startswith("_")]
+    axes.figure.draw_without_rendering()
+    step = 1.35 * size / 72 * axes.figure.dpi / axes.get_window_extent().height  # of the height of the axes
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    wanted = [float(to_axes.transform(end)[1]) for end in ends]
+    arrow = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1}
+    text = {"textcoords": "axes fraction", "va": "center", "fontsize": size, "annotation_clip": False}
+    for line, end, height in zip(lines, ends, spread(wanted, step), strict=True):
+        color = line.get_color()
+        axes.annotate(line.get_label(), end, (1.05, height), color=color, arrowprops=arrow | {"color": color}, **text)
+
+
+def spread(wanted: Sequence[float], step: float) -> list[float]:
+    """Heights in [0, 1] at least `step` apart, as near to the wanted ones as that allows (least squares).
+    Heights minus their rank times `step` must not fall: isotonic regression."""
+    from scipy.optimize import isotonic_regression
+
+    order = np.argsort(wanted, kind="stable")
+    ranks = step * np.arange(len(order))
+    lowest = isotonic_regression(np.asarray(wanted, float)[order] - ranks).x
+    heights = np.empty(len(order))
+    heights[order] = lowest.clip(0.0, max(0.0, 1.0 - step * (len(order) - 1))) + ranks
+    return heights.tolist()
+
+
 def save(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Write PATH.svg and PATH.png, each atomically: the same figure gives the same bytes, without a date.
-
-    Returns the two paths.
-    """
+    Returns the two paths."""
     svg, png = Path(f"{path}.svg"), Path(f"{path}.png")
     with drawing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # another script: boxes in the PNG alone

@@ -1,13 +1,11 @@
 """`tensorboard`: the mean over the seeds of each cell as a run of its own, and the command that shows everything."""
 
-from __future__ import annotations
-
 import math
 import os
 import shlex
 import shutil
 import sys
-import uuid
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,9 +17,7 @@ from lra.training.log import LAYOUT, read_log
 
 def tensorboard(args: Namespace) -> None:
     """`tensorboard`: refresh the means, name the tabs to open, print the command; with --start become TensorBoard.
-
-    Raises UsageError when there are no runs, or none of the task.
-    """
+    Raises UsageError when there are no runs, or none of the task."""
     logs = sorted(args.runs.glob("*/*/*/seed*/log.jsonl"))  # <task>/<attention>/<preset>/seed<k>
     tasks = sorted({log.parents[3].name for log in logs})
     if not tasks:
@@ -42,25 +38,18 @@ def tensorboard(args: Namespace) -> None:
 
 def write_mean(cell: Path) -> bool:
     """Write <cell>/mean: each tag's mean at the steps that every seed has reached. Returns whether there is one.
-
-    A single seed has no mean, which would be the same curve twice. Raises UsageError for a log that is not one.
-    """
+    A single seed has no mean, which would be the same curve twice. Raises UsageError for a log that is not one."""
     seeds = [_values(path) for path in cell.glob("seed*/log.jsonl")]
-    mean, temporary = cell / "mean", cell / f".mean-{uuid.uuid4().hex[:12]}"
     if len(seeds) < 2:
-        shutil.rmtree(mean, ignore_errors=True)
+        shutil.rmtree(cell / "mean", ignore_errors=True)
         return False
-    shared = set.intersection(*map(set, seeds))
-    try:
-        with SummaryWriter(str(temporary)) as writer:
+    with tempfile.TemporaryDirectory(prefix=".mean-", dir=cell) as folder:
+        with SummaryWriter(f"{folder}/mean") as writer:
             writer.add_custom_scalars(LAYOUT)
-            for step, tag in sorted(shared):
-                value = math.fsum(values[step, tag] for values in seeds) / len(seeds)
-                writer.add_scalar(tag, value, step)
-        shutil.rmtree(mean, ignore_errors=True)
-        temporary.rename(mean)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            for step, tag in sorted(set.intersection(*map(set, seeds))):
+                writer.add_scalar(tag, math.fsum(values[step, tag] for values in seeds) / len(seeds), step)
+        shutil.rmtree(cell / "mean", ignore_errors=True)
+        Path(folder, "mean").rename(cell / "mean")
     return True
 
 

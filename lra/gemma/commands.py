@@ -27,8 +27,7 @@ from lra.options import STOPPED, UsageError
 from lra.records.record import read_record, write_record
 from lra.registry import attention_class
 from lra.scaling.reports import command_of
-from lra.training.provenance import Clocks, build_record
-from lra.training.train import Interrupted
+from lra.training.train import Clocks, Interrupted, build_record
 from models.gemma import bridge
 from models.gemma.loss import Head
 

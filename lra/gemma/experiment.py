@@ -88,7 +88,7 @@ class Experiment:
         return self.base.model
 
     def sections(self, training: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
-        """For provenance.build_record, with the base model in the place of the encoder; the kernels are plugged in."""
+        """For train.build_record, with the base model in the place of the encoder; the kernels are plugged in."""
         m, base, docs = self.method, self.base, self.documents
         kernels = [s.kernel for s in bridge.sockets(base.model).values()]
         n_params = sum(p.numel() for p in base.model.parameters())

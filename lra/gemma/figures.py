@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lra.figures import style
-from lra.figures.labels import label_ends
+from lra.figures.style import label_ends
 from lra.gemma.rows import FLOORS, baseline, features, grouped, label_of, order, row_of, setting_of, titled, without
 from lra.gemma.stats import Record, above, accuracy, gap, recovered, spike_rate, validation
 from lra.gemma.table import by_kind

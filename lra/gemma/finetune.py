@@ -21,9 +21,8 @@ from lra.records.record import finite, write_record
 from lra.training import checkpoint
 from lra.training.evaluate import Diverged, autocast
 from lra.training.log import RunLog
-from lra.training.optim import learning_rate
 from lra.training.train import Interrupted, carry_out
-from lra.training.trainer import Progress, Training, Where
+from lra.training.trainer import Progress, Training, Where, learning_rate
 from models.gemma import bridge
 from models.gemma.loss import Head, cross_entropy
 from models.gemma.saved import restore

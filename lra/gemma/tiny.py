@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lra.gemma.data import documents, pack, split
-from lra.training.optim import learning_rate
+from lra.training.trainer import learning_rate
 from tasks.base import Optim
 
 PAD, EOS, BOS, FIRST = 0, 1, 2, 3  # ids; byte b is FIRST + b

@@ -1,25 +1,25 @@
-"""V1 without torch: does a well-formed record agree with itself, with its predictions and with the suite?
+"""What a record is a record of, and V1 without torch: does it agree with itself, its predictions and the suite?
 
 Nothing is written.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from lra.leaderboard.identity import task_module
+from lra import registry
 from lra.options import UsageError
-from lra.records.record import predictions_path, read_labels, read_predictions
+from lra.records.record import Execution, cell_digest, predictions_path, read_labels, read_predictions, record_path
 from lra.records.schema import Rejected, Unchecked
 from tasks.base import SourceError
+from tasks.store.prepared import SCHEMA as DATA_SCHEMA
 from tasks.store.prepared import Prepared, data_identity, load
 
 LEAK = 6  # standard errors by which test accuracy may exceed that of the selected validation
@@ -41,6 +41,37 @@ def places(args: Namespace) -> Places:
     return Places(args.results, args.data, args.runs, args.device, args.trust)
 
 
+def task_module(record: dict[str, Any]) -> ModuleType:
+    """The file of the record's task. Raises Rejected for a task that the suite does not have."""
+    try:
+        return registry.load_task(record["task"]["name"])
+    except UsageError as error:
+        raise Rejected(f"task.name: {error}") from None
+
+
+def manifest(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of the data's manifest that a record repeats: enough to resolve a run and to hash the data."""
+    task, data = record["task"], record["data"]
+    facts = {"schema": DATA_SCHEMA, "task": task["name"], "source": data["source"], "splits": data["splits"]}
+    return facts | {k: task[k] for k in ("version", "dataset", "substitute")}
+
+
+def identity(record: dict[str, Any]) -> Path:
+    """The path of a well-formed record under its tree. Raises Rejected.
+
+    data hash = sha256 of the splits' hashes, task, data set, source
+    digest    = sha256 of task, data hash, recipe, overrides, validation rule, attention, execution
+    """
+    task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
+    recipe = asdict(task_module(record).RECIPES[task["preset"]])
+    recipe |= {"encoder": model["encoder"], "train": training["recipe"], "budget": training["budget"]}
+    if data["manifest_sha256"] != (data_hash := data_identity(manifest(record))):
+        raise Rejected(f"data.manifest_sha256 must be {data_hash}, by the task, data set and splits beside it")
+    how, method = (training["overrides"], data["val_rule"]), (model["attention"], model["attention_config"])
+    digest = cell_digest(task["name"], task["version"], data_hash, recipe, *how, *method, Execution.of(training))
+    return record_path(Path(), task["name"], model["attention"], digest, training["seed"]).relative_to("records")
+
+
 def consistent(path: Path, record: dict[str, Any], places: Places) -> None:
     """Sizes, clocks, curve and counts. Raises Rejected or UsageError for a contradiction, Unchecked without labels."""
     _data(record)
@@ -53,7 +84,8 @@ def consistent(path: Path, record: dict[str, Any], places: Places) -> None:
         _failure(path, record)
 
 
-def _same(field: str, value: Any, expected: Any, why: str) -> None:
+def same(field: str, value: Any, expected: Any, why: str) -> None:
+    """Raise Rejected unless a field has the value that `why` gives it."""
     if value != expected:
         raise Rejected(f"{field} is {value}, and {why} makes it {expected}")
 
@@ -69,8 +101,8 @@ def _data(record: dict[str, Any]) -> None:
         raise Rejected(f"task.dataset is {name!r}, task.substitute {str(substitute).lower()}, and {declared}")
     if len({split["sha256"] for split in record["data"]["splits"].values()}) < 3:
         raise Rejected("data.splits: two of them have the same sha256")
-    _same("task.version", task["version"], module.META.version, "the suite")
-    _same("task.seq_len", task["seq_len"], size.seq_len, "the preset")
+    same("task.version", task["version"], module.META.version, "the suite")
+    same("task.seq_len", task["seq_len"], size.seq_len, "the preset")
     for name, split in record["data"]["splits"].items():
         most = getattr(size, name)
         if most and split["n"] > most:
@@ -85,8 +117,7 @@ def _data(record: dict[str, Any]) -> None:
         raise Rejected(f"training.world_size is {training['world_size']}: batch {batch} does not split so")
     if (record["cost"]["device"] == "cuda") != (record["env"]["gpu"] is not None):
         raise Rejected(f"env.gpu is {record['env']['gpu']}, and cost.device is {record['cost']['device']}")
-    examples = ended * batch
-    _same("training.examples_seen", training["examples_seen"], examples, "steps times batch")
+    same("training.examples_seen", training["examples_seen"], ended * batch, "steps times batch")
 
 
 def _clocks(record: dict[str, Any]) -> None:
@@ -135,9 +166,9 @@ def _selected(record: dict[str, Any]) -> None:
     """The selected step is the first of the best; test accuracy does not exceed its validation beyond chance."""
     result, training = record["result"], record["training"]
     best = max((e for e in result["curve"] if e[1] == "val"), key=lambda e: e[3])  # the first of equals
-    _same("result.n_val", result["n_val"], best[4], "the split")
-    _same("training.selected_step", training["selected_step"], best[0], "the best validation of the curve")
-    _same("result.val_n_correct", result["val_n_correct"], best[3], "the best validation of the curve")
+    same("result.n_val", result["n_val"], best[4], "the split")
+    same("training.selected_step", training["selected_step"], best[0], "the best validation of the curve")
+    same("result.val_n_correct", result["val_n_correct"], best[3], "the best validation of the curve")
     (a, n), (b, m) = ((result[k], result[size]) for k, size in (("n_correct", "n_test"), ("val_n_correct", "n_val")))
     share = min((a + b) / (n + m), 1.0)
     if a / n - b / m > LEAK * math.sqrt(share * (1 - share) * (1 / n + 1 / m)):
@@ -161,15 +192,15 @@ def _failure(path: Path, record: dict[str, Any]) -> None:
 def _counts(path: Path, record: dict[str, Any], places: Places) -> None:
     """Correct answers counted again, and the majority floor found among the labels' shares."""
     result, split = record["result"], record["data"]["splits"]["test"]
-    _same("result.n_test", result["n_test"], split["n"], "the test split")
+    same("result.n_test", result["n_test"], split["n"], "the test split")
     predictions = np.frombuffer(read_predictions(path, record), np.uint8)
-    _same("the number of predictions", len(predictions), split["n"], "the test split")
+    same("the number of predictions", len(predictions), split["n"], "the test split")
     classes = task_module(record).META.classes
     if predictions.max() >= classes:
         raise Rejected(f"a prediction is class {predictions.max()}, and the task has {classes}")
     labels = np.frombuffer(labels_of(record, places), np.uint8)
-    correct = int((predictions == labels).sum())
-    _same("result.n_correct", result["n_correct"], correct, "counting predictions against labels")
+    right = int((predictions == labels).sum())
+    same("result.n_correct", result["n_correct"], right, "counting predictions against labels")
     shares = np.bincount(labels, minlength=classes) / len(labels)
     majority = record["data"]["floors"].get("majority", math.nan)
     if not np.isclose(shares, majority, rtol=0, atol=1e-9).any():

@@ -4,12 +4,10 @@ A results folder holds trees: RESULTS itself, with the records of its owner, and
 <name> submitted. The owner's records are held against each other, those of somebody else against the owner's, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,26 +21,13 @@ from tasks.base import SPLITS
 TELLING = 10  # equal answers are no chance if so many are wrong, and so many are not of the commonest class
 
 
-class Origin(NamedTuple):
-    """Whose run a record is of: tree, path below it, attention, seed, seconds."""
-
-    tree: Path
-    place: Path
-    attention: str
-    seed: int
-    seconds: float
+# Whose run a record is of; `place`: the path below the tree.
+Origin = NamedTuple("Origin", [("tree", Path), ("place", Path), ("attention", str), ("seed", int), ("seconds", float)])
 
 
 def trees(results: Path) -> list[Path]:
     """RESULTS, then RESULTS/counter/<name> of everybody who submitted records."""
     return [Path(results), *sorted(p.parent for p in Path(results).glob("counter/*/records"))]
-
-
-def missing_seeds(names: Iterable[str], first: int = 0) -> str:
-    """Of n files seed<k> of a cell, which of n in a row from `first` on are missing, in words; empty if none is."""
-    names = set(names)
-    gap = [str(k) for k in range(first, first + len(names)) if f"seed{k}" not in names]
-    return f"the cell's seeds must be {first}, {first + 1}, ...: missing {', '.join(gap)}" if gap else ""
 
 
 class Context:
@@ -61,8 +46,7 @@ class Context:
         """Take a record in that stands, or is to stand, at `place` below a tree."""
         self.seeds[tree, place.parent].add(place.stem)
         try:
-            traces, claims = list(_traces(place, record)), list(_claims(record))
-            origin = _origin(tree, place, record)
+            traces, claims, origin = [*_traces(place, record)], [*_claims(record)], _origin(tree, place, record)
         except (KeyError, TypeError, AttributeError):
             return  # malformed: V0 names the field
         for trace in traces:
@@ -72,23 +56,18 @@ class Context:
 
     def agrees(self, tree: Path, place: Path, path: Path, record: dict[str, Any]) -> None:
         """Raise Rejected for a copy or for other facts of the same data, Unchecked for a gap of seeds.
-
-        `path` is where the record is now, with its predictions beside it.
-        """
-        self._facts(tree, record)
-        self._copies(tree, place, path, record)
-        names = self.seeds[tree, place.parent] | {place.stem}
-        first = 0 if tree == self.owner else min(int(name.removeprefix("seed")) for name in names)
-        if gap := missing_seeds(names, first):
-            raise Unchecked(gap)
-
-    def _facts(self, tree: Path, record: dict[str, Any]) -> None:
-        """The owner's records decide; where there are none of these data, most of the tree."""
+        `path` is where the record is now, with its predictions beside it."""
+        # Of facts the owner's records decide; where there are none of these data, most of the tree.
         for subject, key, value in _claims(record):
             known = self.claims.get((self.owner, subject, key)) or self.claims.get((tree, subject, key))
             usual = known.most_common(1)[0][0] if known else value
             if value != usual:
                 raise Rejected(f"data: {subject} differ from those of other records on the same data: {usual}")
+        self._copies(tree, place, path, record)
+        names = self.seeds[tree, place.parent] | {place.stem}
+        first = 0 if tree == self.owner else min(int(name.removeprefix("seed")) for name in names)
+        if gap := [str(k) for k in range(first, first + len(names)) if f"seed{k}" not in names]:
+            raise Unchecked(f"the cell's seeds must be {first}, {first + 1}, ...: missing {', '.join(gap)}")
 
     def _copies(self, tree: Path, place: Path, path: Path, record: dict[str, Any]) -> None:
         """No two runs are equal but those of one author, attention and seed, whose options may change nothing."""

@@ -1,71 +1,43 @@
-"""Options of `leaderboard ...`, `evaluate`, `reproduce` and `table`; answers --help without torch."""
-
-from __future__ import annotations
+"""Options of `leaderboard ...`, `evaluate`, `reproduce`, `table` and `compare`; answers --help without torch."""
 
 from pathlib import Path
 
-from lra.options import DATA, DEVICE, PLACES, PORT, READ, RUNS, TRUST, Command, option
-from lra.records.options import PRESETS_SHOWN
+from lra.options import DATA, DEVICE, PLACES, PORT, READ, RUNS, TRUST, Command, folder, option
 
-RECORD = option("record", "its JSON file", Path)
 LEVELS = (
     "0 form and identity, 1 agrees with itself, 2 first losses repeated (needs --data), "
     "3 saved weights evaluated (needs --data and --runs), 4 equivalent to somebody else's runs"
 )
 FORMS = "compact: accuracies of the default runs; long: every row, remarks, costs; tex: as long; csv: a line per record"
-THREADS_TRIED = "CPU threads, e.g. 1,2: one run each, compared; the first becomes the counter-record"
+TRIED = "CPU threads, e.g. 1,2: one run each, compared; the first becomes the counter-record (default: the record's)"
+CHECKED = (TRUST, DATA, READ, RUNS, DEVICE)
+
+RECORD = option("record", "its JSON file", Path)
+REFERENCE = option("--reference", "folder of the records beside them", folder, Path("results/reference"))
+ONLY = option("--preset", "only this preset (default: all)", list)
+FORMAT = option("--format", FORMS, ("compact", "long", "tex", "csv"), "compact")
+WRITE = option("--write", "a file; of a Markdown file, what is between its results markers", Path)
+COUNTER = option("--by", "whose counter-record it becomes: results/counter/BY/", default="rerun")
+THREADS = option("--threads", TRIED, metavar="N[,N...]")
+RAW = option("--data-dir", "folder with raw data, where the record's are local", Path)
+FILES = option("files", "JSON files of records, their predictions beside them", Path, nargs="+")
+BY = option("--by", "whose runs they are: they are added to results/counter/BY/", required=True)
+THESE = option("files", "JSON files of records (default: all of --results)", Path, nargs="*")
+LEVEL = option("--level", LEVELS, range(5), 1, type=int)
+EVERY = option("--level", f"verify every record up to it: {LEVELS}", range(1, 4), 1, type=int)
 
 COMMANDS = {
     "evaluate": Command("lra.leaderboard.rerun:show", (RECORD, TRUST, *PLACES)),
-    "reproduce": Command(
-        "lra.leaderboard.reproduce:reproduce",
-        (
-            RECORD,
-            option("--by", "whose counter-record it becomes: results/counter/BY/", default="rerun"),
-            option("--threads", f"{THREADS_TRIED} (default: the record's)", metavar="N[,N...]"),
-            option("--data-dir", "folder with raw data, where the record's are local", Path),
-            TRUST,
-            *PLACES,
-        ),
-    ),
-    "table": Command(
-        "lra.leaderboard.page:show_table",
-        (
-            READ,
-            option("--format", FORMS, ("compact", "long", "tex", "csv"), "compact"),
-            PRESETS_SHOWN,
-            option("--write", "a file; of a Markdown file, what is between its results markers", Path),
-        ),
-    ),
+    "reproduce": Command("lra.leaderboard.reproduce:reproduce", (RECORD, COUNTER, THREADS, RAW, TRUST, *PLACES)),
+    "table": Command("lra.leaderboard.page:show_table", (READ, FORMAT, ONLY, WRITE)),
+    "compare": Command("lra.leaderboard.page:compare", (READ, REFERENCE, ONLY)),
     "leaderboard submit": Command(
-        "lra.leaderboard.submit:submit",
-        (
-            option("files", "JSON files of records, their predictions beside them", Path, nargs="+"),
-            option("--by", "whose runs they are: they are added to results/counter/BY/", required=True),
-            TRUST,
-            *PLACES,
-        ),
-        "verify records from elsewhere at V1 and add them",
+        "lra.leaderboard.levels:submit", (FILES, BY, TRUST, *PLACES), "verify records from elsewhere at V1 and add them"
     ),
     "leaderboard verify": Command(
-        "lra.leaderboard.submit:verify_all",
-        (
-            option("files", "JSON files of records (default: all of --results)", Path, nargs="*"),
-            option("--level", LEVELS, range(5), 1, type=int),
-            TRUST,
-            *(DATA, READ, RUNS, DEVICE),
-        ),
-        "check records, and write nothing",
+        "lra.leaderboard.levels:verify_all", (THESE, LEVEL, *CHECKED), "check records, and write nothing"
     ),
-    "leaderboard build": Command(
-        "lra.leaderboard.page:build",
-        (
-            option("--level", f"verify every record up to it: {LEVELS}", range(1, 4), 1, type=int),
-            TRUST,
-            *(DATA, READ, RUNS, DEVICE),
-        ),
-        "make the page RESULTS/index.html",
-    ),
+    "leaderboard build": Command("lra.leaderboard.page:build", (EVERY, *CHECKED), "make the page RESULTS/index.html"),
     "leaderboard serve": Command(
         "lra.leaderboard.page:serve", (READ, PORT), "show results to a browser of this machine"
     ),

@@ -1,16 +1,17 @@
 """What is shown of the records: tables as text, and the page, one static file that needs no network. No torch."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from lra.figures import plots
 from lra.figures.style import GREY, INK, color
@@ -18,8 +19,7 @@ from lra.leaderboard.consistency import Places, places
 from lra.leaderboard.context import trees
 from lra.leaderboard.levels import Verdict, judge, reproductions
 from lra.options import UsageError
-from lra.records import cells, measured, published, table
-from lra.records import compare as beside
+from lra.records import cells, compact, measured, table
 from lra.records.cells import Cell, Table, row_name
 from lra.records.markup import Bullets, flat, html_fragment, parsed
 from lra.records.record import PROTOCOL, report_all
@@ -83,7 +83,7 @@ def plot(args: Namespace) -> int:
 
 def compare(args: Namespace) -> int:
     """`compare`: the user's runs beside the reference's, without those that are rejected."""
-    return beside.compare(args, _judged(Places(args.results))[1])
+    return compact.compare(args, _judged(Places(args.results))[1])
 
 
 def _judged(places: Places, level: int = 1) -> tuple[dict[Path, Verdict], dict[Path, str]]:
@@ -97,12 +97,9 @@ def serve(args: Namespace) -> None:
     if not (page := args.results / "index.html").exists():
         raise UsageError(f"no page at {page}: python -m lra leaderboard build makes it")
     handler = partial(SimpleHTTPRequestHandler, directory=str(args.results))
-    with ThreadingHTTPServer(("127.0.0.1", args.port), handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", args.port), handler) as server, suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_port}/index.html (Ctrl-C ends)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
+        server.serve_forever()
 
 
 def render(
@@ -115,11 +112,9 @@ def render(
 ) -> str:
     """The page as text: a pure function of the owner's tables, those of others by their names, and the figures."""
     import jinja2
-    from markupsafe import Markup
 
-    form = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    loader, strict = jinja2.FileSystemLoader(HERE), jinja2.StrictUndefined
-    environment = jinja2.Environment(loader=loader, undefined=strict, **form)
+    form = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), **form)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     rows = [row for t in tables for row in _rows(results, t, verdicts)]
     others = [
@@ -146,7 +141,7 @@ def render(
         warnings=[note for note in notes if not note.startswith("Bold: ")],  # that speaks of the table alone
         figures=[*map(_figure, figures), *studies],
         gemma=list(_gemma(results / "gemma")),
-        tables=Markup(html_fragment([*every, *measured.blocks(results), *published.blocks()])),
+        tables=Markup(html_fragment([*every, *measured.blocks(results), *measured.published()])),
         left_out=left_out,
     )
 
@@ -154,8 +149,7 @@ def render(
 def _rows(results: Path, t: Table, verdicts: dict[Path, Verdict]) -> Iterator[dict[str, Any]]:
     """One dictionary for each cell and each floor of a table: by task, the best first, the failed last."""
     for column in t.columns:
-        cells = {key: cell for (key, c), cell in t.cells.items() if c == column}
-        rows = [_row(results, t, key, cell, verdicts) for key, cell in cells.items()]
+        rows = [_row(results, t, key, cell, verdicts) for (key, c), cell in t.cells.items() if c == column]
         floors = [_floor(name, value) for name, value in t.first(column).floors.items()]
         ends = [end for row in rows for end in row["bounds"]] + [row["accuracy"] for row in floors]
         low, high = min(ends, default=0.0), max(ends, default=100.0)
@@ -189,7 +183,14 @@ def _rows(results: Path, t: Table, verdicts: dict[Path, Verdict]) -> Iterator[di
 
 def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
     speed, memory = t.efficiency(cell)
-    return {
+    failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
+    score = {"accuracy": None, "bounds": (), "dots": [100 * a for a in cell.accuracies]}
+    if cell.ok:  # percent
+        value, low, high = (100 * x for x in (cell.estimate.value, cell.estimate.low, cell.estimate.high))
+        _, sd = mean_sd(cell.accuracies)
+        score |= {"accuracy": value, "bounds": [low, high], "interval": f"{low:.1f} to {high:.1f}"}
+        score["sd"] = None if sd is None else 100 * sd
+    return score | {
         "name": row_name(key),
         "color": "currentColor" if color(key[1]) == INK else color(key[1]),
         "protocol": flat(" / ".join(sorted({"open" if e.open else PROTOCOL for e in cell.runs}))),
@@ -199,7 +200,8 @@ def _row(results: Path, t: Table, key: tuple, cell: Cell, verdicts: dict[Path, V
         "memory": memory,
         "badge": _badge(results, cell, verdicts),
         "runs": [{"command": flat(e.command), "path": e.path.relative_to(results).as_posix()} for e in cell.runs],
-        **_score(cell),
+        "seeds": f"{len(cell.ok)} of {cell.seeds}",
+        "failed": failed,
     }
 
 
@@ -211,41 +213,17 @@ def _floor(name: str, value: float) -> dict[str, Any]:
     return empty | {"name": f"floor: {flat(name)}", "color": GREY, "accuracy": 100 * value}
 
 
-def _score(cell: Cell) -> dict[str, Any]:
-    """Accuracy in percent, with its interval and seeds."""
-    seeds = f"{len(cell.ok)} of {cell.seeds}"
-    failed = "; ".join(sorted({flat(e.status) for e in cell.runs if e.n_correct is None}))
-    if not cell.ok:
-        return {"accuracy": None, "bounds": (), "dots": (), "seeds": seeds, "failed": failed}
-    _, sd = mean_sd(cell.accuracies)
-    return {
-        "accuracy": 100 * cell.estimate.value,
-        "sd": None if sd is None else 100 * sd,
-        "bounds": [100 * cell.estimate.low, 100 * cell.estimate.high],
-        "interval": f"{100 * cell.estimate.low:.1f} to {100 * cell.estimate.high:.1f}",
-        "dots": [100 * a for a in cell.accuracies],
-        "seeds": seeds,
-        "failed": failed,
-    }
-
-
 def _badge(results: Path, cell: Cell, verdicts: dict[Path, Verdict]) -> dict[str, Any]:
     """The badge of the least verified run of a cell; its level is -1 when unverified."""
-
-    def level(verdict):
-        return max(verdict.levels, default=-1)
-
     runs = [verdicts[e.path.relative_to(results)] for e in cell.runs]
-    least = min(runs, key=level)
+    least = min(runs, key=lambda verdict: verdict.level)
     why = "; ".join(str(part) for part in (least.reproduction, least.reason) if part)
     confirmed = all({2, 4} <= set(v.levels) for v in runs)
-    return {"level": level(least), "text": least.badge, "reason": flat(why), "confirmed": confirmed}
+    return {"level": least.level, "text": least.badge, "reason": flat(why), "confirmed": confirmed}
 
 
 def _figure(path: Path) -> dict[str, Any]:
     """A figure as inline SVG: no header, names of its own, ink in the colour of the page's text."""
-    from markupsafe import Markup
-
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = text.replace(INK, "currentColor").replace('id="', f'id="{path.stem}-')
@@ -262,8 +240,6 @@ def _picture(path: Path, caption: str = "Random features, measured by `variance`
 
 def _gemma(folder: Path) -> Iterator[dict[str, Any]]:
     """Figure and tables of each kind of measurement of the Gemma track, as its own commands wrote them."""
-    from markupsafe import Markup
-
     for kind, caption in GEMMA.items():
         figure, text = folder / "figures" / f"{kind}.svg", folder / f"{kind}.md"
         if figure.is_file() or text.is_file():

@@ -1,7 +1,5 @@
 """`reproduce`: run a record again from what it says of itself, and say how far the outcome is the same."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from argparse import Namespace
@@ -11,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from lra import registry
-from lra.leaderboard.consistency import places, prepared_data
-from lra.leaderboard.identity import identity
+from lra.leaderboard.consistency import identity, places, prepared_data
+from lra.leaderboard.levels import counter_tree
 from lra.leaderboard.rerun import run_of, unlike
-from lra.leaderboard.submit import counter_tree
 from lra.machine import pick_device, set_threads
 from lra.options import UsageError
 from lra.records import schema
 from lra.records.record import read_labels, read_predictions, read_record, write_labels, write_record
 from lra.records.stats import margin, mcnemar, paired
-from lra.training.report import header
+from lra.training.commands import header
 from lra.training.train import Interrupted, train
 from lra.training.trainer import Where
 from tasks.base import SourceError
@@ -30,10 +27,8 @@ from tasks.store.prepared import Prepared
 
 def reproduce(args: Namespace) -> int:
     """`reproduce RECORD`: one line per thread count; exit code 1 where a rerun differs beyond the tolerance.
-
     The data are prepared if they are not there. The first rerun becomes a counter-record, unless it is bitwise equal:
-    nothing tells that from a copy. None is overwritten.
-    """
+    nothing tells that from a copy. None is overwritten."""
     record = read_record(args.record)
     where = places(args)
     try:
@@ -71,22 +66,18 @@ def _report(args: Namespace, record: dict, reruns: dict[int, tuple], target: Pat
     """Compare every rerun with the record, later ones with the first, and keep the first."""
     original = record, read_predictions(args.record, record) if record["result"] else None
     (first, (again, predictions)), *others = reruns.items()
-    worst, equal = 0, False
+    verdicts = {}
     for threads, rerun in reruns.items():
-        verdict, details = same_run(original, rerun, args.results)
-        worst |= verdict == "different"
-        equal |= threads == first and verdict == "bitwise equal"
-        print(f"threads {threads}, against the record: {verdict}{details}")
+        verdicts[threads], details = same_run(original, rerun, args.results)
+        print(f"threads {threads}, against the record: {verdicts[threads]}{details}")
     for threads, rerun in others:
-        verdict, details = same_run(reruns[first], rerun, args.results)
-        print(f"threads {threads} against {first}: {verdict}{details}")
-    if equal:
+        print(f"threads {threads} against {first}: {''.join(same_run(reruns[first], rerun, args.results))}")
+    if verdicts[first] == "bitwise equal":
         print("no counter-record: nothing tells an equal run from a copy; for V4, run other seeds and submit them")
-        return worst
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_record(target, again, predictions)
-    print(f"counter-record: {target}")
-    return worst
+    else:
+        write_record(target, again, predictions)
+        print(f"counter-record: {target}")
+    return int("different" in verdicts.values())
 
 
 def same_run(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
@@ -98,21 +89,13 @@ def same_run(original: tuple, rerun: tuple, results: Path) -> tuple[str, str]:
     """
     (a, stored), (b, fresh) = original, rerun
     if a["status"] != b["status"] or not a["result"]:
-        same = a["status"] == b["status"]
-        return ("bitwise equal" if same else "different"), f": {a['status']}, then {b['status']}"
+        verdict = "bitwise equal" if a["status"] == b["status"] else "different"
+        return verdict, f": {a['status']}, then {b['status']}"
     first, second = a["result"], b["result"]
     if first == second and stored == fresh and a["model"]["init_sha256"] == b["model"]["init_sha256"]:
         return "bitwise equal", ""
-    n = first["n_test"]
-    gap = (second["n_correct"] - first["n_correct"]) / n
-    apart = unlike(first["probe"]["losses"], second["probe"]["losses"])
-    close = apart is None and abs(gap) <= margin(first["n_correct"] / n, n)
-    return ("within tolerance" if close else "different"), _details(a, stored, b, fresh, apart, results)
-
-
-def _details(a: dict, stored: bytes, b: dict, fresh: bytes, apart: int | None, results: Path) -> str:
-    """Where two runs part, in words: initial weights, probe, curve, predictions, accuracy."""
-    first, second = a["result"], b["result"]
+    n, apart = first["n_test"], unlike(first["probe"]["losses"], second["probe"]["losses"])
+    close = apart is None and abs(second["n_correct"] - first["n_correct"]) / n <= margin(first["n_correct"] / n, n)
     parts = [] if a["model"]["init_sha256"] == b["model"]["init_sha256"] else ["other initial weights"]
     if apart is not None:
         parts.append(f"probe loss {apart} is {second['probe']['losses'][apart]}")
@@ -128,7 +111,7 @@ def _details(a: dict, stored: bytes, b: dict, fresh: bytes, apart: int | None, r
     parts.append(f"{first['n_correct']} correct became {second['n_correct']}")
     value, low, high = (100 * x for x in (gap.value, gap.low, gap.high))
     parts.append(f"{value:+.2f} points [{low:+.2f}, {high:+.2f}], McNemar p {p:.3g}")
-    return ": " + "; ".join(parts)
+    return ("within tolerance" if close else "different"), f": {'; '.join(parts)}"
 
 
 def _threads(text: str | None, record: dict[str, Any]) -> list[int]:

@@ -4,8 +4,6 @@ A record names its attention. A name of the suite is built; `package.module:Clas
 imported only where the user said --trust.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from argparse import Namespace
@@ -16,18 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lra.leaderboard.consistency import Places, places, prepared_data
-from lra.leaderboard.identity import manifest
+from lra.leaderboard.consistency import Places, manifest, places, prepared_data, same
 from lra.machine import environment, pick_device
 from lra.options import UsageError
 from lra.records.record import Execution, read_predictions, read_record, record_path
 from lra.records.schema import Rejected, Unchecked, check
 from lra.training import checkpoint, config
-from lra.training.config import Run
+from lra.training.config import Run, model_facts, protocol
 from lra.training.evaluate import Counts, Where, evaluate
-from lra.training.provenance import PROBE_BATCH, model_facts, protocol
 from lra.training.train import run_folder
-from lra.training.trainer import MIDDLE, WEIGHTS, middle_step, probe, validation_split
+from lra.training.trainer import MIDDLE, PROBE_BATCH, WEIGHTS, middle_step, probe, validation_split
 from tasks.store.prepared import Prepared
 
 LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte
@@ -38,10 +34,8 @@ Found = tuple[Run, Prepared, torch.nn.Module]
 
 def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None = None) -> Run:
     """The run a well-formed record describes, resolved as `train` would from its preset and overrides.
-
-    `known` is the data's manifest where the data are at hand. Raises Unchecked for outside code without
-    `trust`, Rejected for a configuration that no run can have, or that is too large to be built here.
-    """
+    `known` is the data's manifest where the data are at hand. Raises Unchecked for outside code without `trust`,
+    Rejected for a configuration that no run can have, or that is too large to be built here."""
     task, model, training = record["task"], record["model"], record["training"]
     name = model["attention"]
     if ":" in name and not places.trust:
@@ -57,9 +51,7 @@ def run_of(record: dict[str, Any], places: Places, known: dict[str, Any] | None 
 
 def model_again(record: dict[str, Any], places: Places) -> None:
     """V1's part of the configuration: recipe, parameters and protocol. Raises Rejected at the first difference.
-
-    Initial weights are compared only with the software and processor of the record: others round otherwise.
-    """
+    Initial weights are compared only with the software and processor of the record: others round otherwise."""
     run = run_of(record, places)
     facts = model_facts(run)
     expected = {f"model.{k}": v for k, v in facts.items() if k != "source_sha256"}
@@ -76,17 +68,14 @@ def model_again(record: dict[str, Any], places: Places) -> None:
     for name, value in expected.items():
         section, _, key = name.partition(".")
         recorded = record[section][key] if key else record[section]
-        if recorded != value:
-            raise Rejected(f"{name} is {recorded}, and the preset with the overrides makes it {value}")
+        same(name, recorded, value, "the preset with the overrides")
 
 
 def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
-    """V2: the probe's losses, on one CPU thread in fp32, from the start and from the checkpoint in the middle.
-
-    Loss k of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The checkpoint must have the hash of
-    the record, and validate as the curve says. The data are at hand, so floors and revision are compared, too. Returns
-    why only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the data.
-    """
+    """V2: the probe's losses, on one CPU thread in fp32, from the start and from the checkpoint in the middle. Loss k
+    of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The checkpoint must have the hash of the
+    record, and validate as the curve says. The data are at hand, so floors and revision are compared, too. Returns why
+    only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the data."""
     prepared = prepared_data(record, places)
     for key in ("floors", "revision"):
         if record["data"][key] != prepared.manifest[key]:
@@ -102,9 +91,9 @@ def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
     middle, file = chain["middle"], run_folder(places.runs, run) / MIDDLE
     if not file.exists():
         return f"V2 from the start only: no {file}"
-    _same("result.chain.middle.step", middle["step"], middle_step(run.recipe.train))
+    same("result.chain.middle.step", middle["step"], middle_step(run.recipe.train), "the run")
     tensors, _ = checkpoint.load(file)
-    _same("result.chain.middle.sha256", middle["sha256"], checkpoint.tensors_sha256(tensors))
+    same("result.chain.middle.sha256", middle["sha256"], checkpoint.tensors_sha256(tensors), "the run")
     _repeated("result.chain.middle", middle["losses"], probe(run, prepared, file)["losses"])
     classifier = run.build_model().to(pick_device(places.device))
     classifier.load_state_dict(checkpoint.under("model", tensors))
@@ -112,14 +101,9 @@ def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
     return ""
 
 
-def _same(field: str, recorded: Any, again: Any) -> None:
-    if recorded != again:
-        raise Rejected(f"{field} is {recorded}, and the run makes it {again}")
-
-
 def _repeated(field: str, recorded: list[float | None], again: list[float | None]) -> None:
     """Raise Rejected at the first loss that is not repeated."""
-    _same(f"the number of {field}.losses", len(recorded), len(again))
+    same(f"the number of {field}.losses", len(recorded), len(again), "the run")
     if (k := unlike(recorded, again)) is not None:
         raise Rejected(f"{field}.losses[{k}] is {recorded[k]}, and running the step again gives {again[k]}")
 
@@ -151,16 +135,14 @@ def unlike(recorded: list[float | None], again: list[float | None]) -> int | Non
 
 def evaluate_again(path: Path, record: dict[str, Any], places: Places) -> None:
     """V3: the final weights have the hash of the record, predict what is stored, and validate as the curve says.
-
-    Raises Rejected, or UsageError where there are no weights.
-    """
+    Raises Rejected, or UsageError where there are no weights."""
     found = saved_model(path, record, places)
     if chain := record["result"].get("chain"):
-        _same("result.chain.final_sha256", chain["final_sha256"], checkpoint.tensors_sha256(found[2].state_dict()))
+        again = checkpoint.tensors_sha256(found[2].state_dict())
+        same("result.chain.final_sha256", chain["final_sha256"], again, "the run")
     _, agree = _against_stored(found, path, record)
     if agree < AGREE:
-        stored = f"{100 * agree:.2f}% of the stored predictions"
-        raise Rejected(f"the saved weights give {stored}, below {AGREE:.1%}")
+        raise Rejected(f"the saved weights give {100 * agree:.2f}% of the stored predictions, below {AGREE:.1%}")
     _validates(found, record, record["training"]["selected_step"])
 
 
@@ -170,9 +152,8 @@ def saved_model(path: Path, record: dict[str, Any], places: Places) -> Found:
         raise Unchecked(f"{path} has no result: {record['status']}")
     prepared = prepared_data(record, places)
     run = run_of(record, places, prepared.manifest)
-    file = run_folder(places.runs, run) / WEIGHTS
+    file, own = _weights(run, places)
     if not file.exists():
-        own = record_path(places.results, run.meta.name, run.attention, run.digest, run.seed)
         command = run.command + (" --again" if own.exists() else "")
         raise UsageError(f"no weights of {path}, looked for {file}: `{command}` trains the cell")
     weights, state = checkpoint.load(file)
@@ -192,15 +173,10 @@ def _against_stored(found: Found, path: Path, record: dict[str, Any]) -> tuple[C
     return counts, float((stored == counts.predictions).mean())
 
 
-def weights_of(record: dict[str, Any], places: Places) -> str:
-    """Which saved weights stand for a well-formed record, and whether its own run made them, as far as is known."""
-    run = run_of(record, places)
-    file = run_folder(places.runs, run) / WEIGHTS
+def _weights(run: Run, places: Places) -> tuple[Path, Path]:
+    """The saved weights that stand for a run, and the record of the run that made them, if it was written."""
     own = record_path(places.results, run.meta.name, run.attention, run.digest, run.seed)
-    if not own.exists():
-        return f"{file}: no record at {own} says which run made them"
-    repetition = f"another run of the same cell and seed, {own}: not the weights of the record"
-    return f"{file}: made by {'the run of the record' if read_record(own) == record else repetition}"
+    return run_folder(places.runs, run) / WEIGHTS, own
 
 
 def _affordable(record: dict[str, Any]) -> None:
@@ -220,16 +196,21 @@ def _affordable(record: dict[str, Any]) -> None:
 
 def show(args: Namespace) -> int:
     """`evaluate`: the saved weights of a record, on its test split, against its stored predictions.
-
-    Exit code 1 where fewer than AGREE of the predictions are the same.
-    """
+    Exit code 1 where fewer than AGREE of the predictions are the same."""
     record, where = read_record(args.record), places(args)
     try:
         check(record)
-        counts, agree = _against_stored(saved_model(args.record, record, where), args.record, record)
-        print(f"weights {weights_of(record, where)}")
+        found = saved_model(args.record, record, where)
+        counts, agree = _against_stored(found, args.record, record)
     except (Rejected, Unchecked) as error:
         raise UsageError(f"{args.record}: {error}") from error
+    file, own = _weights(found[0], where)
+    maker = f"made by another run of the same cell and seed, {own}: not the weights of the record"
+    if not own.exists():
+        maker = f"no record at {own} says which run made them"
+    elif read_record(own) == record:
+        maker = "made by the run of the record"
+    print(f"weights {file}: {maker}")
     r = record["result"]
     recorded, equal = f"record {r['n_correct']}/{r['n_test']}", f"predictions agree {100 * agree:.2f}%"
     print(f"test {counts.n_correct}/{counts.n}; {recorded}; {equal}")

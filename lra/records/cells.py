@@ -1,12 +1,10 @@
 """From records to tables: which runs share a row, a column and a cell. No torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -15,12 +13,12 @@ from typing import Any
 from lra.options import PRESETS, unknown
 from lra.records import measured
 from lra.records.markup import flat
-from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, iterate_records, report_skipped
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, Report, iterate_records, report_skipped
 from lra.records.stats import Uncertain, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
-Names, Report, Reasons = Sequence[str] | None, Callable[[str], None], Mapping[Path, str] | None
+Names, Reasons = Sequence[str] | None, Mapping[Path, str] | None
 Tables = list["Table"]
 
 
@@ -56,35 +54,43 @@ class Column:
         return [self.task, *datasets, f"{self.seq_len:,} tokens", *self.execution]
 
 
-@dataclass(frozen=True)
 class Entry:
-    """What tables, figures and the page read of one record."""
+    """What tables, figures and the page read of the record at `path`.
+    Raises KeyError, TypeError, ValueError or AttributeError for a record that makes no sense."""
 
-    path: Path
-    preset: str
-    column: Column
-    floors: dict[str, float]
-    attention: str
-    label: tuple[str, ...]  # what differs from the defaults: ("attention.num_features=256",)
-    overrides: str
-    config: dict[str, str]  # flat: every setting that may differ between runs of one name
-    open: bool  # outside PROTOCOL
-    seed: int
-    n_correct: int | None  # None: the run failed
-    n_test: int
-    params_ratio: float
-    peak_bytes: int | None
-    machine: str  # equal for two runs whose memory may be compared
-    dirty: bool
-    status: str
-    command: str
-    device: str
-    curve: tuple[tuple[int, float], ...]  # (step, validation accuracy)
-
-    @property
-    def results(self) -> Path:
-        """The folder that holds records/ and labels/."""
-        return self.path.parents[4]
+    def __init__(self, path: Path, record: dict[str, Any]):
+        task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
+        result, cost, env = record["result"], record["cost"] or {}, record["env"]
+        curve = (result or {}).get("curve", ())
+        hashes = json.dumps({name: split["sha256"] for name, split in data["splits"].items()}, sort_keys=True)
+        overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]
+        self.n_test = int((result or {"n_test": data["splits"]["test"]["n"]})["n_test"])
+        self.n_correct = int(result["n_correct"]) if record["status"] == "ok" else None  # None: the run failed
+        wilson(self.n_correct or 0, self.n_test)  # raises ValueError unless the counts are a proportion
+        self.params_ratio, execution = float(model["n_params_ratio_to_softmax"]), Execution.of(training)
+        hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
+        self.path, self.results = path, path.parents[4]  # that holds records/ and labels/
+        self.preset = str(task["preset"])
+        what = str(task["name"]), bool(task["substitute"]), str(task["dataset"]), int(task["version"])
+        sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        self.column = Column(*what, int(task["seq_len"]), sha256, execution.words)
+        self.floors = {str(k): float(v) for k, v in data["floors"].items()}
+        self.attention = str(model["attention"])
+        # label: what differs from the defaults, ("attention.num_features=256",). config: whatever may differ beside it.
+        self.label = (*overrides, *([] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"]))
+        self.overrides = " ".join(overrides)
+        parts = {"attention": model["attention_config"], "encoder": model["encoder"], "train": training["recipe"]}
+        self.config = {k: v for name, part in parts.items() for k, v in _flatten(name, part).items()}
+        self.open = task["protocol"] != PROTOCOL or self.params_ratio > MAX_PARAMETER_RATIO
+        self.seed = int(training["seed"])
+        self.peak_bytes = None if cost.get("peak_bytes") is None else int(cost["peak_bytes"])
+        facts = map(str, filter(None, (*hardware, execution.precision, *execution.words)))
+        self.machine = ", ".join(dict.fromkeys(facts))  # equal for two runs whose memory may be compared
+        self.dirty = bool(record["suite"]["git_dirty"])
+        self.status, self.command = str(record["status"]), str(record.get("command", ""))
+        self.device = str(cost.get("gpu") or cost.get("device"))
+        # (step, validation accuracy)
+        self.curve = [(int(step), correct / n) for step, split, _, correct, n in curve if split == "val"]
 
     @property
     def row(self) -> Row:
@@ -98,55 +104,6 @@ class Entry:
         return self.column, self.machine, json.dumps(shared, sort_keys=True)
 
 
-def read_entry(path: Path, record: dict[str, Any]) -> Entry:
-    """The entry of the record at `path`.
-
-    Raises KeyError, TypeError, ValueError or AttributeError for a record that makes no sense.
-    """
-    task, data, model, training = (record[k] for k in ("task", "data", "model", "training"))
-    result, cost, env = record["result"], record["cost"] or {}, record["env"]
-    curve = (result or {}).get("curve", ())
-    hashes = json.dumps({name: split["sha256"] for name, split in data["splits"].items()}, sort_keys=True)
-    overrides = [f"{k}={v}" for k, v in sorted(training["overrides"].items())]
-    n_test = int((result or {"n_test": data["splits"]["test"]["n"]})["n_test"])
-    n_correct = int(result["n_correct"]) if record["status"] == "ok" else None
-    wilson(n_correct or 0, n_test)  # raises ValueError unless the counts are a proportion
-    ratio, execution = float(model["n_params_ratio_to_softmax"]), Execution.of(training)
-    hardware = [cost.get("device"), env.get("gpu"), env.get("cpu"), f"{env.get('threads')} threads"]
-    return Entry(
-        path=path,
-        preset=str(task["preset"]),
-        column=Column(
-            task=str(task["name"]),
-            substitute=bool(task["substitute"]),
-            dataset=str(task["dataset"]),
-            version=int(task["version"]),
-            seq_len=int(task["seq_len"]),
-            data=hashlib.sha256(hashes.encode()).hexdigest(),
-            execution=execution.words,
-        ),
-        floors={str(k): float(v) for k, v in data["floors"].items()},
-        attention=str(model["attention"]),
-        label=(*overrides, *([] if data["val_rule"] == "held-out" else [f"val-rule={data['val_rule']}"])),
-        overrides=" ".join(overrides),
-        config=_flatten("attention", model["attention_config"])
-        | _flatten("encoder", model["encoder"])
-        | _flatten("train", training["recipe"]),
-        open=task["protocol"] != PROTOCOL or ratio > MAX_PARAMETER_RATIO,
-        seed=int(training["seed"]),
-        n_correct=n_correct,
-        n_test=n_test,
-        params_ratio=ratio,
-        peak_bytes=None if cost.get("peak_bytes") is None else int(cost["peak_bytes"]),
-        machine=", ".join(dict.fromkeys(map(str, filter(None, (*hardware, execution.precision, *execution.words))))),
-        dirty=bool(record["suite"]["git_dirty"]),
-        status=str(record["status"]),
-        command=str(record.get("command", "")),
-        device=str(cost.get("gpu") or cost.get("device")),
-        curve=tuple((int(step), correct / n) for step, split, _, correct, n in curve if split == "val"),
-    )
-
-
 def _flatten(prefix: str, value: Any) -> dict[str, str]:
     """A nested dictionary as {"a.b.c": value}."""
     if not isinstance(value, dict):
@@ -154,63 +111,36 @@ def _flatten(prefix: str, value: Any) -> dict[str, str]:
     return {k: v for key, inner in value.items() for k, v in _flatten(f"{prefix}.{key}", inner).items()}
 
 
-@dataclass(frozen=True)
 class Cell:
-    """The runs of one row in one column, by seed."""
+    """The runs of one row in one column, by seed; `ok` are those that ended."""
 
-    runs: tuple[Entry, ...]
-
-    @property
-    def seeds(self) -> int:
-        """How many seeds the cell should have: seeds are 0, 1, ..., so the largest tells. Other cells do not count."""
-        return self.runs[-1].seed + 1
-
-    @property
-    def ok(self) -> list[Entry]:
-        """Runs that ended."""
-        return [e for e in self.runs if e.n_correct is not None]
-
-    @property
-    def complete(self) -> bool:
-        """Whether no seed is missing or failed."""
-        return len(self.ok) == self.seeds
-
-    @property
-    def accuracies(self) -> list[float]:
-        """Fractions, one per run that ended."""
-        return [e.n_correct / e.n_test for e in self.ok]
-
-    @property
-    def estimate(self) -> Uncertain | None:
-        """Mean accuracy with its interval; None if every run failed."""
-        return over_seeds(self.accuracies, self.ok[0].n_test) if self.ok else None
+    def __init__(self, runs: Sequence[Entry]):
+        self.runs = runs
+        self.seeds = runs[-1].seed + 1  # that there should be: seeds are 0, 1, ..., so the largest tells
+        self.ok = [e for e in runs if e.n_correct is not None]
+        self.complete = len(self.ok) == self.seeds
+        self.dagger = " †" if any(e.open for e in self.ok) else ""  # outside PROTOCOL
+        self.accuracies = [e.n_correct / e.n_test for e in self.ok]  # fractions
+        self.estimate: Uncertain | None = over_seeds(self.accuracies, self.ok[0].n_test) if self.ok else None
 
 
-@dataclass(frozen=True)
 class Table:
-    """All runs of one preset."""
+    """All runs of one preset; columns and rows in the order shown.
+    speeds: relative to softmax, by digest of the runs, as `bench tasks` measured. averaged: the first column of each of
+    the five tasks, real before substitute; none if a task is missing."""
 
-    preset: str
-    entries: tuple[Entry, ...]
-    speeds: dict[str, float]  # relative to softmax, by digest of the runs: what `bench tasks` measured
-
-    @cached_property
-    def columns(self) -> list[Column]:
-        """In the order shown."""
-        return sorted({e.column for e in self.entries}, key=lambda c: c.order)
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """In the order shown."""
-        return sorted({e.row for e in self.entries})
-
-    @cached_property
-    def cells(self) -> dict[tuple[Row, Column], Cell]:
-        """The cells that have runs."""
-        runs = defaultdict(list)
-        for e in sorted(self.entries, key=lambda e: e.seed):
+    def __init__(self, preset: str, entries: Sequence[Entry], speeds: dict[str, float]):
+        self.preset, self.entries, self.speeds = preset, entries, speeds
+        self.columns = sorted({e.column for e in entries}, key=lambda c: c.order)
+        self.rows = sorted({e.row for e in entries})
+        runs, self._softmax_peaks = defaultdict(list), defaultdict(list)  # bytes of softmax by setting
+        for e in sorted(entries, key=lambda e: e.seed):
             runs[e.row, e.column].append(e)
-        return {key: Cell(tuple(entries)) for key, entries in runs.items()}
+            if e.attention == "softmax" and e.peak_bytes:
+                self._softmax_peaks[e.setting].append(e.peak_bytes)
+        self.cells: dict[tuple[Row, Column], Cell] = {key: Cell(group) for key, group in runs.items()}
+        firsts = [next((c for c in self.columns if c.task == task), None) for task in TASKS]
+        self.averaged = [] if None in firsts else firsts
 
     def cell(self, attention: str, column: Column) -> Cell | None:
         """The cell of an attention's default row."""
@@ -219,8 +149,7 @@ class Table:
     def whole(self, row: Row, columns: Sequence[Column]) -> list[Cell]:
         """The cells of a row in these columns if all are there, complete and of equally many seeds; else none."""
         cells = [self.cells.get((row, column)) for column in columns]
-        whole = all(cell and cell.complete for cell in cells) and len({cell.seeds for cell in cells}) == 1
-        return cells if whole else []
+        return cells if all(c and c.complete for c in cells) and len({c.seeds for c in cells}) == 1 else []
 
     def efficiency(self, cell: Cell) -> tuple[float | None, float | None]:
         """Speed by `bench tasks` and median peak memory, relative to softmax; None: not measured."""
@@ -228,49 +157,30 @@ class Table:
         memory = [e.peak_bytes / median(self._softmax_peaks[e.setting]) for e in runs]
         return self.speeds.get(cell.runs[0].path.parent.name), median(memory) if memory else None
 
-    @cached_property
-    def _softmax_peaks(self) -> dict[tuple, list[int]]:
-        """Peak memory of the runs of softmax by setting."""
-        peaks = defaultdict(list)
-        for e in self.entries:
-            if e.attention == "softmax" and e.peak_bytes:
-                peaks[e.setting].append(e.peak_bytes)
-        return dict(peaks)
-
     def first(self, column: Column) -> Entry:
         """Any entry of a column, for what its entries share: floors and test set."""
         return next(e for e in self.entries if e.column == column)
 
     def floor(self, column: Column, kind: str) -> tuple[str, Uncertain] | None:
         """Name and interval of a floor: majority, shortcut (the highest of the others) or highest (of all)."""
-        floors, n_test = self.first(column).floors, self.first(column).n_test
+        floors = self.first(column).floors
         if kind != "highest":
             floors = {n: v for n, v in floors.items() if (n == "majority") == (kind == "majority")}
-        if not floors:
-            return None
-        name = max(sorted(floors), key=floors.__getitem__)
-        return name, proportion(floors[name], n_test)
-
-    @cached_property
-    def averaged(self) -> list[Column]:
-        """The columns of the average: the first of each of the five tasks, real before substitute; else none."""
-        firsts = [next((c for c in self.columns if c.task == task), None) for task in TASKS]
-        return [] if None in firsts else firsts
+        name = max(sorted(floors), key=floors.__getitem__, default=None)
+        return None if name is None else (name, proportion(floors[name], self.first(column).n_test))
 
 
 def build(results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None) -> Tables:
     """Tables of all records under a results folder, one per preset: paper ones, small, smoke, others by name.
-
-    Reported and left out, a line each: files that are no records, copies of one run, `left_out` (path: reason).
-    Raises UsageError for a preset without records.
-    """
+    Reported and left out, a line each: files that are no records, copies of one run, `left_out` (path: reason). Raises
+    UsageError for a preset without records."""
     runs, left_out = defaultdict(list), left_out or {}
     for path, record in iterate_records(results, report):
         try:
             if path in left_out:
                 report(f"{path}: {left_out[path]}")
             else:
-                e = read_entry(path, record)
+                e = Entry(path, record)
                 runs[e.preset, e.column, e.row, json.dumps(e.config, sort_keys=True), e.seed].append(e)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             report(f"{path} is not a usable record: {type(error).__name__} {error}")
@@ -284,7 +194,7 @@ def build(results: Path, presets: Names = None, report: Report = report_skipped,
             raise unknown("preset of the records", preset, by_preset)
     order = [p for p in reversed(PRESETS) if p in by_preset] + sorted(by_preset.keys() - set(PRESETS))
     chosen = [p for p in order if not presets or p in presets]
-    return [Table(p, tuple(_tell_apart(by_preset[p])), measured.speeds(results, p)) for p in chosen]
+    return [Table(p, _tell_apart(by_preset[p]), measured.speeds(results, p)) for p in chosen]
 
 
 def _tell_apart(entries: list[Entry]) -> list[Entry]:
@@ -292,9 +202,9 @@ def _tell_apart(entries: list[Entry]) -> list[Entry]:
     groups = defaultdict(list)
     for e in entries:
         groups[e.row, e.column].append(e)
-    labelled = []
     for group in groups.values():
         keys = sorted({k for e in group for k in e.config})
         differ = [k for k in keys if len({e.config.get(k) for e in group}) > 1]
-        labelled += [replace(e, label=(*e.label, *(f"{k}={e.config.get(k)}" for k in differ))) for e in group]
-    return labelled
+        for e in group:
+            e.label += tuple(f"{k}={e.config.get(k)}" for k in differ)
+    return entries

@@ -4,47 +4,22 @@ Blocks hold plain text. Only here is it escaped, and all of it is, so a name fro
 them. A line break inside a table cell is a newline; elsewhere white space is collapsed.
 """
 
-from __future__ import annotations
-
 import html
 import re
 import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import make_dataclass
+from functools import partial
+from typing import NamedTuple
 
 from lra.options import UsageError
 
-
-@dataclass(frozen=True)
-class Heading:
-    """A title of the third level."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """A list."""
-
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: the first column holds names, the others figures."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
+Heading = make_dataclass("Heading", [("text", str)], frozen=True)  # of the third level
+Text = make_dataclass("Text", [("text", str)], frozen=True)  # a paragraph
+Bullets = make_dataclass("Bullets", [("items", tuple[str, ...])], frozen=True)
+# The first column holds names, the others figures.
+Grid = make_dataclass("Grid", [("header", tuple[str, ...]), ("rows", tuple[tuple[str, ...], ...])], frozen=True)
 Block = Heading | Text | Bullets | Grid
 MISSING = "–"  # in a cell of which nothing is known
 
@@ -64,9 +39,7 @@ def flat(text: str) -> str:
 
 def refresh_block(text: str, name: str, block: str) -> str:
     """`text` with what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` replaced by `block`.
-
-    Raises UsageError unless each marker stands there once, in that order.
-    """
+    Raises UsageError unless each marker stands there once, in that order."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UsageError(f"cannot place the block: the text must hold {begin} once and, after it, {end} once")
@@ -74,22 +47,38 @@ def refresh_block(text: str, name: str, block: str) -> str:
     return f"{before}{begin}\n{block.strip()}\n{end}{rest.partition(end)[2]}"
 
 
-# Markdown
+class Language(NamedTuple):
+    """How to escape text, what stands around each part, and how a table is put together from its cells."""
+
+    escape: Callable[[str], str]
+    heading: str
+    text: str
+    item: str
+    bullets: str
+    bold: str
+    italic: str
+    newline: str  # within a cell
+    grid: Callable[[Callable[[str], str], Sequence[str], Sequence[Sequence[str]]], str]
+
+    def block(self, block: Block) -> str:
+        """A block in this language."""
+        match block:
+            case Heading(text):
+                return self.heading.format(self.escape(flat(text)))
+            case Text(text):
+                return self.text.format(self.escape(flat(text)))
+            case Bullets(items):
+                return self.bullets.format("\n".join(self.item.format(self.escape(flat(item))) for item in items))
+            case Grid(header, rows):
+                return self.grid(self.cell, header, rows)
+
+    def cell(self, cell: str) -> str:
+        """A cell of a table in this language."""
+        face = self.bold if isinstance(cell, Bold) else self.italic if isinstance(cell, Italic) else "{}"
+        return self.newline.join(face.format(self.escape(flat(line))) for line in cell.split("\n"))
+
 
 _MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\|*`~"})
-
-
-def markdown(blocks: Sequence[Block], width: int = 0) -> str:
-    """GitHub's Markdown; paragraphs are broken into lines of at most `width` characters, if given."""
-    texts = [_markdown_block(block) for block in blocks]
-    if width:
-        texts = [
-            textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
-            if isinstance(block, Text)
-            else text
-            for block, text in zip(blocks, texts, strict=True)
-        ]
-    return "\n\n".join(texts) + "\n"
 
 
 def _markdown(text: str) -> str:
@@ -97,27 +86,22 @@ def _markdown(text: str) -> str:
     return re.sub(r"\](?=[\[(:])", r"\\]", text.translate(_MARKDOWN))
 
 
-def _markdown_block(block: Block) -> str:
-    match block:
-        case Heading(text):
-            return f"### {_markdown(flat(text))}"
-        case Text(text):
-            return _markdown(flat(text))
-        case Bullets(items):
-            return "\n".join(f"* {_markdown(flat(item))}" for item in items)
-        case Grid(header, rows):
-            lines = [[_lines(cell, _markdown, "<br>", "**{}**", "*{}*") for cell in row] for row in (header, *rows)]
-            rule = "|:--|" + "--:|" * (len(header) - 1)
-            first, *rest = (f"| {' | '.join(line)} |" for line in lines)
-            return "\n".join([first, rule, *rest])
+def _markdown_grid(cell: Callable[[str], str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first, *rest = (f"| {' | '.join(map(cell, row))} |" for row in (header, *rows))
+    return "\n".join([first, "|:--|" + "--:|" * (len(header) - 1), *rest])
 
 
-def _lines(cell: str, escape: Callable[[str], str], newline: str, bold: str, italic: str) -> str:
-    face = bold if isinstance(cell, Bold) else italic if isinstance(cell, Italic) else "{}"
-    return newline.join(face.format(escape(flat(line))) for line in cell.split("\n"))
+MARKDOWN = Language(_markdown, "### {}", "{}", "* {}", "{}", "**{}**", "*{}*", "<br>", _markdown_grid)
 
 
-# LaTeX
+def markdown(blocks: Sequence[Block], width: int = 0) -> str:
+    """GitHub's Markdown; paragraphs are broken into lines of at most `width` characters, if given."""
+    texts = list(map(MARKDOWN.block, blocks))
+    if width:
+        fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+        texts = [fill(text) if isinstance(block, Text) else text for block, text in zip(blocks, texts, strict=True)]
+    return "\n\n".join(texts) + "\n"
+
 
 _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
@@ -135,74 +119,52 @@ _LATEX_BEGIN = r"""\documentclass{article}
 \begin{document}"""
 
 
-def latex(blocks: Sequence[Block]) -> str:
-    """A whole document for any LaTeX with booktabs. A character beyond ASCII that is not known here becomes
-    its nearest ASCII letters, or ?."""
-    return "\n\n".join([_LATEX_BEGIN, *map(_latex_block, blocks), r"\end{document}"]) + "\n"
-
-
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(c) or (c if c.isascii() and c.isprintable() else _ascii(c)) for c in text)
+    def spelled(character):
+        known = character in _LATEX
+        plain = character if known else unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        return "".join(_LATEX.get(c, c) for c in plain if c.isprintable()) or "?"
+
+    return "".join(map(spelled, text))
 
 
-def _ascii(character: str) -> str:
-    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return "".join(_LATEX.get(c, c) for c in plain if c.isprintable()) or "?"
-
-
-def _latex_block(block: Block) -> str:
-    match block:
-        case Heading(text):
-            return rf"\section*{{{_latex(flat(text))}}}"
-        case Text(text):
-            return _latex(flat(text))
-        case Bullets(items):
-            lines = [rf"\item {_latex(flat(item))}" for item in items]
-            return "\n".join([r"\begin{itemize}", *lines, r"\end{itemize}"])
-        case Grid(header, rows):
-            parts = [rows[i : i + LATEX_ROWS] for i in range(0, len(rows), LATEX_ROWS)] or [()]
-            return "\n\n".join(_latex_grid(header, part) for part in parts)
-
-
-def _latex_grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _latex_grid(cell: Callable[[str], str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells):
-        return " & ".join(map(cell, cells)) + r" \\"
-
-    def cell(text):
-        stacked = _lines(text, _latex, r"\\", r"\textbf{{{}}}", r"\textit{{{}}}")
-        return rf"\shortstack[r]{{{stacked}}}" if "\n" in text else stacked
+        return " & ".join(rf"\shortstack[r]{{{cell(c)}}}" if "\n" in c else cell(c) for c in cells) + r" \\"
 
     columns = "l" + "r" * (len(header) - 1)
     top = [r"\begin{lrbox}{\grid}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(header), r"\midrule"]
     bottom = [r"\bottomrule", r"\end{tabular}", r"\end{lrbox}", r"\fit"]
-    return "\n".join([*top, *map(line, rows), *bottom])
+    parts = [rows[i : i + LATEX_ROWS] for i in range(0, len(rows), LATEX_ROWS)] or [()]
+    return "\n\n".join("\n".join([*top, *map(line, part), *bottom]) for part in parts)
 
 
-# HTML
+_ITEMIZE = "\\begin{{itemize}}\n{}\n\\end{{itemize}}"
+_FACES = r"\textbf{{{}}}", r"\textit{{{}}}", r"\\"
+LATEX = Language(_latex, r"\section*{{{}}}", "{}", r"\item {}", _ITEMIZE, *_FACES, _latex_grid)
+
+
+def latex(blocks: Sequence[Block]) -> str:
+    """A whole document for any LaTeX with booktabs. A character beyond ASCII that is not known here becomes
+    its nearest ASCII letters, or ?."""
+    return "\n\n".join([_LATEX_BEGIN, *map(LATEX.block, blocks), r"\end{document}"]) + "\n"
+
+
+def _html_grid(cell: Callable[[str], str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{cell(c)}</{tag}>" for c in cells) + "</tr>"
+
+    body = [line(row, "td") for row in rows]
+    return "\n".join(["<div><table>", f"<thead>{line(header, 'th')}</thead>", *body, "</table></div>"])
+
+
+_TAGS = "<h3>{}</h3>", "<p>{}</p>", "<li>{}</li>", "<ul>\n{}\n</ul>", "<strong>{}</strong>", "<em>{}</em>", "<br>"
+HTML = Language(html.escape, *_TAGS, _html_grid)
 
 
 def html_fragment(blocks: Sequence[Block]) -> str:
     """What goes into the body of a page."""
-    return "\n".join(map(_html_block, blocks))
-
-
-def _html_block(block: Block) -> str:
-    match block:
-        case Heading(text):
-            return f"<h3>{html.escape(flat(text))}</h3>"
-        case Text(text):
-            return f"<p>{html.escape(flat(text))}</p>"
-        case Bullets(items):
-            return "\n".join(["<ul>", *(f"<li>{html.escape(flat(item))}</li>" for item in items), "</ul>"])
-        case Grid(header, rows):
-            body = [_html_row(row, "td") for row in rows]
-            head = _html_row(header, "th")
-            return "\n".join(["<div><table>", f"<thead>{head}</thead>", *body, "</table></div>"])
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    texts = (_lines(cell, html.escape, "<br>", "<strong>{}</strong>", "<em>{}</em>") for cell in cells)
-    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+    return "\n".join(map(HTML.block, blocks))
 
 
 def parsed(text: str) -> list[Block]:

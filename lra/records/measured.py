@@ -1,23 +1,30 @@
-"""What `bench` measured, read from results/bench/: the source of every time in a table. No torch.
+"""Numbers that no record holds: what `bench` measured, the source of every time in a table; what others published.
+
+Measured: results/bench/. No torch.
 
 attention.json: {"points": [{"name", "N", "seconds", "peak_bytes", "ratio"}]}: forward and backward of one attention;
 ratio, if given, is softmax's time by its own, the median over interleaved rounds.
 tasks-PRESET.json: {"points": [{"digest", "ratio"}]}: softmax's time of a training step by that of the runs whose
 configuration has the digest, in interleaved rounds.
+published.json: {"accuracy": [source, ...], "speed": source}: printed beside our tables, never used as our baseline. A
+source has a title, a citation, a caveat, which says why no column of ours compares with it, and rows {name: numbers},
+in the order of TASKS or of SPEEDS.
 """
-
-from __future__ import annotations
 
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lra.options import UsageError
 from lra.records.markup import MISSING, Block, Grid, Heading, Text
+from lra.records.stats import mean_sd
 
+PUBLISHED: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
+TASKS = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder")  # percent
+SPEEDS = tuple(f"{length} {unit}" for unit in ("steps/s", "GB") for length in ("1K", "2K", "3K", "4K"))
 BASELINE = "softmax"
 SPEED = (
     "Forward and backward of the attention alone, allocator tuned for all, relative to softmax in the same interleaved "
@@ -34,7 +41,7 @@ class Point(NamedTuple):
     peak_bytes: float | None = None
     ratio: float | None = None
 
-    def faster(self, base: Point) -> float:
+    def faster(self, base: "Point") -> float:
         """How many times as fast as softmax at the same length."""
         return base.y / self.y if self.ratio is None else self.ratio
 
@@ -46,16 +53,16 @@ def attention(results: Path) -> Curves:
     """Seconds of each attention over N; empty when nothing was measured. Raises UsageError for a broken file."""
     curves: Curves = defaultdict(list)
     path = Path(results) / "bench" / "attention.json"
-    for (name,), numbers, more in _points(path, ("name",), ("N", "seconds"), ("peak_bytes", "ratio")):
-        curves[name].append(Point(*numbers, *more))
+    for name, values in _points(path, "name", ("N", "seconds"), ("peak_bytes", "ratio")):
+        curves[name].append(Point(*values))
     return {name: sorted(curves[name]) for name in sorted(curves)}
 
 
 def speeds(results: Path, preset: str) -> dict[str, float]:
     """How many times as fast as softmax's a training step is, by the digest of the runs it stands for (the folder of
     their records); empty when nothing was measured. Raises UsageError for a broken file."""
-    points = _points(Path(results) / "bench" / f"{tasks_report(preset)}.json", ("digest",), ("ratio",))
-    return {digest: ratio for (digest,), (ratio,), _ in points}
+    path = Path(results) / "bench" / f"{tasks_report(preset)}.json"
+    return {digest: ratio for digest, (ratio,) in _points(path, "digest", ("ratio",))}
 
 
 def tasks_report(preset: str) -> str:
@@ -63,26 +70,24 @@ def tasks_report(preset: str) -> str:
     return f"tasks-{preset}"
 
 
-def _points(path: Path, names: tuple, numbers: tuple, optional: tuple = ()) -> Iterator[tuple[list, list, list]]:
-    """(names, positive numbers, positive numbers or None) of each point of a file; none where there is no file."""
+def _points(path: Path, name: str, numbers: tuple, optional: tuple = ()) -> Iterator[tuple[str, list]]:
+    """(name, positive numbers, None for an optional one that is missing) of each point; none where there is no file."""
     if not path.exists():
         return
     try:
         for point in json.loads(path.read_text("utf-8"))["points"]:
-            required = [float(point[key]) for key in numbers]
-            more = [None if point.get(key) is None else float(point[key]) for key in optional]
-            if not all(v is None or (math.isfinite(v) and v > 0) for v in (*required, *more)):
+            values = [float(point[key]) for key in numbers]
+            values += [None if point.get(key) is None else float(point[key]) for key in optional]
+            if not all(v is None or (math.isfinite(v) and v > 0) for v in values):
                 raise ValueError(f"{point}")
-            yield [str(point[key]) for key in names], required, more
+            yield str(point[name]), values
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not usable: {type(error).__name__} {error}") from None
 
 
 def crossover(curve: Sequence[Point], baseline: Sequence[Point]) -> float | None:
     """The x from which `curve` is never slower than `baseline`, between shared points by straight lines in log-log.
-
-    The first shared x when it is never slower; None when it is slower at the last one.
-    """
+    The first shared x when it is never slower; None when it is slower at the last one."""
     base = {p.x: p for p in baseline}
     gaps = [(math.log(p.x), math.log(p.faster(base[p.x]))) for p in sorted(curve) if p.x in base]
     if not gaps or gaps[-1][1] < 0:
@@ -115,3 +120,21 @@ def _ratios(point: Point | None, base: Point) -> str:
         return MISSING
     memory = f"{point.peak_bytes / base.peak_bytes:.2f}" if point.peak_bytes and base.peak_bytes else MISSING
     return f"{point.faster(base):.2f} / {memory}"
+
+
+def published() -> list[Block]:
+    """The block "Published, not rerun": one table per source, averages computed here."""
+    intro = "Accuracy in percent, from the papers; other data, code and sizes: no row compares with one above."
+    tables: list[Block] = [Heading("Published, not rerun"), Text(intro)]
+    for source in PUBLISHED["accuracy"]:
+        averaged = {name: (*row, mean_sd(row)[0]) for name, row in source["rows"].items()}
+        tables += _source(source, averaged, (*TASKS, "average"))
+    return tables + _source(PUBLISHED["speed"], PUBLISHED["speed"]["rows"], SPEEDS)
+
+
+def _source(source: dict[str, Any], rows: dict[str, Sequence[float]], header: tuple[str, ...]) -> list[Block]:
+    def cell(value, column):
+        return f"{value:.1f}" if column.endswith("steps/s") else f"{value:.2f}"
+
+    lines = tuple((name, *map(cell, row, header)) for name, row in rows.items())
+    return [Text("{title} ({citation}). {caveat}".format(**source)), Grid(("published", *header), lines)]

@@ -8,8 +8,6 @@ and results/counter/<by>/ the repetitions of runs, laid out as records/ is.
 Records come from anybody: files are read within limits, as strict JSON, and nothing in them is executed.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io
@@ -31,6 +29,7 @@ SCHEMA = "lra-record/1"
 PROTOCOL = "lra-v1"  # the closed protocol; everything else is "open"
 MAX_PARAMETER_RATIO = 1.10  # to softmax; beyond it, a run is outside lra-v1's equal parameter budget
 LARGEST = 4 << 20  # bytes of a record or of packed predictions; committed ones have a few thousand
+Report = Callable[[str], None]  # takes a line on what was left out
 SECTIONS = ("schema", "suite", "task", "data", "model", "training", "result", "cost", "env", "status")
 
 
@@ -52,7 +51,7 @@ class Execution(NamedTuple):
         return f"{self.precision}, {'compiled' if self.compiled else 'eager'}, processes: {self.processes}"
 
     @staticmethod
-    def of(training: dict[str, Any]) -> Execution:
+    def of(training: dict[str, Any]) -> "Execution":
         """From the training section of a record."""
         return Execution(training["precision"], training["compile"], training["world_size"])
 
@@ -69,17 +68,9 @@ def cell_digest(
     execution: Execution,
 ) -> str:
     """sha256 that names a cell: task, data, recipe, overrides, validation rule, attention, execution.
-
-    The default execution adds nothing, so that records of before it counted keep their digest.
-    """
-    parts = {
-        "task": [task, version],
-        "data": data,
-        "recipe": recipe,
-        "overrides": overrides,
-        "val_rule": val_rule,
-        "attention": [attention, config],
-    }
+    The default execution adds nothing, so that records of before it counted keep their digest."""
+    parts = {"task": [task, version], "data": data, "recipe": recipe, "overrides": overrides}
+    parts |= {"val_rule": val_rule, "attention": [attention, config]}
     if execution != Execution():
         parts["execution"] = execution
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -112,7 +103,6 @@ def write_labels(results: Path, labels: bytes) -> None:
     """Keep the labels of a test set, one byte per example, unless they are there."""
     path = labels_path(results, hashlib.sha256(labels).hexdigest())
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _pack(path, labels)
         except FileNotFoundError:  # another process wrote them first, and cleared this one's temporary away
@@ -123,18 +113,10 @@ def write_labels(results: Path, labels: bytes) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read one record. Raises UsageError when it is missing, too large, not strict JSON or not of this schema.
-
-    Strict: no NaN or infinity, no number beyond 64 bits, no key twice, no text that UTF-8 cannot hold.
-    """
+    Strict: no NaN or infinity, no number beyond 64 bits, no key twice, no text that UTF-8 cannot hold."""
     try:
         text = read_limited(path).decode()
-        record = json.loads(
-            text,
-            parse_constant=_finite,
-            parse_float=_finite,
-            parse_int=_within_64_bits,
-            object_pairs_hook=_without_repeats,
-        )
+        record = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_int, object_pairs_hook=_once)
         json.dumps(record, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise UsageError(f"no record at {path}") from None
@@ -143,8 +125,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise UsageError(f"{path} is not a record of schema {SCHEMA!r}: found {str(schema)[:60]!r}")
-    missing = [s for s in SECTIONS if s not in record]
-    if missing:
+    if missing := [s for s in SECTIONS if s not in record]:
         raise UsageError(f"{path} lacks {', '.join(missing)}")
     return record
 
@@ -170,20 +151,18 @@ def read_labels(results: Path, sha256: str, n: int) -> bytes:
     return _unpack(labels_path(results, sha256), n, sha256, "its name")
 
 
-def iterate_records(
-    results: Path, report: Callable[[str], None] | None = None
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+def report_skipped(line: str) -> None:
+    """Say on stderr what was left out, and why."""
+    print(f"skipped: {line}", file=sys.stderr)
+
+
+def iterate_records(results: Path, report: Report = report_skipped) -> Iterator[tuple[Path, dict[str, Any]]]:
     """All records under a results folder, in order of path; a file that is none is reported and left out."""
     for path in sorted((Path(results) / "records").glob("*/*/*/seed*.json")):
         try:
             yield path, read_record(path)
         except UsageError as error:
-            (report or report_skipped)(str(error))
-
-
-def report_skipped(line: str) -> None:
-    """Say on stderr what was left out, and why."""
-    print(f"skipped: {line}", file=sys.stderr)
+            report(str(error))
 
 
 def report_all(skipped: Sequence[str]) -> int:
@@ -242,13 +221,13 @@ def _finite(text: str) -> float:
     return value
 
 
-def _within_64_bits(text: str) -> int:
+def _int(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
         raise ValueError(f"the whole number {text[:20]}... is beyond 64 bits")
     return int(text)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         raise ValueError(f"a key stands twice among {repr(sorted(k for k, _ in pairs))[:200]}")

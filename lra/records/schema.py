@@ -5,8 +5,6 @@ that end in ? may be missing; a list of rules is a list of exactly these values.
 printable texts without angle brackets get through.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -29,32 +27,12 @@ class Unchecked(Exception):
     """A level that cannot be decided here; one line that says why, and the way out."""
 
 
-class Value(NamedTuple):
-    """A single value: what it must be, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], Any]
-
-
-class Maybe(NamedTuple):
-    """That, or null."""
-
-    rule: Any
-
-
-class Items(NamedTuple):
-    """A list of `low` to `high` values."""
-
-    rule: Any
-    low: int
-    high: int
-
-
-class Names(NamedTuple):
-    """An object of at most 50 entries whose names are not fixed."""
-
-    name: Value
-    rule: Any
+# Rules: a single value, as words and as a test; another rule or null; `low` to `high` values of one rule; an object of
+# at most 50 entries whose names are not fixed.
+Value = NamedTuple("Value", [("words", str), ("holds", Callable[[Any], Any])])
+Maybe = NamedTuple("Maybe", [("rule", Any)])
+Items = NamedTuple("Items", [("rule", Any), ("low", int), ("high", int)])
+Names = NamedTuple("Names", [("name", Value), ("rule", Any)])
 
 
 def check(record: dict[str, Any]) -> None:
@@ -73,37 +51,32 @@ def _check(value: Any, rule: Any, name: str) -> None:
         case Maybe():
             if value is not None:
                 _check(value, rule.rule, name)
-        case Items():
-            sized = isinstance(value, list) and rule.low <= len(value) <= rule.high
-            _require(sized, name, f"a list of {rule.low} to {rule.high}", value)
+        case Items(inner, low, high):
+            _require(isinstance(value, list) and low <= len(value) <= high, name, f"a list of {low} to {high}", value)
             for i, item in enumerate(value):
-                _check(item, rule.rule, f"{name}[{i}]")
-        case Names():
-            sized = isinstance(value, dict) and len(value) <= 50
-            _require(sized, name, "an object of at most 50 entries", value)
+                _check(item, inner, f"{name}[{i}]")
+        case Names(key_rule, inner):
+            fits = isinstance(value, dict) and len(value) <= 50
+            _require(fits, name, "an object of at most 50 entries", value)
             for key, item in value.items():
-                _check(key, rule.name, f"a name in {name}")
-                _check(item, rule.rule, f"{name}.{key}")
+                _check(key, key_rule, f"a name in {name}")
+                _check(item, inner, f"{name}.{key}")
         case list():
-            sized = isinstance(value, list) and len(value) == len(rule)
-            _require(sized, name, f"a list of {len(rule)}", value)
+            fits = isinstance(value, list) and len(value) == len(rule)
+            _require(fits, name, f"a list of {len(rule)}", value)
             for item, inner in zip(value, rule, strict=True):
                 _check(item, inner, name)
         case dict():
             _require(isinstance(value, dict), name, "an object", value)
-            _check_fields(value, rule, name)
-
-
-def _check_fields(value: dict[str, Any], rules: dict[str, Any], name: str) -> None:
-    known = {key.removesuffix("?"): rule for key, rule in rules.items()}
-    for key in value:
-        if key not in known:
-            raise Rejected(f"unknown field {f'{name}.{key}'.lstrip('.')[:90]!r}")
-    for key, rule in known.items():
-        if key in value:
-            _check(value[key], rule, f"{name}.{key}".lstrip("."))
-        elif f"{key}?" not in rules:
-            raise Rejected(f"field {f'{name}.{key}'.lstrip('.')} is missing")
+            known = {key.removesuffix("?"): inner for key, inner in rule.items()}
+            dotted = {key: f"{name}.{key}".lstrip(".") for key in (*value, *known)}
+            if others := [key for key in value if key not in known]:
+                raise Rejected(f"unknown field {dotted[others[0]][:90]!r}")
+            for key, inner in known.items():
+                if key in value:
+                    _check(value[key], inner, dotted[key])
+                elif f"{key}?" not in rule:
+                    raise Rejected(f"field {dotted[key]} is missing")
 
 
 def _require(holds: Any, name: str, words: str, value: Any) -> None:
@@ -135,17 +108,13 @@ def matching(regex: str, words: str) -> Value:
 def of_dataclass(cls: type) -> dict[str, Value]:
     """The fields of a dataclass by their declared types; no number is negative."""
     kinds, hints = {int: whole(0, 2**31), float: real()}, get_type_hints(cls)
-    names = {field.name: hints[field.name] for field in fields(cls)}
-    return {name: kinds.get(hint) or one_of(*get_args(hint)) for name, hint in names.items()}
+    return {f.name: kinds.get(hints[f.name]) or one_of(*get_args(hints[f.name])) for f in fields(cls)}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 300 and value.isprintable() and not set(value) & set("<>")
-
-
-TEXT = Value("printable text of at most 300 characters without < and >", _is_text)
+PLAIN = "printable text of at most 300 characters without < and >"
+TEXT = Value(PLAIN, lambda v: isinstance(v, str) and len(v) <= 300 and v.isprintable() and not set(v) & set("<>"))
 NUMBER = real(-FINITE)
-OPTION = Value("a number, a flag or a text", lambda v: type(v) is bool or _is_text(v) or NUMBER.holds(v))
+OPTION = Value("a number, a flag or a text", lambda v: type(v) is bool or TEXT.holds(v) or NUMBER.holds(v))
 FLAG = one_of(True, False)
 SHA256 = matching("[0-9a-f]{64}", "a sha256 in 64 hexadecimal digits")
 NAME = matching(WORD, "a name of letters, digits and underscores")
@@ -153,14 +122,19 @@ TIME = matching(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?\+00:00", "a time like
 # An entry of the curve: step, split, loss, n_correct, n.
 POINT = [whole(1), one_of("train", "val"), Maybe(real()), whole(), whole(1)]
 CURVE, PROBE = Items(POINT, 0, 20_000), {"batch": whole(1, 10**4), "losses": Items(Maybe(real()), 20, 20)}
-EXAMPLES = 10**8
-LENGTH = 10**7
-SPLIT = {
-    "n": whole(1, EXAMPLES),
-    "sha256": SHA256,
-    "labels_sha256": SHA256,
-    "mean_length": real(0, LENGTH),
-    "max_length": whole(1, LENGTH),
+EXAMPLES, LENGTH = 10**8, 10**7
+SPLIT = {"n": whole(1, EXAMPLES), "sha256": SHA256, "labels_sha256": SHA256}
+SPLIT |= {"mean_length": real(0, LENGTH), "max_length": whole(1, LENGTH)}
+MIDDLE = {"step": whole(1), "sha256": SHA256, "losses": Items(Maybe(real()), 1, 20)}
+RESULT = {
+    "n_correct": whole(0, EXAMPLES),
+    "n_test": whole(1, EXAMPLES),
+    "val_n_correct": whole(0, EXAMPLES),
+    "n_val": whole(1, EXAMPLES),
+    "curve": CURVE,
+    "predictions_sha256": SHA256,
+    "probe": PROBE,
+    "chain?": {"middle": Maybe(MIDDLE), "final_sha256": SHA256},
 }
 
 RECORD: dict[str, Any] = {
@@ -207,32 +181,15 @@ RECORD: dict[str, Any] = {
         "budget": whole(0, 10**6),
         "overrides": Names(matching(rf"(attention|encoder|train)\.{WORD}", "a group.option"), TEXT),
         "world_size": whole(1, 10**6),
-        "steps": whole(1),
-        "examples_seen": whole(1),
+        **dict.fromkeys(("steps", "examples_seen"), whole(1)),
         "selected_step": whole(),
         "resumed": whole(0, 10**6),
     },
-    "result": Maybe(
-        {
-            "n_correct": whole(0, EXAMPLES),
-            "n_test": whole(1, EXAMPLES),
-            "val_n_correct": whole(0, EXAMPLES),
-            "n_val": whole(1, EXAMPLES),
-            "curve": CURVE,
-            "predictions_sha256": SHA256,
-            "probe": PROBE,
-            "chain?": {
-                "middle": Maybe({"step": whole(1), "sha256": SHA256, "losses": Items(Maybe(real()), 1, 20)}),
-                "final_sha256": SHA256,
-            },
-        }
-    ),
+    "result": Maybe(RESULT),
     "failure?": Maybe({"curve": CURVE, "probe": PROBE}),
     "cost": {
         "device": one_of("cpu", "cuda", "mps"),
-        "wall_s": real(),
-        "steps_per_s": real(),
-        "tokens_per_s": real(),
+        **dict.fromkeys(("wall_s", "steps_per_s", "tokens_per_s"), real()),
         "peak_bytes": Maybe(whole(0, 10**14)),
         "softmax_same_machine?": Maybe({"step_time_ratio": real(1e-9, 1e9), "pairs": whole(1, 1000)}),
     },

@@ -11,11 +11,9 @@ With one seed each the test is McNemar's, exact. It speaks of two runs, not of t
 training, so it shows no tie, and no cell is bold for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -34,13 +32,10 @@ CLUSTERED = {("retrieval", 1, "Python imports (substitute for AAN)"): 1.49}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cell against a baseline: gap of mean accuracies (a fraction), p-value, p-value by Holm.
-
-    seeds: those of the method that has fewer. margin: the largest gap that counts as none.
-    """
+    """A cell against a baseline: gap of mean accuracies (a fraction), p-value by Holm.
+    seeds: those of the method that has fewer. margin: the largest gap that counts as none."""
 
     gap: Uncertain
-    p: float
     adjusted: float
     seeds: int
     margin: float
@@ -58,11 +53,10 @@ class Comparison:
         return self.verdict if self.seeds >= FEWEST and self.verdict in ("above", "below") else None
 
 
+@lru_cache(maxsize=8)  # tables and figures of one command ask for the same
 def compare_all(table: Table) -> dict[Key, Comparison]:
     """Every comparison of a table whose predictions and test labels are kept.
-
-    Both methods have several seeds, or both have one: a single seed beside several shows none of its noise.
-    """
+    Both methods have several seeds, or both have one: a single seed beside several shows none of its noise."""
     tests, labels_of = {}, cache(read_labels)
     answers = {id(cell): _answers(cell, labels_of) for cell in table.cells.values() if cell.ok}
     for (row, column), cell in table.cells.items():
@@ -75,18 +69,13 @@ def compare_all(table: Table) -> dict[Key, Comparison]:
             if (len(mine) == 1) == (len(theirs) == 1):
                 tests[row, column, baseline] = (mine, theirs)
     gaps = {key: paired(*sides) for key, sides in tests.items()}
-    p_values = {key: _p_value(*sides, gaps[key]) for key, sides in tests.items()}
-    adjusted = dict(zip(tests, holm(list(p_values.values())), strict=True))
-    return {
-        key: Comparison(
-            gap,
-            p_values[key],
-            adjusted[key],
-            min(map(len, tests[key])),
-            margin(float(tests[key][1].mean()), tests[key][1].shape[1]),
-        )
-        for key, gap in gaps.items()
-    }
+    p_values = [
+        gaps[key].p_value if len(a) > 1 else mcnemar((a & ~b).sum(), (b & ~a).sum()) for key, (a, b) in tests.items()
+    ]
+    found = {}
+    for (key, (a, b)), adjusted in zip(tests.items(), holm(p_values), strict=True):
+        found[key] = Comparison(gaps[key], adjusted, min(len(a), len(b)), margin(float(b.mean()), b.shape[1]))
+    return found
 
 
 def clusters(column: Column) -> float | None:
@@ -113,12 +102,6 @@ def footnote(compared: dict[Key, Comparison]) -> list[str]:
         "the given margin by two one-sided tests at 5%. Not told apart: neither a difference nor a tie was shown. "
         "Intervals of gaps are not corrected."
     ]
-
-
-def _p_value(a: np.ndarray, b: np.ndarray, gap: Uncertain) -> float:
-    if len(a) > 1:
-        return gap.p_value
-    return mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
 
 
 def _answers(cell: Cell, labels_of: Callable) -> np.ndarray | None:

@@ -33,24 +33,18 @@ Two methods that answered the same test examples are compared example by example
 example is. Arrays of answers have the shape (seeds, examples), True where the answer was right.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 ALPHA = 0.05  # level of every test
 
 
-class Estimate(NamedTuple):
-    """A value between the limits of an interval; accuracies are fractions, not percent."""
-
-    value: float
-    low: float
-    high: float
+# A value between the limits of an interval; accuracies are fractions, not percent.
+Estimate = NamedTuple("Estimate", [("value", float), ("low", float), ("high", float)])
 
 
 @dataclass(frozen=True)
@@ -65,15 +59,8 @@ class Uncertain:
     seeds_freedom: float = math.inf
     limits: tuple[float, float] = (-math.inf, math.inf)  # a proportion is within 0 and 1
 
-    @property
-    def low(self) -> float:
-        """Lower end of the 95% interval."""
-        return self.interval(ALPHA)[0]
-
-    @property
-    def high(self) -> float:
-        """Upper end of the 95% interval."""
-        return self.interval(ALPHA)[1]
+    low = property(lambda self: self.interval(ALPHA)[0])
+    high = property(lambda self: self.interval(ALPHA)[1])
 
     def interval(self, level: float) -> tuple[float, float]:
         """The interval of 1 - level."""
@@ -115,9 +102,7 @@ def quantile(freedom: float = math.inf, level: float = ALPHA) -> float:
 
 def welch(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Sum of independent variances, each with its degrees of freedom (Welch 1947, Satterthwaite 1946).
-
-    v = sum v_i,    k = v^2 / sum (v_i^2 / k_i)
-    """
+    v = sum v_i, k = v^2 / sum (v_i^2 / k_i)"""
     total = math.fsum(v for v, _ in parts)
     weight = math.fsum(v * v / k for v, k in parts)
     return total, total * total / weight if weight else math.inf
@@ -128,14 +113,9 @@ def combine(parts: Sequence[tuple[float, Uncertain]], value: float | None = None
     sides = [(w * x.below, w * x.above) if w > 0 else (-w * x.above, -w * x.below) for w, x in parts]
     _, freedom = welch([((w * (x.below + x.above) / 2) ** 2, x.freedom) for w, x in parts])
     variance, seeds_freedom = welch([((w * x.seeds) ** 2, x.seeds_freedom) for w, x in parts])
-    return Uncertain(
-        math.fsum(w * x.value for w, x in parts) if value is None else value,
-        math.hypot(*(below for below, _ in sides)),
-        math.hypot(*(above for _, above in sides)),
-        freedom,
-        math.sqrt(variance),
-        seeds_freedom,
-    )
+    below, above = (math.hypot(*(side[i] for side in sides)) for i in (0, 1))
+    value = math.fsum(w * x.value for w, x in parts) if value is None else value
+    return Uncertain(value, below, above, freedom, math.sqrt(variance), seeds_freedom)
 
 
 def wilson(k: float, n: int, z: float | None = None) -> tuple[float, float]:
@@ -170,12 +150,8 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 def training(values: Sequence[float]) -> Uncertain:
     """Mean over seeds with the noise of training alone; one seed has none that is known."""
-    mean, sd = mean_sd(values)
-    return (
-        Uncertain(mean)
-        if sd is None
-        else Uncertain(mean, seeds=sd / math.sqrt(len(values)), seeds_freedom=len(values) - 1)
-    )
+    (mean, sd), m = mean_sd(values), len(values)
+    return Uncertain(mean, seeds=sd / math.sqrt(m), seeds_freedom=m - 1) if m > 1 else Uncertain(mean)
 
 
 def over_seeds(accuracies: Sequence[float], n: int) -> Uncertain:
@@ -186,10 +162,8 @@ def over_seeds(accuracies: Sequence[float], n: int) -> Uncertain:
 
 def difference(a: Uncertain, b: Uncertain) -> Uncertain:
     """a - b, of two test sets or without predictions.
-
     Of single seeds it is method 10 of Newcombe 1998, Statistics in Medicine 17:873. Two methods that answer the same
-    test examples tend to err on the same ones; the interval ignores that and is wider than that of `paired`.
-    """
+    test examples tend to err on the same ones; the interval ignores that and is wider than that of `paired`."""
     return combine([(1.0, a), (-1.0, b)])
 
 
@@ -200,10 +174,8 @@ def average(estimates: Sequence[Uncertain]) -> Uncertain:
 
 def mcnemar(b: int, c: int) -> float:
     """Exact two-sided p-value of McNemar's test (1947, Psychometrika 12:153): two runs on the same examples.
-
-    b examples were answered right by the first run alone, c by the second alone. Were the runs equally good,
-    b would be binomial(b + c, 1/2): p = 2 P(X <= min(b, c)), at most 1.
-    """
+    b examples were answered right by the first run alone, c by the second alone. Were the runs equally good, b would be
+    binomial(b + c, 1/2): p = 2 P(X <= min(b, c)), at most 1."""
     from scipy.special import bdtr
 
     return 1.0 if b == c else min(1.0, 2.0 * float(bdtr(min(b, c), b + c, 0.5)))
@@ -227,9 +199,7 @@ def paired(a: np.ndarray, b: np.ndarray) -> Uncertain:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6:65), in their order.
-
-    adjusted_(i) = max over j <= i of min(1, (k - j + 1) p_(j)),    p_(1) <= ... <= p_(k)
-    """
+    adjusted_(i) = max over j <= i of min(1, (k - j + 1) p_(j)), p_(1) <= ... <= p_(k)"""
     p = np.asarray(p_values, float)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
@@ -239,20 +209,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def margin(p: float, n: int) -> float:
     """Largest gap of accuracies that counts as none: 1 point, or the noise of the test set where that is more.
-
-    The noise is half of Wilson's 95% interval at n examples.
-    """
+    The noise is half of Wilson's 95% interval at n examples."""
     low, high = wilson(p * n, n)
     return max(0.01, (high - low) / 2)
 
 
-def equivalence(a: Sequence[float], b: Sequence[float], within: float, paired: bool) -> tuple[str, Estimate]:
-    """Two one-sided tests (Schuirmann 1987, J. Pharmacokinetics 15:657) on accuracies of seeds: a verdict and a - b.
-
-    The interval is the 90% one of Student's t, by pairs of equal seeds where `paired`, else by Welch. It lies
-    within +-`within`: "reproduced"; wholly outside: "disputed"; across an end: "inconclusive".
-    """
-    gap = training(np.subtract(a, b)) if paired else difference(training(a), training(b))
+def equivalence(ours: Mapping[Any, float], theirs: Mapping[Any, float], within: float) -> tuple[str, Estimate]:
+    """Two one-sided tests (Schuirmann 1987, J. Pharmacokinetics 15:657) on accuracies by seed: verdict, theirs - ours.
+    The interval is the 90% one of Student's t, by pairs where the seeds are the same, else by Welch. It lies within
+    +-`within`: "reproduced"; wholly outside: "disputed"; across an end: "inconclusive"."""
+    gap = difference(training([*theirs.values()]), training([*ours.values()]))
+    if ours.keys() == theirs.keys():
+        gap = training([theirs[seed] - ours[seed] for seed in ours])
     low, high = gap.interval(2 * ALPHA)
     outside = "disputed" if low > within or high < -within else "inconclusive"
     return "reproduced" if gap.within(within) else outside, Estimate(gap.value, low, high)

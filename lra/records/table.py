@@ -1,17 +1,15 @@
 """The wide tables of the records, as Markdown, LaTeX and CSV: the same records give the same bytes. No torch."""
 
-from __future__ import annotations
-
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lra.options import UsageError
-from lra.records import compact, markup, measured, published
-from lra.records.cells import TASKS, Cell, Column, Row, Table, build, row_name
-from lra.records.markup import MISSING, Block, Bold, Bullets, Grid, Heading, Italic, Text, flat, refresh_block
-from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, report_skipped
+from lra.records import compact, markup, measured
+from lra.records.cells import TASKS, Cell, Column, Names, Reasons, Row, Table, build, row_name
+from lra.records.markup import MISSING, Block, Bullets, Grid, Heading, Text, flat, refresh_block
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Report, report_skipped
 from lra.records.significance import BASELINES, Comparison, Key, clusters, compare_all, footnote
 from lra.records.stats import Uncertain, average, combine, difference, mean_sd, wilson
 from tasks.store.files import atomic_path
@@ -49,30 +47,25 @@ CSV_HEADER = (
 def render(
     results: Path,
     form: str,
-    presets: Sequence[str] | None = None,
-    report: Callable[[str], None] = report_skipped,
+    presets: Names = None,
+    report: Report = report_skipped,
     reproduced: Mapping[Path, object] | None = None,
-    left_out: Mapping[Path, str] | None = None,
+    left_out: Reasons = None,
 ) -> str:
     """The records under a results folder as text; `form` is compact, long, tex or csv. Reports and raises as `build`.
-
-    `reproduced`: what somebody else's runs say of a record, by the record's path relative to `results`.
-    """
+    `reproduced`: what somebody else's runs say of a record, by the record's path relative to `results`."""
     tables = build(results, presets, report, left_out)
     if form == "csv":
         return to_csv(tables)
     if form == "compact":
         return markup.markdown(compact.blocks(tables), compact.WIDTH)
-    documents = {"long": markup.markdown, "tex": markup.latex}
-    return documents[form]([*blocks(tables, reproduced), *measured.blocks(results), *published.blocks()])
+    document = markup.latex if form == "tex" else markup.markdown
+    return document([*blocks(tables, reproduced), *measured.blocks(results), *measured.published()])
 
 
 def write(path: Path, text: str) -> None:
     """Write to a file, atomically. A Markdown file keeps what stands around its results markers.
-
-    A new Markdown file gets the markers; one that exists without them is left alone, with a UsageError.
-    """
-    path = Path(path)
+    A new Markdown file gets the markers; one that exists without them is left alone, with a UsageError."""
     if path.suffix == ".md":
         markers = "<!-- results:begin -->\n<!-- results:end -->\n"
         try:
@@ -97,11 +90,9 @@ def to_csv(tables: Sequence[Table]) -> str:
     writer.writerow(CSV_HEADER)
     for table in tables:
         for e in sorted(table.entries, key=lambda e: (e.column.order, e.row, e.seed)):
-            scores = ("", "", "")
+            c, scores = e.column, ("", "", "")
             if e.n_correct is not None:
-                interval = wilson(e.n_correct, e.n_test)
-                scores = tuple(f"{x:.6f}" for x in (e.n_correct / e.n_test, *interval))
-            c = e.column
+                scores = (f"{x:.6f}" for x in (e.n_correct / e.n_test, *wilson(e.n_correct, e.n_test)))
             line = (c.task, c.dataset, str(c.substitute).lower(), e.preset, e.attention, e.overrides, e.seed)
             line += (e.n_correct, e.n_test, *scores, e.params_ratio, table.speeds.get(e.path.parent.name), e.peak_bytes)
             writer.writerow([_inert(x) for x in (*line, e.status, e.command)])
@@ -124,8 +115,10 @@ def _preset(table: Table, reproduced: Mapping[Path, object]) -> list[Block]:
         cells = [_cell(table.cells.get((row, c)), compared.get((row, c, "softmax"))) for c in table.columns]
         estimates = [cell.estimate for cell in table.whole(row, table.averaged)]
         rows.append((row_name(row), *cells, *_average(table, estimates)))
-    header = ("attention", *(headers[c] for c in table.columns))
-    remarks = (*footnote(compared), *_remarks(table, compared), *_reproductions(table, reproduced))
+    header = ("attention", *headers.values())
+    again = [(e, reproduced.get(e.path.relative_to(e.results))) for e in table.entries]  # V4, a line for each cell
+    lines = {f"{flat(e.column.task)}, {row_name(e.row)}: {reproduction}." for e, reproduction in again if reproduction}
+    remarks = (*footnote(compared), *_remarks(table, compared), *sorted(lines))
     costs = tuple((row_name(r), *(_cost(table, r, c) for c in table.columns)) for r in table.rows)
     machines = "; ".join(sorted({flat(e.machine) for e in table.entries}))
     return [
@@ -150,22 +143,18 @@ def _percent(estimate: Uncertain) -> str:
     return f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
-def _cell(cell: Cell | None, compared: Comparison | None = None) -> str:
+def _cell(cell: Cell | None, compared: Comparison | None) -> str:
     if cell is None:
         return MISSING
-    seeds = cell.seeds
     parts = []
     if cell.ok:
         mean, sd = mean_sd(cell.accuracies)
         spread = "" if sd is None else f" ± {100 * sd:.1f}"
-        count = f"({len(cell.ok)})" if len(cell.ok) == seeds else f"({len(cell.ok)}/{seeds} seeds)"
-        dagger = " †" if any(e.open for e in cell.ok) else ""
-        parts.append(f"{100 * mean:.1f}{spread} {count}{dagger} {_percent(cell.estimate)}")
-    failed = [e.status.removeprefix("failed: ") for e in cell.runs if e.n_correct is None]
-    if failed:
-        parts.append(f"failed {len(failed)}/{seeds}: {flat('; '.join(sorted(set(failed))))}")
-    face = {"above": Bold, "below": Italic}.get(compared.face if compared else None, str)
-    return face("\n".join(parts))
+        count = len(cell.ok) if cell.complete else f"{len(cell.ok)}/{cell.seeds} seeds"
+        parts.append(f"{100 * mean:.1f}{spread} ({count}){cell.dagger} {_percent(cell.estimate)}")
+    if failed := [e.status.removeprefix("failed: ") for e in cell.runs if e.n_correct is None]:
+        parts.append(f"failed {len(failed)}/{cell.seeds}: {flat('; '.join(sorted(set(failed))))}")
+    return compact.faced("\n".join(parts), compared)
 
 
 def _average(table: Table, estimates: list[Uncertain]) -> list[str]:
@@ -180,16 +169,11 @@ def _average(table: Table, estimates: list[Uncertain]) -> list[str]:
 
 def _floor_row(table: Table, kind: str) -> list[str]:
     floors = {c: floor for c in table.columns if (floor := table.floor(c, kind))}
-
-    def text(column):
-        if column not in floors:
-            return MISSING
-        name, floor = floors[column]
+    cells = dict.fromkeys(table.columns, MISSING)
+    for column, (name, floor) in floors.items():
         named = "" if name == "majority" else f" {flat(name)}"
-        return f"{100 * floor.value:.1f}{named} {_percent(floor)}"
-
-    averaged = [floors[c][1] for c in table.averaged if c in floors]
-    return [*map(text, table.columns), *_average(table, averaged)]
+        cells[column] = f"{100 * floor.value:.1f}{named} {_percent(floor)}"
+    return [*cells.values(), *_average(table, [floors[c][1] for c in table.averaged if c in floors])]
 
 
 def _remarks(table: Table, compared: dict[Key, Comparison]) -> list[str]:
@@ -228,56 +212,34 @@ def _column_remarks(table: Table, column: Column, compared: dict[Key, Comparison
         yield f"{name}: the rows were not run with the same seeds."
 
 
-def _reproductions(table: Table, reproduced: Mapping[Path, object]) -> list[str]:
-    """One line for each cell that somebody else ran as well (V4)."""
-    lines = set()
-    for e in table.entries:
-        if reproduction := reproduced.get(e.path.relative_to(e.results)):
-            lines.add(f"{flat(e.column.task)}, {row_name(e.row)}: {reproduction}.")
-    return sorted(lines)
-
-
 def _averaging(table: Table, column: Column, compared: dict[Key, Comparison]) -> Iterator[str]:
     """How constant compares with softmax, and what that says of a column; nothing where softmax is above."""
     softmax, constant = (table.cell(a, column) for a in ("softmax", "constant"))
     if not (softmax and softmax.ok and constant and constant.ok):
         return
     comparison = compared.get(((BASELINES["constant"], "constant", ()), column, "softmax"))
-    gap = difference(softmax.estimate, constant.estimate)
+    gap = combine([(-1.0, comparison.gap)]) if comparison else difference(softmax.estimate, constant.estimate)
+    said = f"softmax − constant: {100 * gap.value:z.1f} points, {_percent(gap)}"
     if comparison is None:
         yield (
-            f"softmax − constant: {_points(gap)}; not tested, because a paired test takes the predictions of both and "
-            "several seeds of both or one of each."
+            f"{said}; not tested, because a paired test takes the predictions of both and several seeds of both or "
+            "one of each."
         )
         return
     if comparison.verdict == "below":
         return
-    verb = {
-        "above": "is above softmax",
-        "ties": f"ties softmax within {100 * comparison.margin:.1f} points",
-        "untold": "is not told apart from softmax",
-    }[comparison.verdict]
+    verbs = {"above": "is above softmax", "untold": "is not told apart from softmax"}
+    verb = verbs.get(comparison.verdict, f"ties softmax within {100 * comparison.margin:.1f} points")
     shown = comparison.verdict != "untold"
     meaning = f"this column {'does not' if shown else 'is not shown to'} measure attention at this size."
-    if above := _above(column, compared):
+    cells = {row: c for (row, place, baseline), c in compared.items() if (place, baseline) == (column, "constant")}
+    if above := ", ".join(sorted(row_name(row) for row, c in cells.items() if c.verdict == "above")):
         meaning = (
             f"softmax {'has not learned' if shown else 'is not shown'} to use attention here (above constant: "
             f"{above}), and a gap to softmax in this column says nothing about approximation."
         )
     single = " One seed each: this compares two runs, not two methods." if comparison.seeds == 1 else ""
-    gap = combine([(-1.0, comparison.gap)])
-    evidence = f"softmax − constant: {_points(gap)}, p {comparison.adjusted:.2g} by Holm"
-    yield f"constant {verb} ({evidence}), so {meaning}{single}"
-
-
-def _points(gap: Uncertain) -> str:
-    return f"{100 * gap.value:z.1f} points, {_percent(gap)}"
-
-
-def _above(column: Column, compared: dict[Key, Comparison]) -> str:
-    """The rows that are significantly above constant."""
-    cells = {row: c for (row, place, baseline), c in compared.items() if (place, baseline) == (column, "constant")}
-    return ", ".join(sorted(row_name(row) for row, c in cells.items() if c.verdict == "above"))
+    yield f"constant {verb} ({said}, p {comparison.adjusted:.2g} by Holm), so {meaning}{single}"
 
 
 def _cost(table: Table, row: Row, column: Column) -> str:

@@ -32,8 +32,7 @@ from lra.registry import attention_names, budget_options
 from lra.scaling.count import COLUMNS, Work, count
 from lra.scaling.reports import machine_line, write_report
 from lra.training import config
-from lra.training.optim import build_optimizer
-from lra.training.trainer import update
+from lra.training.trainer import build_optimizer, update
 from tasks.base import SPLITS, Batch
 
 MODELS = {
@@ -66,13 +65,12 @@ class Machine(NamedTuple):
     @staticmethod
     def read(results: Path) -> Machine:
         """From bench/cost.json of the user's results, or else of results/reference."""
-        ours = Path(__file__).parents[2] / "results" / "reference"
-        paths = [folder / "bench" / "cost.json" for folder in (Path(results), ours)]
+        folders = Path(results), Path(__file__).parents[2] / "results" / "reference"
+        paths = [folder / "bench" / "cost.json" for folder in folders]
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             raise UsageError(f"no calibration at {paths[0]}: run python -m lra cost --calibrate")
-        facts = json.loads(path.read_text("utf-8"))["machine"]
-        return Machine(*(facts[field] for field in Machine._fields))
+        return Machine(**json.loads(path.read_text("utf-8"))["machine"])
 
 
 class Sample(NamedTuple):
@@ -85,7 +83,7 @@ class Sample(NamedTuple):
 
     def work(self) -> Work:
         """Of one step."""
-        return count(self.run, batch=self.batch, width=self.width, padded=self.padded)
+        return count(**self._asdict())
 
     def stepper(self) -> Callable[[], object]:
         """A function that takes a real step on random tokens."""
@@ -150,19 +148,18 @@ def two_steps(sample: Sample) -> tuple[float, float, float]:
 
 
 def nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The x >= 0 that minimises the squared relative errors of a x = b."""
+    """The x >= 0 that minimises the squared relative errors of a x = b; columns of a of any magnitude."""
     from scipy.optimize import nnls
 
     relative = a / b[:, None]
-    scale = relative.max(0)
-    scale[scale == 0] = 1  # columns differ by many orders of magnitude
+    scale = np.where(relative.any(0), relative.max(0), 1)
     return nnls(relative / scale, np.ones(len(b)))[0] / scale
 
 
 def fit(counts: np.ndarray, seconds: np.ndarray, columns: tuple[str, ...]) -> dict[str, float]:
     """Prices of these columns, from counts (samples, COLUMNS) and seconds (samples,)."""
     prices = nonnegative(counts[:, [COLUMNS.index(column) for column in columns]], seconds)
-    return dict(zip(columns, map(float, prices), strict=True))
+    return dict(zip(columns, prices.tolist(), strict=True))
 
 
 def priced(counts: np.ndarray, prices: dict[str, float]) -> np.ndarray:
@@ -172,8 +169,8 @@ def priced(counts: np.ndarray, prices: dict[str, float]) -> np.ndarray:
 
 def spread(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     """Median, 90th percentile and largest of |predicted - measured| / measured."""
-    quantiles = np.quantile(np.abs(predicted / measured - 1), (0.5, 0.9, 1))
-    return dict(zip(("median", "p90", "max"), map(float, quantiles), strict=True))
+    quantiles = np.quantile(np.abs(predicted / measured - 1), (0.5, 0.9, 1)).tolist()
+    return dict(zip(("median", "p90", "max"), quantiles, strict=True))
 
 
 def calibrate(results: Path) -> str:

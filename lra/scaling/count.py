@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lra.training.config import Run
-from lra.training.optim import build_optimizer
-from lra.training.trainer import update
+from lra.training.trainer import build_optimizer, update
+from models.features.flash import why_plain
 from tasks.base import Batch
 
 # `tiles` are bytes, too: those of the N x N weights of the fused attention, which stay in the cache of a processor.
@@ -44,6 +44,7 @@ class Work(NamedTuple):
 def count(run: Run, *, batch: int, width: int, padded: bool, training: bool = True) -> Work:
     """The work of one fp32 step on `batch` examples of `width` tokens, or of their evaluation; `padded`: with a mask.
     Raises Uncountable."""
+    why_plain("cpu", torch.float32)  # it tries the kernels of random features once, on numbers
     counter, fake, optim = Counter(), FakeTensorMode(), replace(run.recipe.train, accumulate=1)
     try:
         with FakeCopyMode(fake):
@@ -53,11 +54,10 @@ def count(run: Run, *, batch: int, width: int, padded: bool, training: bool = Tr
         with patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True), fake:
             tokens_BTN = torch.zeros(batch, run.meta.towers, width, dtype=torch.int64)
             mask_BTN = torch.ones(tokens_BTN.shape, dtype=torch.bool) if padded else None
-            labels_B = torch.zeros(batch, dtype=torch.int64)
-            batch_of_zeros = Batch(tokens_BTN, mask_BTN, labels_B)
+            zeros = Batch(tokens_BTN, mask_BTN, torch.zeros(batch, dtype=torch.int64))
             with counter, torch.set_grad_enabled(training):
                 if training:
-                    update(model, build_optimizer(model, optim), batch_of_zeros, optim, "fp32")
+                    update(model, build_optimizer(model, optim), zeros, optim, "fp32")
                 else:
                     model(tokens_BTN, mask_BTN)
     except Exception as error:  # code from outside may read numbers, or fail as it will in training
@@ -75,11 +75,12 @@ class Counter(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         created = _tensors(out)
         if (created or not func._schema.returns) and not func.is_view:
             moved = sum(t.numel() * t.element_size() for t in _tensors((args, kwargs)) + created)
-            flops, tiles = _flops_and_tiles(func._overloadpacket, args, kwargs or {}, out)
+            flops, tiles = _flops_and_tiles(func._overloadpacket, args, kwargs, out)
             self.total += (0, 1, flops, moved, tiles)
         self.hold(*created)
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -28,13 +29,15 @@ def doctor(args: Namespace) -> None:
     device, here = pick_device("auto"), Path.cwd()
     env, disk, free = environment(device), shutil.disk_usage(here), available_memory()
     writable = "writable" if os.access(here, os.W_OK) else "not writable here"
+    in_hardware = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
+    bf16 = "yes" if in_hardware.get(device.type, bool)() else "no"
     facts = {
         "python": f"{env['python']} on {env['os']}",
         **{name: version(name) for name in PACKAGES},
         "cpu": f"{env['cpu']}, {cores()} of {os.cpu_count()} cores, {env['threads']} threads",
         "memory": "unknown on this system" if free is None else f"{free / 1e9:.1f} GB free",
         "device": device.type + (f", {env['gpu']}" if env["gpu"] else ""),
-        "bf16": f"{'yes' if bf16(device) else 'no'} on {device.type}",
+        "bf16": f"{bf16} on {device.type}",
         "kernels": kernels(device),
         "features": features(device.type),
         "compiler": compiler(),
@@ -53,13 +56,6 @@ def version(package: str) -> str:
         return f"missing: pip install {package}"
 
 
-def bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
 def kernels(device: torch.device) -> str:
     """What multiplies fp32 matrices and what computes softmax attention on the device."""
     q = torch.zeros(1, 1, 8, 8, device=device)
@@ -73,8 +69,7 @@ def features(device: str) -> str:
     """How random features compute on the device, by type of number, and why not by a fused kernel (models/features)."""
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
     why = {name: why_plain(device, dtype) for name, dtype in types.items()}
-    said = [f"{name} {'plain (' + reason + ')' if reason else 'fused'}" for name, reason in why.items()]
-    return ", ".join(said)
+    return ", ".join(f"{name} {f'plain ({reason})' if reason else 'fused'}" for name, reason in why.items())
 
 
 def compiler() -> str:
@@ -94,8 +89,6 @@ def compiler() -> str:
 
 def reachable(host: str, port: int) -> bool:
     """Whether a TCP connection opens within two seconds."""
-    try:
-        with socket.create_connection((host, port), timeout=2):
-            return True
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False

@@ -1,25 +1,36 @@
-"""Runs of a grid as processes of this machine: which of them fit side by side, and how long the rest will take."""
+"""Runs of a grid as processes of this machine: which of them fit side by side, and how long the rest will take.
+
+And as jobs of a cluster, through submitit: `sweep --executor slurm`, or local and debug to try it. A job runs the same
+`train` command as anybody would. When the scheduler tells it to leave (preemption, time limit), the command saves its
+state, the job is queued again, and the command goes on from there.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from lra.machine import StopSignals, peak_resident
-from lra.options import BUSY, STOPPED
+from lra.options import BUSY, STOPPED, UsageError
 from lra.scaling.calibration import Machine
 from lra.scaling.cost import duration, foresee
 from lra.training.config import Run
 from tasks.store.prepared import Prepared
 
 POLL = 0.1  # seconds between looks at the processes
+WATCH = 2.0  # seconds between looks at jobs of a cluster
+PIN = "submitit==1.5.4"
+QUIET = (signal.SIGUSR1, signal.SIGUSR2)  # a scheduler signals every process of a job; these are for submitit
 LINE = {"disable": None, "leave": False, "mininterval": 1, "miniters": 0, "dynamic_ncols": True}
 
 
@@ -31,8 +42,7 @@ def available_memory() -> int | None:
     except (OSError, StopIteration):
         return None
     try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text("utf-8").strip() for name in ("max", "current"))
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text("utf-8") for name in ("max", "current"))
         return min(available, int(limit) - int(used))
     except (OSError, ValueError):  # no such group, or no limit: "max"
         return available
@@ -95,21 +105,18 @@ class Running:
     """A job at work, with its seconds and its peak bytes so far."""
 
     def __init__(self, job: Job, process: subprocess.Popen):
-        self.job, self.process, self.begun = job, process, time.monotonic()
-        self.seconds, self.peak = 0.0, 0
+        self.job, self.process, self.begun, self.seconds, self.peak = job, process, time.monotonic(), 0.0, 0
 
     def look(self) -> int | None:
         """Measure it; returns the exit code once it has ended."""
         self.seconds = time.monotonic() - self.begun
-        self.peak = max(self.peak, peak_resident(self.process.pid) or 0)
+        self.peak = max(self.peak, peak_resident(self.process.pid))
         return self.process.poll()
 
 
 class Pool:
     """Jobs waiting, running and done, within `at_once` processes, `memory` bytes and `limit` seconds (None: no limit).
-
-    Order: first seeds first, of one seed the longest first, so that no long job is left to run alone at the end.
-    """
+    Order: first seeds first, of one seed the longest first, so that no long job is left to run alone at the end."""
 
     def __init__(self, jobs: list[Job], at_once: int, memory: int | None, needs: dict, limit: float | None = None):
         self.total, self.at_once, self.memory, self.needs = len(jobs), at_once, memory or sys.maxsize, needs
@@ -121,7 +128,10 @@ class Pool:
     def run(self, start: Callable[[Job], subprocess.Popen]) -> Outcome:
         """Until all have ended, or a signal, a stopped job or the limit ends it; no process outlives it."""
         if any(need.seconds for need in self.needs.values()):
-            print(self.forecast(), flush=True)
+            total = sum(map(self.seconds_of, self.waiting))
+            largest = max(self.needs[job.kind].bytes for job in self.waiting)
+            line = f"predicted: {duration(total / self.at_once)} with {self.at_once} at a time"
+            print(f"{line} ({duration(total)} one by one), up to {largest / 1e9:.1f} GB each", flush=True)
         with StopSignals() as stop, tqdm(bar_format="{desc}", **LINE) as line:
             try:
                 while (self.waiting or self.running) and not self.outcome.stopped:
@@ -164,7 +174,7 @@ class Pool:
     def seconds_of(self, job: Job) -> float:
         """The need of a job, or the mean of the known ones."""
         known = [need.seconds for need in self.needs.values() if need.seconds]
-        return self.needs[job.kind].seconds or (sum(known) / len(known) if known else 0.0)
+        return self.needs[job.kind].seconds or sum(known) / max(1, len(known))
 
     def settle(self, running: Running, code: int) -> None:
         """Note that a job ended; what it took counts for its other seeds."""
@@ -175,13 +185,6 @@ class Pool:
             self.needs[job.kind] = Need(running.seconds, running.peak)
         tqdm.write(f"{self.progress()}  {job}: {words}")
         sys.stdout.flush()
-
-    def forecast(self) -> str:
-        """`predicted: 1.5 min with 2 at a time (3.0 min one by one), up to 0.4 GB each`."""
-        total = sum(map(self.seconds_of, self.waiting))
-        largest = max(self.needs[job.kind].bytes for job in self.waiting)
-        line = f"predicted: {duration(total / self.at_once)} with {self.at_once} at a time"
-        return f"{line} ({duration(total)} one by one), up to {largest / 1e9:.1f} GB each"
 
     def progress(self) -> str:
         """`[3/8] 1.3 min spent, about 2.2 min left`."""
@@ -201,5 +204,90 @@ def smaller(run: Run, factor: float) -> int:
 
 def last_line(log: Path) -> str:
     """The last line that a process printed."""
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
+    lines = log.read_text("utf-8", "replace").splitlines()
+    return next(filter(str.strip, reversed(lines)), "no output")
+
+
+# On a cluster
+
+
+@dataclass
+class Command:
+    """A `train` command and the log that it appends to; what submitit pickles and calls."""
+
+    words: list[str]
+    log: str
+    pid: int | None = None
+
+    def __call__(self) -> int:
+        """Run it; returns its exit code, so that a run that fails is no error of the scheduler's."""
+        Path(self.log).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a", encoding="utf-8") as log:
+            streams = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            process = subprocess.Popen(self.words, **streams, preexec_fn=_deaf)
+        self.pid = process.pid
+        while process.poll() is None:
+            time.sleep(POLL)
+        return process.returncode
+
+    def checkpoint(self) -> Any:
+        """Called by submitit in a signal handler. Saves the state; returns the job to queue again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGTERM)
+            # The exit code stays for the loop above, which this handler interrupted and which may be about to take it.
+            while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                time.sleep(POLL)
+        return DelayedSubmission(Command(self.words, self.log))
+
+
+def _deaf() -> None:
+    for number in QUIET:
+        signal.signal(number, signal.SIG_IGN)  # kept across exec
+
+
+def executor(args: Namespace, at_once: int, threads: int) -> Any:
+    """submitit's, with `--slurm KEY=VALUE` as its own parameters (partition, account, time, gpus_per_node ...). Raises
+    UsageError where submitit is missing or refuses a parameter."""
+    try:
+        import submitit
+    except ImportError:
+        raise UsageError(f"--executor {args.executor} needs submitit: pip install {PIN}") from None
+    parameters: dict[str, Any] = {"cpus_per_task": threads, "timeout_min": args.job_minutes}
+    if args.executor == "slurm":
+        parameters["slurm_array_parallelism"] = at_once
+        for pair in args.slurm:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise UsageError(f"--slurm takes KEY=VALUE; got {pair!r}")
+            parameters[f"slurm_{key}"] = int(value) if value.isdigit() else value
+    try:
+        scheduler = submitit.AutoExecutor(folder=args.runs / "submitit", cluster=args.executor)
+        scheduler.update_parameters(**parameters)
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        raise UsageError(f"--executor {args.executor}: {str(error).splitlines()[0]}") from error
+    return scheduler
+
+
+def submit(jobs: list[Job], commands: list[list[str]], args: Namespace, at_once: int, threads: int) -> Outcome:
+    """Submit all (slurm: as one array; else `at_once` at a time) and wait. Jobs outlive an interruption of this."""
+    scheduler, outcome = executor(args, at_once, threads), Outcome()
+    waiting, queued = list(zip(jobs, commands, strict=True)), []
+    at_once = len(waiting) if args.executor == "slurm" else at_once
+    while waiting or queued:
+        now = [waiting.pop(0) for _ in range(min(at_once - len(queued), len(waiting)))]
+        if now:
+            with scheduler.batch():
+                handles = [scheduler.submit(Command(words, str(job.log))) for job, words in now]
+            queued += zip((job for job, _ in now), handles, strict=True)
+        for job, handle in list(queued):
+            if handle.done():
+                queued.remove((job, handle))
+                error = handle.exception()
+                why = str(error).strip().splitlines()[-1] if error else last_line(job.log)
+                outcome.note(job, 1 if error else handle.result(), f"{why}, job {handle.job_id}")
+                done = len(jobs) - len(waiting) - len(queued)
+                print(f"[{done}/{len(jobs)}]  {job}: {last_line(job.log)}", flush=True)
+        time.sleep(POLL if args.executor != "slurm" else WATCH)
+    return outcome

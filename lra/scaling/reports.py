@@ -21,9 +21,7 @@ SCHEMA = "lra-bench/1"
 
 def command_of(words: list[str], args: argparse.Namespace, elsewhere: Iterable[str], **names: str) -> str:
     """The command that repeats a measurement: every option with a value, but those `elsewhere` that decide no result.
-
-    `names`: the option of an argument that is stored under another name.
-    """
+    `names`: the option of an argument that is stored under another name."""
     for name, value in vars(args).items():
         if name not in elsewhere and value is not None and value is not False:
             option = "--" + names.get(name, name).replace("_", "-")
@@ -33,10 +31,8 @@ def command_of(words: list[str], args: argparse.Namespace, elsewhere: Iterable[s
 
 
 def write_report(results: Path, what: str, command: str, measured: dict[str, Any], text: str) -> list[Path]:
-    """Write both files, each atomically; returns their paths.
-
-    The JSON holds what was measured, the command, the day, the machine and its load average over the last minute.
-    """
+    """Write both files, each atomically; returns their paths. The JSON holds what was measured, the command, the day,
+    the machine and its load average over the last minute."""
     facts = {"schema": SCHEMA, "what": what, "command": command}
     facts["date"] = datetime.now(timezone.utc).date().isoformat()
     facts["env"] = environment(torch.device("cpu")) | {"load": round(os.getloadavg()[0], 2)}

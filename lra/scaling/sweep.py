@@ -11,24 +11,20 @@ from lra import registry
 from lra.machine import cores, pick_device, set_threads
 from lra.options import BUSY, STOPPED, UsageError
 from lra.records.record import Execution, record_path
-from lra.scaling import cluster
 from lra.scaling.calibration import Machine
-from lra.scaling.jobs import Job, Outcome, Pool, available_memory, needs
+from lra.scaling.jobs import Job, Outcome, Pool, available_memory, needs, submit
 from lra.training import config
 from lra.training.commands import precision
 from lra.training.train import run_folder
 from tasks.base import SourceError
 from tasks.store.prepare import prepare
-from tasks.store.prepared import Prepared
 
 
 def sweep(args: Namespace) -> int:
-    """`sweep`: prepare the data, list what is missing, run it, say what happened.
-
-    Records that exist are left alone: the same command continues after an interruption. A job that fails, or a task
-    without data, does not stop the others. Exit code: 0, all is there; 1, something failed; 75, another process is at
-    some of it; 85, interrupted or out of time.
-    """
+    """`sweep`: prepare the data, list what is missing, run it, say what happened. Records that exist are left alone:
+    the same command continues after an interruption. A job that fails, or a task without data, does not stop the
+    others. Exit code: 0, all is there; 1, something failed; 75, another process is at some of it; 85, interrupted or
+    out of time."""
     if args.time_limit and args.executor != "here":
         raise UsageError("--time-limit is for --executor here; --job-minutes limits a job")
     if args.executor == "slurm" and args.precision == "auto":
@@ -46,9 +42,8 @@ def sweep(args: Namespace) -> int:
     if not missing and not unprepared and not changed:
         print("nothing to do: every record is there")
     outcome = execute(missing, args) if missing else Outcome()
-    problems = [("changed", *cell) for cell in changed]
-    problems += [("failed", *cell) for cell in cells["failed"] + outcome.failed]
-    problems += [("failed", name, f"no data: {error}") for name, error in unprepared.items()]
+    failed = cells["failed"] + outcome.failed + [(name, f"no data: {error}") for name, error in unprepared.items()]
+    problems = [("changed", *cell) for cell in changed] + [("failed", *cell) for cell in failed]
     for kind, what, why in problems:
         print(f"{kind}: {what}: {why}", file=sys.stderr)
     for job in outcome.held:
@@ -66,7 +61,7 @@ def execute(jobs: list[Job], args: Namespace) -> Outcome:
     threads = args.threads or max(1, cores() // at_once)
     if args.executor != "here":
         commands = [command(job.run, args, threads) for job in jobs]
-        return cluster.run(jobs, commands, args, at_once, threads)
+        return submit(jobs, commands, args, at_once, threads)
     machine = Machine.read(args.results) if cpu else None  # other devices are not calibrated
     limit = args.time_limit * 60 if args.time_limit else None
     pool = Pool(jobs, at_once, args.memory or available_memory(), needs(jobs, machine), limit)
@@ -78,34 +73,28 @@ def grid(args: Namespace) -> tuple[list[Job], dict[str, Exception]]:
     data cannot be had. Raises the first of their errors when no other task is left."""
     tasks = registry.choose("task", args.tasks, registry.task_names())
     attentions = registry.choose("attention", args.attentions, registry.attention_names())
-    overrides = config.overrides(args.sets, args.steps)
+    overrides, how = config.overrides(args.sets, args.steps), Execution(precision(args), args.compile)
     for name in tasks:
         config.load_preset(registry.load_task(name), args.preset)
-    how = Execution(precision(args), args.compile)
-    available, unprepared = {}, {}
+    places = {"out": args.data, "source": args.source, "data_dir": args.data_dir}
+    available, unprepared, jobs = {}, {}, []
     for name in tasks:
         try:
-            available[name] = data(name, args)
+            prepared, reused = prepare(registry.load_task(name), args.preset, **places, workers=cores())
         except (SourceError, OSError) as error:
             unprepared[name] = error
+            continue
+        available[name], m = prepared, prepared.manifest
+        sizes = ", ".join(f"{split} {s['n']:,}" for split, s in m["splits"].items())
+        state = "reused" if reused else "prepared"
+        print(f"{name}: data {state}: {m['dataset']} ({m['source']}): {sizes}", flush=True)
     if not available:
         raise next(iter(unprepared.values()))
-    jobs = []
     for seed, (name, prepared), attention in product(range(args.seeds), available.items(), attentions):
         run = config.resolve(name, args.preset, attention, seed, prepared.manifest, overrides, args.val_rule, how)
         record = record_path(args.results, name, attention, run.digest, seed)
         jobs.append(Job(run, record, run_folder(args.runs, run) / "train.log", prepared))
     return jobs, unprepared
-
-
-def data(name: str, args: Namespace) -> Prepared:
-    """Prepare one task and say what there is."""
-    places = {"out": args.data, "source": args.source, "data_dir": args.data_dir}
-    prepared, reused = prepare(registry.load_task(name), args.preset, **places, workers=cores())
-    m, state = prepared.manifest, "reused" if reused else "prepared"
-    sizes = ", ".join(f"{split} {s['n']:,}" for split, s in m["splits"].items())
-    print(f"{name}: data {state}: {m['dataset']} ({m['source']}): {sizes}", flush=True)
-    return prepared
 
 
 def command(run: config.Run, args: Namespace, threads: int) -> list[str]:

@@ -14,11 +14,9 @@ ROUND = 32  # a batch's length is rounded up to a multiple of this, so that few 
 
 
 class Batches:
-    """Training batches of one split. `batch(step)` needs no history, so a resumed run sees the same data.
-
-    Each epoch is a seeded permutation cut into pools of POOL batches; a pool is sorted by length, cut into
-    batches and the batches shuffled. What does not fill the last batch of an epoch waits for another epoch.
-    """
+    """Training batches of one split. `batch(step)` needs no history, so a resumed run sees the same data. Each epoch is
+    a seeded permutation cut into pools of POOL batches; a pool is sorted by length, cut into batches and the batches
+    shuffled. What does not fill the last batch of an epoch waits for another epoch."""
 
     def __init__(self, split: Split, towers: int, *, size: int, seed: int):
         self.split, self.towers, self.size, self.seed = split, towers, size, seed
@@ -38,7 +36,7 @@ class Batches:
 
     def widths(self) -> np.ndarray:
         """Tokens that each batch of the first epoch is padded to."""
-        return np.array([padded(int(self.lengths[chosen].max()), self.cap) for chosen in self._order(0)])
+        return np.array([padded(self.lengths[chosen].max(), self.cap) for chosen in self._order(0)])
 
     def _order(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
@@ -53,19 +51,17 @@ class Batches:
 
 def evaluation_batches(split: Split, towers: int, *, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example exactly once, in order of length: (example numbers, batch)."""
-    longest = int(example_lengths(split, towers).max())
-    return ((chosen, collate(split, towers, chosen, longest)) for chosen in _by_length(split, towers, size))
+    lengths = example_lengths(split, towers)
+    order = np.argsort(lengths, kind="stable")
+    for chosen in np.split(order, range(size, len(order), size)):
+        yield chosen, collate(split, towers, chosen, int(lengths.max()))
 
 
 def evaluation_widths(split: Split, towers: int, *, size: int) -> np.ndarray:
     """Tokens that each evaluation batch is padded to."""
-    lengths = example_lengths(split, towers)
-    return np.array([padded(lengths[chosen[-1]], lengths.max()) for chosen in _by_length(split, towers, size)])
-
-
-def _by_length(split: Split, towers: int, size: int) -> list[np.ndarray]:
-    order = np.argsort(example_lengths(split, towers), kind="stable")
-    return np.split(order, range(size, len(order), size))
+    lengths = np.sort(example_lengths(split, towers))
+    last = [*range(size - 1, len(lengths) - 1, size), len(lengths) - 1]
+    return np.array([padded(longest, lengths[-1]) for longest in lengths[last]])
 
 
 def example_lengths(split: Split, towers: int) -> np.ndarray:
@@ -79,17 +75,15 @@ def padded(longest: int, cap: int) -> int:
 
 
 def collate(split: Split, towers: int, examples: np.ndarray, cap: int) -> Batch:
-    """Pad the chosen examples to their longest sequence, rounded up to ROUND where that stays within `cap`."""
+    """The chosen examples, as long as the longest of their sequences is `padded` to."""
     rows = (towers * examples[:, None] + np.arange(towers)).ravel()
     lengths = split.offsets[rows + 1] - split.offsets[rows]
     width = padded(int(lengths.max()), cap)
     tokens = np.full((len(rows), width), PAD, np.int64)
     source = np.asarray(split.tokens)  # slices of a memory map are slow to make, those of its view are not
-    starts = split.offsets[rows].tolist()
-    for row, start, length in zip(tokens, starts, lengths.tolist(), strict=True):
+    for row, start, length in zip(tokens, split.offsets[rows].tolist(), lengths.tolist(), strict=True):
         row[:length] = source[start : start + length]
     shape = (len(examples), towers, width)
-    ragged = bool((lengths < width).any())
-    mask = torch.from_numpy(np.arange(width) < lengths[:, None]).view(shape) if ragged else None
+    mask = torch.from_numpy(np.arange(width) < lengths[:, None]).view(shape) if lengths.min() < width else None
     labels = torch.from_numpy(split.labels[examples].astype(np.int64))
     return Batch(torch.from_numpy(tokens).view(shape), mask, labels)

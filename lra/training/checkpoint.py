@@ -24,15 +24,12 @@ class Damaged(UsageError):
 
 
 def save(path: Path, tensors: Tensors, state: dict[str, Any], previous: Path | None = None) -> None:
-    """Write under a temporary name, sync, rename: a reader sees the old file or the new one, never half of one.
-
-    The file that stood at `path` goes to `previous`, if given, once the new one is written.
-    """
+    """Write under a temporary name, sync, rename: a reader sees the old file or the new one, never half of one. The
+    file that stood at `path` goes to `previous`, if given, once the new one is written."""
     # Copies, because safetensors refuses tensors that share memory, as tied parameters do.
-    copied = {"memory_format": torch.contiguous_format}
-    plain = {name: t.detach().cpu().clone(**copied) for name, t in tensors.items()}
-    header = {"state": json.dumps(state)}
-    header["sha256"] = _digest(plain, header["state"])
+    plain = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    text = json.dumps(state)
+    header = {"state": text, "sha256": _digest(plain, text)}
     with atomic_path(path) as temporary:
         try:
             save_file(plain, temporary, metadata=header)
@@ -45,8 +42,7 @@ def save(path: Path, tensors: Tensors, state: dict[str, Any], previous: Path | N
 def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and state of a checkpoint. Raises UsageError when there is none, Damaged when it fails its hash."""
     try:
-        with open(path, "rb"):  # what a system refuses to open is not damaged
-            pass
+        open(path, "rb").close()  # what a system refuses to open is not damaged
     except FileNotFoundError:
         raise UsageError(f"no checkpoint at {path}") from None
     try:
@@ -63,8 +59,7 @@ def load(path: Path) -> tuple[Tensors, dict[str, Any]]:
 def _digest(tensors: Tensors, state: str) -> str:
     """sha256 over the state and every tensor's name, type, shape and bytes, in order of name."""
     digest = hashlib.sha256(state.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -93,6 +88,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
 def tensors_sha256(tensors: Tensors) -> str:
     """sha256 over names and contents, in order of name: what records call the hash of initial weights."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()

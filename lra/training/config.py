@@ -1,4 +1,7 @@
-"""From what the user typed to one resolved run: recipe, overrides, attention options, data, and its digest."""
+"""From what the user typed to one resolved run: recipe, overrides, attention options, data, and its digest.
+
+And from the run to what its record says of the task, the data and the model.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 from lra.options import UsageError, construct, unknown
-from lra.records.record import Execution, cell_digest, read_record
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, cell_digest, read_record
 from lra.registry import attention_class, attention_module, budget_options, build_attention, load_task
+from lra.training.checkpoint import tensors_sha256
 from models.encoder import Encoder
 from models.heads import Classifier, Classify, Match
 from tasks.base import Meta, Optim, Recipe, Stack
@@ -55,10 +59,8 @@ class Run:
 
     @property
     def sources(self) -> dict[str, str]:
-        """sha256 of the task's and the attention's source, by section of the record; not part of the digest.
-
-        An attention's source includes the modules of models/features/ that it is made of.
-        """
+        """sha256 of the task's and the attention's source, by section of the record; not part of the digest. An
+        attention's source includes the modules of models/features/ that it is made of."""
         attention = source_sha256(attention_module(self.attention), "models.features")
         return {"task": source_sha256(load_task(self.meta.name)), "model": attention}
 
@@ -66,29 +68,26 @@ class Run:
         """The classifier, initialised from the run's seed; with `attention`, that method at its defaults instead."""
         name = attention or self.attention
         config = default_options(name, self.recipe) if attention else self.attention_config
-        shape = asdict(self.recipe.encoder)
-        max_len = shape.pop("max_len") or self.recipe.data.seq_len
-        heads, width = shape["heads"], shape["width"]
-        common = {"heads": heads, "head_dim": width // heads, "seed": self.seed} | config
+        shape, stack = asdict(self.recipe.encoder), self.recipe.encoder
+        shape["max_len"] = stack.max_len or self.recipe.data.seq_len
+        common = {"heads": stack.heads, "head_dim": stack.width // stack.heads, "seed": self.seed} | config
 
         def build(layer, length):
             return build_attention(name, max_len=length, layer=layer, **common)
 
         torch.manual_seed(self.seed)
-        encoder = Encoder(build, vocab=self.meta.vocab, max_len=max_len, **shape)
-        head = (Classify, Match)[self.meta.towers - 1](width, shape["ffn"], self.meta.classes)
-        return Classifier(encoder, head)
+        encoder = Encoder(build, vocab=self.meta.vocab, **shape)
+        return Classifier(encoder, (Classify, Match)[self.meta.towers - 1](stack.width, stack.ffn, self.meta.classes))
 
     @property
     def command(self) -> str:
         """The command that repeats this run."""
-        sets = "".join(f" --set {k}={v}" for k, v in self.overrides.items())
-        rule = "" if self.val_rule == "held-out" else f" --val-rule {self.val_rule}"
         precision, compiled, processes = self.execution
-        rule += (f" --precision {precision}" if precision != "fp32" else "") + " --compile" * compiled
+        how = "" if self.val_rule == "held-out" else f" --val-rule {self.val_rule}"
+        how += (f" --precision {precision}" if precision != "fp32" else "") + " --compile" * compiled
         start = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
         cell = f"{self.meta.name} --attention {self.attention} --preset {self.preset} --seed {self.seed}"
-        return f"{start} -m lra train {cell}{sets}{rule}"
+        return f"{start} -m lra train {cell}{''.join(f' --set {k}={v}' for k, v in self.overrides.items())}{how}"
 
 
 def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
@@ -97,10 +96,11 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         group, dot, _ = key.partition(".")
-        if not (equals and dot):
-            hint = f": did you mean {group_of(key)}.{pair}?" if equals and key.isidentifier() else ""
-            groups = ", ".join(GROUPS)
-            raise UsageError(f"--set takes GROUP.OPTION=VALUE with GROUP one of {groups}; got {pair!r}{hint}")
+        if not (equals and dot):  # what is no option of train or encoder is the attention's
+            places = {"train": Optim, "encoder": Stack}
+            near = next((name for name, cls in places.items() if key in cls.__annotations__), "attention")
+            got = repr(pair) + (f": did you mean {near}.{pair}?" if equals and key.isidentifier() else "")
+            raise UsageError(f"--set takes GROUP.OPTION=VALUE with GROUP one of {', '.join(GROUPS)}; got {got}")
         if group == "data":
             raise UsageError(f"--set {pair}: data options are fixed when data are prepared, by the preset")
         if group not in GROUPS:
@@ -109,12 +109,6 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
             raise UsageError(f"{key} is given twice, as {sets[key]} and as {value}: leave one out")
         sets[key] = value
     return dict(sorted(sets.items()))
-
-
-def group_of(option: str) -> str:
-    """The group that an option of --set belongs to: what is no option of train or encoder is the attention's."""
-    groups = {"train": Optim, "encoder": Stack}
-    return next((name for name, cls in groups.items() if option in cls.__annotations__), "attention")
 
 
 def load_preset(task: ModuleType, preset: str) -> Recipe:
@@ -126,8 +120,7 @@ def load_preset(task: ModuleType, preset: str) -> Recipe:
 
 def default_options(attention: str, recipe: Recipe) -> dict[str, Any]:
     """An attention's options at their defaults, the approximation size taken from the recipe's budget."""
-    cls = attention_class(attention).Config
-    return asdict(cls(**budget_options(attention, recipe.budget)))
+    return asdict(attention_class(attention).Config(**budget_options(attention, recipe.budget)))
 
 
 def stored_options(config: Any) -> dict[str, Any]:
@@ -158,8 +151,8 @@ def resolve(
         # What is set to the value it has anyway is no override, and 2e-3 is 0.002: one run has one digest.
         differ = [option for option in sorted(values) if getattr(new, option) != getattr(old, option)]
         changed |= {f"{group}.{option}": str(getattr(new, option)) for option in differ}
-    recipe = dataclasses.replace(recipe, encoder=after["encoder"], train=after["train"])
-    options = stored_options(after["attention"])
+    options = stored_options(after.pop("attention"))
+    recipe = dataclasses.replace(recipe, **after)
     run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest, execution)
     _check(run)
     return run
@@ -174,20 +167,19 @@ def _check(run: Run) -> None:
     for name in ("lr", "clip"):
         if (value := getattr(train, name)) <= 0:
             raise UsageError(f"train.{name} must be above 0; got {value}")
-    if not 0 <= train.beta2 < 1:
-        raise UsageError(f"train.beta2 must be at least 0 and below 1; got {train.beta2}")
-    if run.seed < 0:
-        raise UsageError(f"--seed must be at least 0; got {run.seed}")
-    if train.batch % train.accumulate:
-        raise UsageError(f"train.accumulate {train.accumulate} does not divide train.batch {train.batch}")
-    n = run.manifest["splits"]["train"]["n"]
-    if train.batch > n:
-        raise UsageError(f"train.batch {train.batch} exceeds the {n} training examples")
+    n, batch, parts = run.manifest["splits"]["train"]["n"], train.batch, train.accumulate
     longest = max(s["max_length"] for s in run.manifest["splits"].values())
     max_len = encoder.max_len or run.recipe.data.seq_len
-    if longest > max_len:
-        longer = f"sequences of {longest} tokens, beyond the model's maximum {max_len}"
-        raise UsageError(f"prepared {run.meta.name} data has {longer}: set encoder.max_len={longest}")
+    longer = f"sequences of {longest} tokens, beyond the model's maximum {max_len}"
+    problems = {
+        f"train.beta2 must be at least 0 and below 1; got {train.beta2}": not 0 <= train.beta2 < 1,
+        f"--seed must be at least 0; got {run.seed}": run.seed < 0,
+        f"train.accumulate {parts} does not divide train.batch {batch}": batch % parts,
+        f"train.batch {batch} exceeds the {n} training examples": batch > n,
+        f"prepared {run.meta.name} data has {longer}: set encoder.max_len={longest}": longest > max_len,
+    }
+    for problem in (text for text, there in problems.items() if there):
+        raise UsageError(problem)
     try:
         run.build_model()
     except (ValueError, RuntimeError) as error:
@@ -196,22 +188,44 @@ def _check(run: Run) -> None:
 
 def standing(run: Run, path: Path) -> tuple[Literal["missing", "done", "failed", "changed"], str]:
     """Whether the run's record at `path` is missing, done, of a run that failed, or of a source that was edited since;
-    and why it failed, or what was edited.
-
-    A record without the hash of a source counts as unchanged. So does a file that is no record: whoever reads it
-    says what is wrong with it.
-    """
+    and why it failed, or what was edited. A record without the hash of a source counts as unchanged. So does a file
+    that is no record: whoever reads it says what is wrong with it."""
     if not path.exists():
         return "missing", ""
-    sources = run.sources
+    sources, names = run.sources, {"task": f"task {run.meta.name}", "model": f"attention {run.attention}"}
     try:
         record = read_record(path)
-        recorded = {section: record[section].get("source_sha256") for section in sources}
+        edited = [names[k] for k, new in sources.items() if record[k].get("source_sha256", new) not in (None, new)]
     except (UsageError, AttributeError):
         return "done", ""
-    names = {"task": f"task {run.meta.name}", "model": f"attention {run.attention}"}
-    edited = [names[k] for k, sha256 in recorded.items() if sha256 not in (None, sources[k])]
     if not edited:
         return ("done", "") if record["status"] == "ok" else ("failed", str(record["status"]))
     what = f"the source of {' and of '.join(edited)} has changed since {path}"
     return "changed", f"{what}: --again trains the cell anew and keeps the old record beside it"
+
+
+def cell_sections(run: Run) -> dict[str, Any]:
+    """The record's task, data and model, from the configuration, the data and the seed alone."""
+    model, manifest, sources = model_facts(run), run.manifest, run.sources
+    task = {"name": run.meta.name, "version": run.meta.version, "preset": run.preset}
+    task |= {"protocol": protocol(run, model["n_params_ratio_to_softmax"]), "seq_len": run.recipe.data.seq_len}
+    task |= {"dataset": manifest["dataset"], "substitute": manifest["substitute"], "source_sha256": sources["task"]}
+    data = {key: manifest[key] for key in ("source", "revision", "splits", "floors")}
+    data |= {"manifest_sha256": data_identity(manifest), "val_rule": run.val_rule}
+    return {"task": task, "data": data, "model": model | {"source_sha256": sources["model"]}}
+
+
+def protocol(run: Run, parameter_ratio: float) -> str:
+    """lra-v1 is the shared recipe at an equal parameter budget, with validation held out; the rest is open."""
+    shared = all(key.startswith("attention.") for key in run.overrides)
+    closed = shared and run.val_rule == "held-out" and parameter_ratio <= MAX_PARAMETER_RATIO
+    return PROTOCOL if closed else "open"
+
+
+def model_facts(run: Run) -> dict[str, Any]:
+    """The record's model section, from the configuration and the seed alone."""
+    model = run.build_model()
+    n_params, softmax = (sum(p.numel() for p in m.parameters()) for m in (model, run.build_model("softmax")))
+    facts = {"attention": run.attention, "attention_config": run.attention_config}
+    facts |= {"encoder": asdict(run.recipe.encoder), "exact": model.encoder.attentions[0].exact, "n_params": n_params}
+    return facts | {"n_params_ratio_to_softmax": n_params / softmax, "init_sha256": tensors_sha256(model.state_dict())}

@@ -42,9 +42,8 @@ class World:
     def data_parallel(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over ranks. All ranks make the same weights and projections, and nothing
         is sent but by `broadcast_buffers`: so `check_equal` has something to find."""
-        if self.size == 1:
-            return model
-        return DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
+        apart = {"init_sync": False, "forward_sync_buffers": False}
+        return model if self.size == 1 else DistributedDataParallel(model, **apart)
 
     def reseed(self, seed: int) -> None:
         """Seed dropout differently on each rank, after models were initialised alike; rank 0 keeps its generator."""
@@ -53,9 +52,8 @@ class World:
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's examples of a batch that all ranks made: every size-th, padded to the batch's width."""
-        mine = slice(self.rank, None, self.size)
-        mask = None if batch.mask_BTN is None else batch.mask_BTN[mine]
-        return Batch(batch.tokens_BTN[mine], mask, batch.labels_B[mine])
+        parts = batch.tokens_BTN, batch.mask_BTN, batch.labels_B
+        return Batch(*(part if part is None else part[self.rank :: self.size] for part in parts))
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
@@ -65,10 +63,9 @@ class World:
 
     def all_gather(self, value: Any) -> list[Any]:
         """The value of every rank, on every rank."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
@@ -78,9 +75,7 @@ class World:
 
     def any_stops(self, requested: bool, step: int) -> bool:
         """Whether all ranks stop after this step: a signal may reach one rank a step before the others."""
-        if self.size > 1 and step % MEET:
-            return False
-        return any(self.all_gather(requested))
+        return (self.size == 1 or step % MEET == 0) and any(self.all_gather(requested))
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every rank the buffers of rank 0."""
@@ -110,18 +105,14 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device, batch: int, accumulate: int) -> Iterator[tuple[World, torch.device]]:
-    """The world that torchrun started this process in, and its device; alone, without torchrun.
-
-    Raises UsageError when a batch does not split into equal parts.
-    """
+    """The world that torchrun started this process in, and its device; alone, without torchrun. Raises UsageError when
+    a batch does not split into equal parts."""
     if (size := world_size()) == 1:
         yield ALONE, device
         return
-    if batch % (size * accumulate):
-        raise UsageError(
-            f"train.batch {batch} does not split over {size} processes x train.accumulate {accumulate}: "
-            f"give --set train.batch={-(-batch // (size * accumulate)) * size * accumulate}"
-        )
+    if batch % (parts := size * accumulate):
+        split = f"split over {size} processes x train.accumulate {accumulate}"
+        raise UsageError(f"train.batch {batch} does not {split}: give --set train.batch={-(-batch // parts) * parts}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

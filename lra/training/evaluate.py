@@ -50,9 +50,8 @@ class Counts:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
-    move = {"device": device, "non_blocking": True}
-    mask = None if batch.mask_BTN is None else batch.mask_BTN.to(**move)
-    return Batch(batch.tokens_BTN.to(**move), mask, batch.labels_B.to(**move))
+    parts = batch.tokens_BTN, batch.mask_BTN, batch.labels_B
+    return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in parts))
 
 
 def autocast(device: torch.device, precision: str):
@@ -62,11 +61,9 @@ def autocast(device: torch.device, precision: str):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, towers: int, batch: int, where: Where, name="") -> Counts:
-    """Every example of `split` once: none dropped, none twice. The model is left in the mode it was in.
-
-    The ranks of a world share the batches, and each returns the counts of all. Losses and classes are read from the
-    device once, at the end. Raises Diverged when a logit is not finite: the example has no class then.
-    """
+    """Every example of `split` once: none dropped, none twice. The model is left in the mode it was in. The ranks of a
+    world share the batches, and each returns the counts of all. Losses and classes are read from the device once, at
+    the end. Raises Diverged when a logit is not finite: the example has no class then."""
     training = model.training
     model.eval()
     total = len(split.labels)
@@ -125,6 +122,5 @@ def attention_report(model: nn.Module, batch: Batch) -> dict[str, float]:
         spectrum_BHD = torch.linalg.svdvals(out_BHND.float().cpu())
         p_BHD = spectrum_BHD / spectrum_BHD.sum(-1, keepdim=True).clamp(min=1e-30)
         ranks.append(torch.special.entr(p_BHD).sum(-1).exp().mean().item())
-    redraws = max(int(getattr(a, "redraws", 0)) for a in model.encoder.attentions)
-    approx_err, eff_rank = float(np.mean(errors)), float(np.mean(ranks))
-    return {"approx_err": approx_err, "eff_rank": eff_rank, "redraws": float(redraws)}
+    redraws = max(float(getattr(a, "redraws", 0)) for a in model.encoder.attentions)
+    return {"approx_err": float(np.mean(errors)), "eff_rank": float(np.mean(ranks)), "redraws": redraws}

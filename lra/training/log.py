@@ -43,10 +43,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Scalars of one run, in `folder`. A run that starts at `step` drops what an earlier process wrote after it.
-
-    A context manager: however the run ends, what it wrote reaches the disk.
-    """
+    """Scalars of one run, in `folder`. A run that starts at `step` drops what an earlier process wrote after it. A
+    context manager: however the run ends, what it wrote reaches the disk."""
 
     def __init__(self, folder: Path, hparams: dict[str, Any], step: int):
         self.hparams, self.folder, self.step = hparams, folder, step
@@ -66,7 +64,7 @@ class RunLog:
         self.writer = SummaryWriter(str(self.folder))
         self.writer.add_custom_scalars(LAYOUT)
         for line in kept:
-            self._events(line["step"], {tag: v for tag, v in line.items() if tag != "step"})
+            self._events(**line)
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -86,10 +84,10 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write values under their tags at `step`."""
-        self._events(step, values)
+        self._events(step, **values)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def _events(self, step: int, values: dict[str, float]) -> None:
+    def _events(self, step: int, **values: float) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
@@ -100,12 +98,10 @@ class RunLog:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write the run's hyper-parameters and final metrics, the same keys in every run of a task."""
-        result = record["result"] or {}
-        counts = ("n_correct", "n_test"), ("val_n_correct", "n_val")
-        accuracy, val_acc = (result[correct] / result[n] if result else 0.0 for correct, n in counts)
+        result = record["result"] or {"n_correct": 0, "n_test": 1, "val_n_correct": 0, "n_val": 1}
+        accuracy, val_acc = result["n_correct"] / result["n_test"], result["val_n_correct"] / result["n_val"]
         hparams = {"accuracy": accuracy} | self.hparams  # shown by name: accuracy comes first
-        metrics = {"hparam/test_acc": accuracy, "hparam/val_acc": val_acc}
-        self.writer.add_hparams(hparams, metrics, run_name=".")
+        self.writer.add_hparams(hparams, {"hparam/test_acc": accuracy, "hparam/val_acc": val_acc}, run_name=".")
         self.flush()
 
 
@@ -141,7 +137,6 @@ class Display:
         now = time.monotonic()
         if self.shown and self.bar.disable and now - self.printed >= INTERVAL:
             self.printed = now
-            left = (self.steps - self.now) * (now - self.begun) / max(1, self.now - self.first)
+            left = (self.steps - self.now) * (now - self.begun) / max(1, self.now - self.first) / 60
             facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
-            step = f"step {self.now} of {self.steps}"
-            print(f"{self.title}: {step}, {facts}, {left / 60:.1f} min left", flush=True)
+            print(f"{self.title}: step {self.now} of {self.steps}, {facts}, {left:.1f} min left", flush=True)

@@ -10,27 +10,27 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from lra.machine import StopSignals
+from lra.machine import StopSignals, environment
 from lra.options import Held, UsageError
-from lra.records.record import Execution, predictions_path, record_path, write_labels, write_record
+from lra.records.record import SCHEMA, Execution, predictions_path, record_path, suite_facts, write_labels, write_record
 from lra.training import checkpoint
 from lra.training.config import Run
 from lra.training.distributed import ALONE, World
 from lra.training.evaluate import Counts, Diverged, Where
 from lra.training.log import LOG, Display, RunLog
-from lra.training.provenance import build_record
 from lra.training.trainer import MIDDLE, WEIGHTS, Trainer, Training
 from tasks.store.files import remove_temporaries
 from tasks.store.prepared import Prepared
 
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")  # the newest, and the one before
+Clocks = tuple[datetime, float]  # the date and the seconds of time.perf_counter() at which a run started
 LONGEST = 100  # characters of a folder's name, before its digest
 
 
@@ -39,10 +39,8 @@ class Interrupted(Exception):
 
 
 def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Where) -> tuple[Path, bool]:
-    """One cell and seed of the arena, from its data to its record. Returns (path of the record, newly made).
-
-    Raises what `carry_out` raises.
-    """
+    """One cell and seed of the arena, from its data to its record. Returns (path of the record, newly made). Raises
+    what `carry_out` raises."""
     run = replace(run, execution=where.execution)
     path = record_path(results, run.meta.name, run.attention, run.digest, run.seed)
 
@@ -56,9 +54,8 @@ def train(run: Run, prepared: Prepared, *, results: Path, runs: Path, where: Whe
 
 def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: Callable, world: World = ALONE) -> bool:
     """Train, read the test split once, and `publish(record, what the test returned)` at `path`. False: it is there.
-
-    Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and Held when another process is at this run.
-    """
+    Raises Interrupted after SIGINT or SIGTERM, with a checkpoint saved, and Held when another process is at this
+    run."""
     if any(world.all_gather(path.exists())):
         return False
     if world.is_main:
@@ -78,21 +75,19 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
             training = make()
             resume(training, folder)
             world.check_equal("checkpoints", lambda: str(training.progress.step))
-            tested = failure = None
-            step, hparams = training.progress.step, training.hparams()
+            tested, status, step, hparams = None, "ok", training.progress.step, training.hparams()
             with RunLog(folder, hparams, step) if world.is_main else nullcontext() as log:
                 try:
                     fit(training, folder, log)
                     peak = training.memory.read()
                     tested = training.test()
                 except Diverged as error:
-                    peak, failure = training.memory.read(), str(error)
+                    peak, status = training.memory.read(), f"failed: {error}"
                 if log:
-                    result = training.outcome(tested, folder) if failure is None else None
-                    status = "ok" if failure is None else f"failed: {failure}"
+                    result = training.outcome(tested, folder) if status == "ok" else None
                     facts = {"device": training.where.device, "command": training.command, "clocks": clocks}
                     record = build_record(training.sections(peak), result, status=status, **facts)
-                    if failure and (remains := training.remains()):
+                    if status != "ok" and (remains := training.remains()):
                         record["failure"] = remains
                     log.finish(record)
             if log:
@@ -104,13 +99,25 @@ def carry_out(make: Callable[[], Training], path: Path, folder: Path, publish: C
     return True
 
 
-def run_folder(runs: Path, run: Run) -> Path:
-    """runs/<task>/<attention>/<preset>/seed<k>. A run that differs from its preset adds to <preset> what differs.
+def build_record(
+    sections: dict, result: dict | None, *, status: str, device: torch.device, command: str, clocks: Clocks
+) -> dict[str, Any]:
+    """The whole record, of the arena and of the Gemma track. `sections`: its task, data, model, training, cost and,
+    where there are more packages to name, env. The end is counted from the start by a monotonic clock: the date may be
+    set while a run goes on."""
+    started, begun = clocks
+    ended = started + timedelta(seconds=time.perf_counter() - begun)
+    record = {"schema": SCHEMA, "suite": suite_facts()}
+    record |= {name: sections[name] for name in ("task", "data", "model", "training")}
+    record |= {"result": result, "cost": sections["cost"], "env": environment(device) | sections.get("env", {})}
+    record |= {"status": status, "command": command, "started": started.isoformat(timespec="microseconds")}
+    return record | {"ended": ended.isoformat(timespec="microseconds")}
 
-    That is each override, another source of data, the validation rule: `smoke,encoder.positions=rotary`; and
-    +bf16+compiled+2-processes where its execution differs. The digest takes the place of what would be too long for
-    the name of a folder, or is no plain text.
-    """
+
+def run_folder(runs: Path, run: Run) -> Path:
+    """runs/<task>/<attention>/<preset>/seed<k>. A run that differs from its preset adds to <preset> what differs: each
+    override, another source of data, the validation rule (`smoke,train.lr=0.1`), and +bf16+compiled+2-processes. The
+    digest takes the place of what would be too long for the name of a folder, or is no plain text."""
     source, rule = run.manifest["source"], run.val_rule
     words = [run.preset, *(f"{key}={value}" for key, value in run.overrides.items())]
     words += [] if source in ("generated", run.recipe.data.source) else [f"data={source}"]
@@ -166,8 +173,7 @@ def fit(training: Training, folder: Path, log: RunLog | None) -> None:
                         log.flush()
                     save(t, folder)
                 if stopping:
-                    there = f"stopped at step {p.step} of {t.steps}"
-                    raise Interrupted(f"{there}; the same command resumes there")
+                    raise Interrupted(f"stopped at step {p.step} of {t.steps}; the same command resumes there")
                 start = time.perf_counter()
 
 
@@ -181,18 +187,13 @@ def flush(training: Training, pending: list[tuple]) -> dict[str, float]:
         if not math.isfinite(value):
             raise Diverged(f"loss is not finite at step {step}")
     pending.clear()
-    return {
-        "train/loss": value,
-        "train/acc": int(correct) / training.predictions,
-        "opt/grad_norm": float(norm),
-        "opt/lr": training.optimizer.param_groups[-1]["lr"],
-    }
+    scalars = {"train/loss": value, "train/acc": int(correct) / training.predictions, "opt/grad_norm": float(norm)}
+    return scalars | {"opt/lr": training.optimizer.param_groups[-1]["lr"]}
 
 
 def validate(training: Training, log: RunLog | None, display: Display) -> None:
     """A validation, its scalars and those of speed."""
-    p = training.progress
-    scalars = training.validate()
+    p, scalars = training.progress, training.validate()
     display.validated(scalars["val/acc"], max(c[3] / c[4] for c in p.curve if c[1] == "val"))
     if p.seconds:
         scalars |= {"perf/steps_per_s": p.step / p.seconds, "perf/tokens_per_s": p.tokens / p.seconds}
@@ -201,10 +202,8 @@ def validate(training: Training, log: RunLog | None, display: Display) -> None:
 
 
 def save(training: Training, folder: Path) -> None:
-    """All that a run needs to go on: on a CPU to the same bits; a GPU adds in an order of its own, up to rounding.
-
-    The sampler's position is the step itself.
-    """
+    """All that a run needs to go on: on a CPU to the same bits; a GPU adds in an order of its own, up to rounding. The
+    sampler's position is the step itself."""
     world = training.where.world
     groups = {"model": training.tensors(), "best": training.best}
     groups["optim"] = checkpoint.optimizer_tensors(training.optimizer)
@@ -217,46 +216,38 @@ def save(training: Training, folder: Path) -> None:
         if world.is_main:
             checkpoint.save(folder / MIDDLE, kept, {"digest": training.digest, "seed": training.seed})
     state = {"digest": training.digest, "seed": training.seed, "execution": training.where.execution}
-    state["progress"], state["sources"] = asdict(training.progress), training.sources
-    newest, previous = (folder / name for name in CHECKPOINTS)
+    state |= {"progress": asdict(training.progress), "sources": training.sources}
     if world.is_main:
-        checkpoint.save(newest, tensors, state, previous)
+        checkpoint.save(folder / CHECKPOINTS[0], tensors, state, folder / CHECKPOINTS[1])
 
 
 def resume(training: Training, folder: Path) -> None:
-    """Continue from the newest sound checkpoint, if there is one. Raises UsageError when it is another run's.
-
-    A damaged one is set aside, and said to be.
-    """
+    """Continue from the newest sound checkpoint, if there is one. Raises UsageError when it is another run's. A damaged
+    one is set aside, and said to be."""
     damaged = []
-    for path in (folder / name for name in CHECKPOINTS):
-        if path.exists():
-            try:
-                restore(training, path)
-                break
-            except checkpoint.Damaged as error:
-                path.replace(path.with_suffix(".damaged"))
-                damaged.append(str(error))
+    for path in filter(Path.exists, (folder / name for name in CHECKPOINTS)):
+        try:
+            tensors, state = checkpoint.load(path)
+        except checkpoint.Damaged as error:
+            path.replace(path.with_suffix(".damaged"))
+            damaged.append(str(error))
+            continue
+        if state["digest"] != training.digest:
+            why = "was made with another recipe, other data or another execution"
+            raise UsageError(f"{path} {why}: remove it, or give another --runs")
+        if state.get("sources", training.sources) != training.sources:
+            raise UsageError(f"{path} was made with another source of the attention or the task: remove it")
+        training.load(checkpoint.under("model", tensors))
+        checkpoint.restore_optimizer(training.optimizer, checkpoint.under("optim", tensors))
+        training.best = checkpoint.under("best", tensors)
+        training.progress = type(training.progress)(**state["progress"])
+        training.progress.resumed += 1
+        set_random_states(checkpoint.under(f"rng.{training.where.world.rank}", tensors), training.where.device)
+        break
     if damaged:
         step = training.progress.step
         goes_on = f"going on from step {step}" if step else "starting from the first step"
         print(f"{'; '.join(damaged)}: set aside as *.damaged, {goes_on}", file=sys.stderr)
-
-
-def restore(training: Training, path: Path) -> None:
-    """Put the state of a checkpoint back. Raises Damaged, or UsageError when it is another run's."""
-    tensors, state = checkpoint.load(path)
-    if state["digest"] != training.digest:
-        why = "was made with another recipe, other data or another execution"
-        raise UsageError(f"{path} {why}: remove it, or give another --runs")
-    if state.get("sources", training.sources) != training.sources:
-        raise UsageError(f"{path} was made with another source of the attention or the task: remove it")
-    training.load(checkpoint.under("model", tensors))
-    checkpoint.restore_optimizer(training.optimizer, checkpoint.under("optim", tensors))
-    training.best = checkpoint.under("best", tensors)
-    training.progress = type(training.progress)(**state["progress"])
-    training.progress.resumed += 1
-    set_random_states(checkpoint.under(f"rng.{training.where.world.rank}", tensors), training.where.device)
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

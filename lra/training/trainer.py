@@ -1,9 +1,10 @@
-"""The state of a run, and the optimizer step that advances it."""
+"""The state of a run, its optimizer and schedule, and the optimizer step that advances it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,17 @@ from lra.machine import PeakMemory, StopSignals
 from lra.records.record import finite
 from lra.training import checkpoint
 from lra.training.batches import Batches, collate, example_lengths
-from lra.training.config import Run
+from lra.training.config import Run, cell_sections
 from lra.training.distributed import gradient_sync
 from lra.training.evaluate import Counts, Where, attention_report, autocast, evaluate, to_device
 from lra.training.log import RunLog
-from lra.training.optim import build_optimizer, learning_rate, micro_batches
-from lra.training.provenance import PROBE_BATCH, PROBE_STEPS, cell_sections
 from tasks.base import Batch, Optim
 from tasks.store.prepared import Prepared
 
+PROBE_STEPS, PROBE_BATCH = 20, 4
 REPORT = 4  # validation examples that the attention report looks at, at most
 WEIGHTS, MIDDLE = "model.safetensors", "middle.safetensors"  # of the selected step, and of Training.middle
-# Of an optimizer step: mean loss, number correct, gradient norm before clipping
-Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # mean loss, number correct, gradient norm before clipping
 
 
 @dataclass
@@ -100,27 +99,17 @@ class Training:
     def training_section(self, batch: int) -> dict[str, Any]:
         """The record's training section, as far as all runs share it."""
         p, where = self.progress, self.where
-        return {
-            "seed": self.seed,
-            "precision": where.precision,
-            "compile": where.compiled,
-            "optimizer": "AdamW",
-            "world_size": where.world.size,
-            "steps": p.step,
-            "examples_seen": p.step * batch,
-            "resumed": p.resumed,
-        }
+        facts = {"seed": self.seed, "precision": where.precision, "compile": where.compiled, "optimizer": "AdamW"}
+        facts |= {"world_size": where.world.size, "steps": p.step, "examples_seen": p.step * batch}
+        return facts | {"resumed": p.resumed}
 
     def cost_section(self, peak: int | None) -> dict[str, Any]:
         """Seconds are those of training steps, over all processes of a resumed run; validation is excluded."""
         p = self.progress
-        return {
-            "device": self.where.device.type,
-            "wall_s": round(p.seconds, 3),
-            "steps_per_s": round(p.step / p.seconds, 4) if p.seconds else None,
-            "tokens_per_s": round(p.tokens / p.seconds, 1) if p.seconds else None,
-            "peak_bytes": peak,
-        }
+        facts = {"device": self.where.device.type, "wall_s": round(p.seconds, 3)}
+        facts["steps_per_s"] = round(p.step / p.seconds, 4) if p.seconds else None
+        facts["tokens_per_s"] = round(p.tokens / p.seconds, 1) if p.seconds else None
+        return facts | {"peak_bytes": peak}
 
 
 class Trainer(Training):
@@ -136,13 +125,12 @@ class Trainer(Training):
         self.eval_every = self.save_every = self.optim.eval_every
         self.middle = middle_step(self.optim)
         self.memory = PeakMemory(where.device)
-        self.model = run.build_model()
-        self.model.to(where.device).train()
+        self.model = run.build_model().to(where.device).train()
         self.forward = where.world.data_parallel(torch.compile(self.model) if where.compiled else self.model)
         where.world.reseed(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
-        train_split = prepared.splits["train"]
-        self.batches = Batches(train_split, run.meta.towers, size=self.optim.batch, seed=run.seed)
+        data = prepared.splits["train"]
+        self.batches = Batches(data, run.meta.towers, size=self.optim.batch, seed=run.seed)
         self.progress = Progress()
 
     def step(self, step: int) -> Step:
@@ -153,8 +141,7 @@ class Trainer(Training):
                 world.broadcast_buffers(attention)
             attention.before_step(step)
         if step % o.eval_every == 0:
-            weights = self.model.state_dict
-            world.check_equal("weights or projections", lambda: checkpoint.tensors_sha256(weights()))
+            world.check_equal("weights or projections", lambda: checkpoint.tensors_sha256(self.model.state_dict()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, o)
         batch = self.batches.batch(step)
@@ -171,9 +158,8 @@ class Trainer(Training):
     def validate(self) -> dict[str, float]:
         """Keep the weights of the step with most validation examples correct, the earliest on a tie."""
         p, towers, val = self.progress, self.run.meta.towers, self.prepared.splits["val"]
-        loss_sum, correct, steps = p.window
+        (loss_sum, correct, steps), p.window = p.window, [0.0, 0, 0]
         p.curve.append([p.step, "train", loss_sum / steps, correct, steps * self.optim.batch])
-        p.window = [0.0, 0, 0]
         counts = self.evaluate(validation_split(self.run))
         p.curve.append([p.step, "val", finite(counts.loss), counts.n_correct, counts.n])
         if counts.n_correct > p.best_correct:
@@ -192,14 +178,14 @@ class Trainer(Training):
 
     def evaluate(self, split: str) -> Counts:
         """Counts over a split."""
-        data, towers, size = self.prepared.splits[split], self.run.meta.towers, self.run.micro_batch
-        return evaluate(self.model, data, towers, batch=size, name=split, where=self.where)
+        how = {"batch": self.run.micro_batch, "name": split, "where": self.where}
+        return evaluate(self.model, self.prepared.splits[split], self.run.meta.towers, **how)
 
     def outcome(self, tested: Counts, folder: Path) -> dict[str, Any]:
         """Raw counts and the probe; whoever reads the record computes accuracies."""
         p = self.progress
-        result = {"n_correct": tested.n_correct, "n_test": tested.n}
         selected = next(entry for entry in p.curve if entry[0] == p.best_step and entry[1] == "val")
+        result = {"n_correct": tested.n_correct, "n_test": tested.n}
         result |= {"val_n_correct": selected[3], "n_val": selected[4], "curve": p.curve}
         result["predictions_sha256"] = hashlib.sha256(tested.predictions.tobytes()).hexdigest()
         result["probe"] = probe(self.run, self.prepared)
@@ -218,7 +204,7 @@ class Trainer(Training):
         """Of the cell, and of this run of it."""
         run, training = self.run, self.training_section(self.optim.batch)
         training |= {"recipe": asdict(self.optim), "budget": run.recipe.budget, "overrides": run.overrides}
-        training |= {"selected_step": self.progress.best_step}
+        training["selected_step"] = self.progress.best_step
         return cell_sections(run) | {"training": training, "cost": self.cost_section(peak)}
 
     def hparams(self) -> dict[str, Any]:
@@ -236,23 +222,40 @@ def validation_split(run: Run) -> str:
     return "test" if run.val_rule == "legacy" else "val"
 
 
-def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim, precision: str) -> Step:
-    """Gradients of the mean loss over `batch`, in micro-batches, clipped, and one optimizer step.
+def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """AdamW; only the matrices of linear layers decay. Biases, norms, embeddings, positions and whatever an
+    attention learns (DARKFormer's G, Linformer's projections) do not."""
+    decay = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    rest = [p for p in model.parameters() if not any(p is q for q in decay)]
+    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-6, fused=fused)
 
-    lra/scaling/count.py counts what this does.
-    """
-    device, examples = batch.labels_B.device, len(batch.labels_B)
+
+def learning_rate(step: int, optim: Optim) -> float:
+    """Of optimizer step 0, 1, ...: linear to the peak over `warmup` steps, then half a cosine to zero at `steps`."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    done = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim, precision: str) -> Step:
+    """Gradients of the mean loss over `batch`, in micro-batches, clipped, and one optimizer step. lra/scaling/count.py
+    counts what this does."""
+    device, examples, parts = batch.labels_B.device, len(batch.labels_B), optim.accumulate
     optimizer.zero_grad(set_to_none=True)
     loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
-    for number, part in enumerate(micro_batches(batch, optim.accumulate), 1):
-        with gradient_sync(forward, last=number == optim.accumulate):
+    masks = [None] * parts if batch.mask_BTN is None else batch.mask_BTN.chunk(parts)
+    micro_batches = zip(batch.tokens_BTN.chunk(parts), masks, batch.labels_B.chunk(parts), strict=True)
+    for number, (tokens_BTN, mask_BTN, labels_B) in enumerate(micro_batches, 1):
+        with gradient_sync(forward, last=number == parts):
             with autocast(device, precision):
-                logits_BC = forward(part.tokens_BTN, part.mask_BTN)
-            part_loss = F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum") / examples
+                logits_BC = forward(tokens_BTN, mask_BTN)
+            part_loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum") / examples
             part_loss.backward()
         loss += part_loss.detach()
-        correct += (logits_BC.argmax(-1) == part.labels_B).sum()
-
+        correct += (logits_BC.argmax(-1) == labels_B).sum()
     norm = nn.utils.clip_grad_norm_(forward.parameters(), optim.clip)
     optimizer.step()
     return loss, correct, norm
@@ -265,10 +268,8 @@ def middle_step(optim: Optim) -> int:
 
 
 def probe(run: Run, prepared: Prepared, middle: Path | None = None) -> dict[str, Any]:
-    """The first training losses in fp32 on one CPU thread with a small batch: cheap for anybody to repeat.
-
-    With `middle`, those after the checkpoint there, at most as many.
-    """
+    """The first training losses in fp32 on one CPU thread with a small batch: cheap for anybody to repeat. With
+    `middle`, those after the checkpoint there, at most as many."""
     small = replace(run.recipe.train, batch=PROBE_BATCH, accumulate=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

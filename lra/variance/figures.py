@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lra.figures import style
-from lra.figures.labels import label_ends
+from lra.figures.style import label_ends
 from lra.options import UsageError
 
 if TYPE_CHECKING:

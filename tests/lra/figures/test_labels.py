@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lra.figures import labels, plots, style
+from lra.figures import plots, style
 from lra.records import measured
 from lra.records.cells import build
 from tests.conftest import ROOT
@@ -34,10 +34,10 @@ def test_names_at_the_ends_of_lines_do_not_overlap_and_stay_in_the_figure():
 @pytest.mark.parametrize("seed", range(5))
 def test_heights_are_apart_in_order_within_bounds_and_kept_where_there_is_room(seed):
     wanted = np.random.default_rng(seed).uniform(-0.2, 1.2, 9).tolist()
-    heights = labels.spread(wanted, 0.1)
+    heights = style.spread(wanted, 0.1)
     ranked = sorted(heights)
     assert all(b - a > 0.1 - 1e-9 for a, b in zip(ranked, ranked[1:]))
     assert ranked[0] >= 0 and ranked[-1] <= 1 + 1e-9
     assert np.argsort(heights).tolist() == np.argsort(wanted).tolist()
-    assert labels.spread([0.9, 0.2, 0.5], 0.1) == pytest.approx([0.9, 0.2, 0.5])
-    assert labels.spread([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])
+    assert style.spread([0.9, 0.2, 0.5], 0.1) == pytest.approx([0.9, 0.2, 0.5])
+    assert style.spread([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -12,15 +13,27 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from lra.__main__ import main
 from lra.training.log import LAYOUT, read_log
+from tests.conftest import Lab, plug_in
 
 CELL = "tiny/performer/smoke"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_data):
+    """The folder of runs of two seeds of performer and one of softmax. Not to be changed."""
+    folder = tmp_path_factory.mktemp("seeds")
+    lab = Lab(tiny_data, folder / "results", folder / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        plug_in(patch)
+        for attention, seed in (("performer", 0), ("performer", 1), ("softmax", 0)):
+            lab.train(attention=attention, seed=seed)
+    return lab.runs
+
+
 @pytest.fixture
-def seeds(lab):
-    """Two seeds of performer and one of softmax."""
-    for attention, seed in (("performer", 0), ("performer", 1), ("softmax", 0)):
-        lab.train(attention=attention, seed=seed)
+def seeds(lab, trained):
+    """A laboratory with these runs, to be changed."""
+    shutil.copytree(trained, lab.runs)
     return lab
 
 

@@ -4,8 +4,17 @@ import shutil
 
 import pytest
 
+from lra.figures import style
 from tests.conftest import Lab, plug_in
 from tests.lra.leaderboard.browser import ABSENT, CHROMIUM, DRIVER, Browser
+
+
+@pytest.fixture(scope="package", autouse=True)
+def coarse():
+    """Few pixels make a figure of a page as well as many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(style.STYLE, "savefig.dpi", 20)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ import sys
 import pytest
 
 from lra.__main__ import main
-from lra.leaderboard.consistency import Places
+from lra.leaderboard.consistency import Places, identity
 from lra.leaderboard.context import Context
-from lra.leaderboard.identity import identity
 from lra.leaderboard.levels import judge, verify
 from lra.records.record import iterate_records, predictions_path, read_record
 from lra.records.schema import RECORD
@@ -47,8 +46,8 @@ def change(lab, *keys, to):
 
 
 def test_an_unchanged_record_reaches_every_level_that_needs_no_one_else(lab):
-    assert outcome(lab, 3).levels == (0, 1, 2, 3)
-    assert outcome(lab, 3).reason == ""
+    found = outcome(lab, 3)
+    assert found.levels == (0, 1, 2, 3) and found.reason == ""
 
 
 def test_a_failed_run_carries_its_curve_and_probe_and_is_consistent(lab):
@@ -69,15 +68,13 @@ def test_a_floor_that_only_the_data_know_is_rejected_at_v2(lab):
     assert "data.floors" in outcome(lab, 2).reason
 
 
-def test_a_floor_unlike_that_of_the_other_records_on_the_same_data_is_rejected(lab):
-    for seed in (1, 2):
-        lab.train(attention="performer", seed=seed)
-    path = lab.records()[1]
+def test_a_floor_unlike_that_of_the_other_records_on_the_same_data_is_rejected(owner):
+    path = owner.records()[1]
     record = json.loads(path.read_text())
     record["data"]["floors"]["shortcut"] = 0.99
     path.write_text(json.dumps(record))
-    assert "differ from those of other records" in outcome(lab, path=path).reason
-    assert outcome(lab).levels == (0, 1)
+    assert "differ from those of other records" in outcome(owner, path=path).reason
+    assert outcome(owner).levels == (0, 1)
 
 
 # Code that a record names
@@ -131,21 +128,19 @@ def test_sizes_beyond_memory_are_refused_before_anything_is_built(lab):
 
 
 def test_verification_loads_torch_for_the_model_alone():
-    code = "import sys, lra.leaderboard.submit; sys.exit('torch' in sys.modules)"
+    code = "import sys, lra.leaderboard.levels; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 # The cell
 
 
-def test_a_cell_with_a_gap_in_its_seeds_is_not_v1(lab):
-    for seed in (1, 2):
-        lab.train(attention="performer", seed=seed)
-    places = ["leaderboard", "verify", *lab.places]
-    assert main(places) == 0
-    lab.records()[1].unlink()
-    assert outcome(lab).levels == (0,) and "missing 1" in outcome(lab).reason
-    assert {v.badge for v in judge(Places(lab.results)).values()} == {"V0"}
+def test_a_cell_with_a_gap_in_its_seeds_is_not_v1(owner):
+    assert main(["leaderboard", "verify", *owner.places]) == 0
+    owner.records()[1].unlink()
+    found = outcome(owner)
+    assert found.levels == (0,) and "missing 1" in found.reason
+    assert {v.badge for v in judge(Places(owner.results)).values()} == {"V0"}
 
 
 def test_a_record_somewhere_else_than_its_identity_is_rejected(lab):

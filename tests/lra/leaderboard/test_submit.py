@@ -38,10 +38,17 @@ def leaderboard(lab, action, *words):
     return main(["leaderboard", action, *map(str, words), *lab.places])
 
 
-def badges(lab, level=1):
+def badges(lab):
     """The badge of every record, in order of path."""
-    found = judge(Places(lab.results, lab.data, lab.runs), level)
+    found = judge(Places(lab.results, lab.data, lab.runs))
     return [verdict.badge for _, verdict in sorted(found.items())]
+
+
+def shown(lab):
+    """The same, and the wide table beside them."""
+    found = judge(Places(lab.results, lab.data))
+    table = render(lab.results, "long", reproduced=reproductions(found))
+    return [verdict.badge for _, verdict in sorted(found.items())], table
 
 
 # Levels
@@ -66,10 +73,9 @@ def test_a_rejected_record_is_named_with_its_reason_and_does_not_stop_the_others
     assert badges(lab) == ["V1", "rejected", "V1"]
 
 
-def test_weights_reach_v3_and_without_them_the_reason_is_said(lab, tmp_path, capsys):
-    assert badges(lab, 3) == ["V3"] * 3
+def test_without_weights_the_reason_is_said(lab, tmp_path, capsys):
     lab.runs = tmp_path / "no-runs"
-    assert leaderboard(lab, "verify", "--level=3") == 1
+    assert leaderboard(lab, "verify", lab.records()[0], "--level=3") == 1
     assert "; V3: no weights of" in capsys.readouterr().out
 
 
@@ -141,12 +147,6 @@ def test_a_name_that_is_no_plain_word_is_refused(lab, inbox, error_line, name, t
 # V4
 
 
-def tables(lab):
-    """What `table` writes."""
-    verdicts = judge(Places(lab.results, lab.data))
-    return render(lab.results, "long", reproduced=reproductions(verdicts))
-
-
 def different(lab, inbox, n):
     """Give the guest's records n right answers, and a curve and a start that no other run has."""
     for path in inbox.glob("*.json"):
@@ -165,17 +165,17 @@ def different(lab, inbox, n):
 
 def test_three_equivalent_runs_of_somebody_else_make_v4_and_are_shown(lab, inbox, capsys):
     assert counter(lab, inbox) == 0
-    assert badges(lab) == ["V4"] * 6
+    found, table = shown(lab)
+    assert found == ["V4"] * 6 and "tiny, performer: reproduced by anna (3 seeds): +0.0 points" in table
     assert leaderboard(lab, "verify", "--level=4") == 0
     assert "\n6 records: 6 reached V4, 0 did not\n" in capsys.readouterr().out
-    assert "tiny, performer: reproduced by anna (3 seeds): +0.0 points" in tables(lab)
 
 
 def test_runs_that_disagree_dispute_the_cell_and_lower_no_level(lab, inbox):
     different(lab, inbox, 1)
     assert counter(lab, inbox) == 0
-    assert badges(lab)[3:] == ["V1 disputed"] * 3
-    assert "disputed by anna" in tables(lab)
+    found, table = shown(lab)
+    assert found[3:] == ["V1 disputed"] * 3 and "disputed by anna" in table
 
 
 def test_of_several_people_the_least_favourable_counts(lab, inbox):

@@ -302,15 +302,16 @@ def test_equivalence_of_an_estimate_is_its_90_percent_interval_within_the_margin
 
 def test_equivalence_by_hand():
     # differences .00 .01 .02: mean .01, sd .01, 90% half width 2.91999 * .01 / sqrt 3 = .016859
-    verdict, gap = equivalence([0.50, 0.52, 0.54], [0.50, 0.51, 0.52], 0.03, paired=True)
+    ours, theirs = {0: 0.50, 1: 0.51, 2: 0.52}, {2: 0.54, 1: 0.52, 0: 0.50}
+    verdict, gap = equivalence(ours, theirs, 0.03)
     assert verdict == "reproduced" and gap == pytest.approx((0.01, -0.006859, 0.026859), abs=1e-6)
-    assert equivalence([0.50, 0.52, 0.54], [0.50, 0.51, 0.52], 0.02, paired=True)[0] == "inconclusive"
-    assert equivalence([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], 0.01, paired=True) == ("reproduced", (0, 0, 0))
-    assert equivalence([0.6, 0.61, 0.62], [0.5, 0.51, 0.52], 0.02, paired=False)[0] == "disputed"
+    assert equivalence(ours, theirs, 0.02)[0] == "inconclusive"
+    assert equivalence(ours, ours, 0.01) == ("reproduced", (0, 0, 0))
+    assert equivalence(ours, {3: 0.6, 4: 0.61, 5: 0.62}, 0.02)[0] == "disputed"
 
 
 def test_equivalence_without_pairs_has_the_interval_of_welch():
     a, b = [0.51, 0.55, 0.52, 0.53], [0.50, 0.53, 0.49]
-    _, gap = equivalence(a, b, 0.02, paired=False)
+    _, gap = equivalence(dict(enumerate(b)), dict(enumerate(a)), 0.02)
     theirs = scipy_stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
     assert (gap.low, gap.high) == pytest.approx((theirs.low, theirs.high))

@@ -12,25 +12,35 @@ import pytest
 
 import lra.scaling.sweep
 from lra.__main__ import main
-from lra.scaling import cluster
+from lra.records.record import record_path
+from lra.scaling import jobs
 from tests.conftest import ROOT
 
 submitit = pytest.importorskip("submitit", reason="pip install -r requirements-dev.txt")
 BROKEN = "tests.plugins.attention.shift:Broken"
 SLOWLY = """
-import time, lra.training.trainer as t
-f = t.Trainer.step
-t.Trainer.step = lambda *a: (time.sleep(1), f(*a))[1]
+import time
+from lra.training.trainer import Trainer
+original = Trainer.step
+def step(self, step):
+    if self.optim.batch == 8 and not self.progress.resumed: time.sleep(0.5)  # and not in the probe
+    return original(self, step)
+Trainer.step = step
 """
 
 
 @pytest.fixture
 def sweep(lab, monkeypatch):
-    """`sweep(executor, *options)`: the cells of the tiny task as jobs, with the plugins."""
+    """`sweep(executor, *options)`: the cells of the tiny task as jobs, which leave a file where a record belongs."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plain = lra.scaling.sweep.command
-    monkeypatch.setattr(lra.scaling.sweep, "command", lambda *a: lab.driver() + plain(*a)[3:])
+
+    def command(run, args, threads):
+        if run.attention == BROKEN:
+            return ["sh", "-c", "echo RuntimeError: broken on purpose; exit 1"]
+        path = record_path(args.results, "tiny", run.attention, run.digest, run.seed)
+        return ["sh", "-c", f"mkdir -p {path.parent} && echo done | tee {path}"]
+
+    monkeypatch.setattr(lra.scaling.sweep, "command", command)
 
     def run(executor, *options, attentions):
         words = ["sweep", "--tasks=tiny", f"--attentions={attentions}", "--preset=smoke", "--device=cpu"]
@@ -45,7 +55,7 @@ def test_failing_job_does_not_stop_the_others_and_each_has_a_log(sweep, lab, cap
     assert sweep(executor, "--jobs=2", attentions=f"{BROKEN},constant,softmax") == 1
     out, err = capsys.readouterr()
     assert "[3/3]" in out and f"failed: tiny {BROKEN} seed 0: RuntimeError: broken on purpose" in err
-    assert [json.loads(p.read_text())["model"]["attention"] for p in lab.records()] == ["constant", "softmax"]
+    assert [path.parts[-3] for path in lab.records()] == ["constant", "softmax"]
     assert len(list(lab.runs.rglob("train.log"))) == 3
     assert sweep(executor, attentions="constant,softmax") == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -59,12 +69,11 @@ def options(lab, executor, slurm=()):
 def test_preempted_job_saves_its_state_is_queued_again_and_goes_on(lab, monkeypatch):
     monkeypatch.chdir(ROOT)
     log = lab.runs / "train.log"
-    made = cluster.executor(options(lab, "local"), 1, 1)
-    job = made.submit(cluster.Command(lab.driver(SLOWLY) + lab.words(), str(log)))
+    made = jobs.executor(options(lab, "local"), 1, 1)
+    job = made.submit(jobs.Command(lab.driver(SLOWLY) + lab.words(), str(log)))
     until = time.monotonic() + 60
-    while not list(lab.runs.rglob("log.jsonl")) and time.monotonic() < until:
+    while not list(lab.runs.rglob("checkpoint.safetensors")) and time.monotonic() < until:
         time.sleep(0.1)
-    time.sleep(2)
     children = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGUSR2)  # what Slurm sends to a job that has to leave
     assert job.result() == 0
@@ -80,10 +89,10 @@ def test_slurm_gets_one_array_with_the_parameters_of_the_command_line(lab, tmp_p
         script.write_text(f"#!/bin/sh\necho {says}\n")
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    made = cluster.executor(options(lab, "slurm", slurm=["partition=gpu", "gpus_per_node=1"]), 5, 3)
+    made = jobs.executor(options(lab, "slurm", slurm=["partition=gpu", "gpus_per_node=1"]), 5, 3)
     with made.batch():
-        jobs = [made.submit(cluster.Command(["true"], str(tmp_path / "log"))) for _ in range(2)]
-    assert [job.job_id for job in jobs] == ["17_0", "17_1"]
+        submitted = [made.submit(jobs.Command(["true"], str(tmp_path / "log"))) for _ in range(2)]
+    assert [job.job_id for job in submitted] == ["17_0", "17_1"]
     text = next((lab.runs / "submitit").glob("*.sh")).read_text()
     for line in ("--array=0-1%2", "--partition=gpu", "--gpus-per-node=1", "--cpus-per-task=3", "--signal=USR2@"):
         assert f"#SBATCH {line}" in text, text

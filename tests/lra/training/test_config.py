@@ -8,9 +8,8 @@ import pytest
 from lra.options import PRESETS, UsageError
 from lra.records.record import Execution
 from lra.registry import attention_names, load_task, task_names
-from lra.training.config import default_options, overrides, resolve
-from lra.training.provenance import protocol
-from lra.training.report import header
+from lra.training.commands import header
+from lra.training.config import default_options, overrides, protocol, resolve
 from tasks.store.prepared import load
 
 

@@ -30,23 +30,35 @@ atexit.register(threads)
 """
 
 
+# Two ranks without torchrun, from one process that has imported everything.
+FORKED = """
+import os, socket, lra.training.commands
+with socket.create_server(("127.0.0.1", 0)) as free:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+for rank in ("0", "1"):
+    if not os.fork():
+        os.environ["RANK"] = rank
+        break
+else:
+    sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+"""
+
+
 @pytest.fixture
 def torchrun(lab, tmp_path):
     """`torchrun(*options)`: start `train` on two ranks; returns the process."""
     script = tmp_path / "main.py"
     started = []
 
-    def run(*options, extra="", **cell):
-        script.write_text(lab.driver(extra)[2])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    def run(*options, extra="", forked=False, **cell):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         env["PYTHONWARNINGS"] = "error::FutureWarning"
-        words = [*command, str(script), *lab.words(*options, **cell)]
-        process = subprocess.Popen(
-            words, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        started.append(process)
-        return process
+        script.write_text(lab.driver(FORKED + extra if forked else extra)[2])
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (not forked)
+        words = [sys.executable, *ranks, str(script), *lab.words(*options, **cell)]
+        pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started.append(subprocess.Popen(words, env=env, cwd=ROOT, **pipes))
+        return started[-1]
 
     yield run
     for process in started:
@@ -83,7 +95,7 @@ def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
 
 def test_projections_fitted_to_data_and_redrawn_every_step_stay_equal_on_all_ranks(lab, torchrun):
     # The checksum of weights and projections is compared at steps 0, 4 and 8.
-    finished(torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal"))
+    finished(torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", forked=True))
     (path,) = lab.records()
     assert json.loads(path.read_text())["status"] == "ok"
     assert (
@@ -97,7 +109,7 @@ def test_projections_fitted_to_data_and_redrawn_every_step_stay_equal_on_all_ran
 def test_projections_that_differ_stop_the_run(lab, torchrun):
     # Each rank fits to its own shard.
     alone = "import os, lra.training.distributed as d; d.World.broadcast_buffers = lambda *_: None"
-    process = torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", extra=alone)
+    process = torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", extra=alone, forked=True)
     out, _ = process.communicate(timeout=80)
     assert process.returncode != 0 and "weights or projections differ between ranks" in out
     assert not lab.records()

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
+import lra.training.commands
 import lra.training.log
-import lra.training.report
 from lra.training.log import Display
 
 
 def test_header_and_end_name_what_a_reader_wants_to_know(lab, other, capsys, monkeypatch):
     other.train()
-    monkeypatch.setattr(lra.training.report, "REFERENCE", other.results)
+    monkeypatch.setattr(lra.training.commands, "REFERENCE", other.results)
     capsys.readouterr()
     record = lab.train("--threads=1")
     out = capsys.readouterr().out

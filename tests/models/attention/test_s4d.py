@@ -7,7 +7,7 @@ import torch
 
 from lra.registry import build_attention, load_task, task_names
 from lra.training.config import Run, default_options
-from lra.training.optim import build_optimizer
+from lra.training.trainer import build_optimizer
 from tests.models.cases import Case, Setting, inputs
 
 H, N, D, E = 3, 149, 5, 15
