@@ -134,7 +134,7 @@ def _stencils(area: np.ndarray, reach: int, size: int) -> tuple[np.ndarray, np.n
     targets = [corners[:, None] + p for p in points]
     plantable = [((0 <= t) & (t < size)).all(-1).any(-1).all() for t in targets]
     longest = max(map(len, points))
-    return np.stack([np.pad(p, ((0, longest - len(p)), (0, 0)), "edge") for p in points]), np.array(plantable)
+    return np.array([np.pad(p, ((0, longest - len(p)), (0, 0)), "edge") for p in points]), np.array(plantable)
 
 
 def tables(g: Geometry) -> Tables:
