@@ -21,6 +21,8 @@ import torch
 from models.features.projections import balance, inverse
 from models.gemma import bridge
 
+PAIRS = 4096  # random pairs of a query and a key
+
 
 def spectra(model: torch.nn.Module, tokens_BN: torch.Tensor) -> list[dict[str, Any]]:
     """One row per layer of the exact model: norms, spectra and closed forms, per head where it is a list."""
@@ -37,6 +39,8 @@ def describe(q_BHND: torch.Tensor, k_BHND: torch.Tensor, scale: float) -> dict[s
     """The row of one layer, of queries and keys as they are and aligned."""
     q, k = ((scale**0.5 * x.double()).transpose(0, 1).flatten(1, 2) for x in (q_BHND, k_BHND))  # (H, T, D)
     row: dict[str, Any] = {"q_norm2": norm2(q), "k_norm2": norm2(k)}
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(0, q.shape[1], (PAIRS,), generator=generator) for _ in range(2))
     for prefix in ("", "aligned_"):
         if prefix:  # T^-1 (q - mean q) and T (k - mean k), which have one covariance; T is symmetric
             q, k = (x - x.mean(1, keepdim=True) for x in (q, k))
@@ -45,8 +49,10 @@ def describe(q_BHND: torch.Tensor, k_BHND: torch.Tensor, scale: float) -> dict[s
         t_HD = torch.linalg.eigvalsh((second_moment(q) + second_moment(k)) / 2).flip(-1).clamp(min=0)
         if not prefix:
             row["condition"] = rounded(t_HD[:, 0] / t_HD[:, -1].clamp(min=1e-12))
+        log10s = (q[:, first] + k[:, second]).square().sum(-1).flatten() / math.log(10)  # of exp |q~ + k~|^2
         facts = {"top": rounded(t_HD[:, 0]), "above_half": (t_HD > 0.5).sum(-1).tolist()}
-        facts |= {"spectrum": rounded(t_HD[:, :32]), "log10_pair": log10_pair(q, k)}
+        facts |= {"spectrum": rounded(t_HD[:, :32])}
+        facts |= {"log10_pair": {"median": float(log10s.median()), "p90": float(log10s.quantile(0.9))}}
         row |= {prefix + name: value for name, value in facts.items()}
     return row | {
         "aligned_norm2": norm2(q),
@@ -60,12 +66,9 @@ def second_moment(x_HTD: torch.Tensor) -> torch.Tensor:
     return x_HTD.transpose(-1, -2) @ x_HTD / x_HTD.shape[1]
 
 
-def log10_pair(q_HTD: torch.Tensor, k_HTD: torch.Tensor, pairs: int = 4096) -> dict[str, float]:
-    """Of exp |q~ + k~|^2 over random pairs: median and 90th percentile of its logarithm to base 10."""
-    generator = torch.Generator().manual_seed(0)
-    i, j = (torch.randint(0, q_HTD.shape[1], (pairs,), generator=generator) for _ in range(2))
-    exponents = (q_HTD[:, i] + k_HTD[:, j]).square().sum(-1).flatten() / math.log(10)
-    return {"median": float(exponents.median()), "p90": float(exponents.quantile(0.9))}
+def norm2(x_HTD: torch.Tensor) -> float:
+    """Mean squared length."""
+    return float(x_HTD.square().sum(-1).mean())
 
 
 def log10(logs_H: torch.Tensor) -> list[float | None]:
@@ -73,13 +76,6 @@ def log10(logs_H: torch.Tensor) -> list[float | None]:
     return [value / math.log(10) if math.isfinite(value) else None for value in logs_H.tolist()]
 
 
-def norm2(x_HTD: torch.Tensor) -> float:
-    """Mean squared length."""
-    return float(x_HTD.square().sum(-1).mean())
-
-
 def rounded(x: torch.Tensor) -> list:
     """Four significant digits are enough for a record."""
-    if x.dim() > 1:
-        return [rounded(row) for row in x]
-    return [float(f"{v:.4g}") for v in x.tolist()]
+    return [rounded(row) if row.dim() else float(f"{row.item():.4g}") for row in x]

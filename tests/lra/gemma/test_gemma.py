@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from lra.__main__ import main
-from lra.gemma import rows, stats, table, tiny, weights
+from lra.gemma import stats, table, weights
 from lra.gemma.data import documents, pack, split
 from lra.options import BUSY
 from lra.registry import build_attention
@@ -39,8 +40,8 @@ def text(tmp_path_factory):
 @pytest.fixture
 def recipe(monkeypatch):
     """A tiny model smaller than tiny."""
-    small = dataclasses.replace(tiny.RECIPE, **SMALL)
-    monkeypatch.setattr(tiny, "RECIPE", small)
+    small = dataclasses.replace(weights.TINY, **SMALL)
+    monkeypatch.setattr(weights, "TINY", small)
     return small
 
 
@@ -50,7 +51,7 @@ def data(tmp_path_factory):
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("gemma-data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "RECIPE", dataclasses.replace(tiny.RECIPE, **SMALL))
+        patch.setattr(weights, "TINY", dataclasses.replace(weights.TINY, **SMALL))
         assert main(["gemma", "weights", "--model=tiny", f"--data={folder}"]) == 0
     return folder
 
@@ -90,8 +91,8 @@ def test_documents_are_split_by_content_and_no_document_is_in_two_splits(text):
 
 def test_blocks_start_with_bos_and_blocks_of_two_numbers_share_no_document():
     long, short = "x" * 25, "abc"
-    encode = tiny.encode
-    blocks = pack([short, long, "y" * 30, short, "z" * 30], encode, bos=2, length=10, blocks=5, what="test")
+    encode = weights.encode_bytes
+    blocks = pack([short, long, "y" * 30, short, "z" * 30], encode, 2, length=10, blocks=5, what="test")
     assert (blocks.tokens[:, 0] == 2).all() and blocks.tokens.shape == (5, 10)
     owners = {}
     for row, owner in zip(blocks.tokens, blocks.document, strict=True):
@@ -116,7 +117,7 @@ def folder_model(tmp_path, recipe):
         control = {"eos_token": "<eos>", "additional_special_tokens": ["<bos>", "<start_of_turn>"], **special}
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **control)
         made.save_pretrained(tmp_path / "model")
-        config = tiny.config(recipe)
+        config = weights.tiny_config(recipe)
         config.bos_token_id = None
         transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "model")
         return tmp_path / "model"
@@ -230,12 +231,12 @@ def test_a_row_is_named_by_its_options_even_where_no_other_row_has_its_method():
     moved = record("constant", {"warmstart": "transfer", "transfer_tokens": 7})
     faster = record("performer", {"lr": 1e-3}, num_features=64, redraw_every=0)
     among = [aligned, plain, constant, moved]
-    assert rows.row_of(aligned, among) == ("darkformer", "M=256, init=aligned")
-    assert rows.row_of(plain, among) == ("performer", "M=64")
-    assert rows.row_of(constant, among) == ("constant", "")
-    assert rows.row_of(moved, among) == ("constant", "warmstart=transfer, transfer_tokens=7")
-    assert rows.row_of(plain, [plain, faster]) == ("performer", "M=64, lr=0.0001")
-    assert rows.row_of(faster, [plain, faster]) == ("performer", "M=64, lr=0.001")
+    assert table.row_of(aligned, among) == ("darkformer", "M=256, init=aligned")
+    assert table.row_of(plain, among) == ("performer", "M=64")
+    assert table.row_of(constant, among) == ("constant", "")
+    assert table.row_of(moved, among) == ("constant", "warmstart=transfer, transfer_tokens=7")
+    assert table.row_of(plain, [plain, faster]) == ("performer", "M=64, lr=0.0001")
+    assert table.row_of(faster, [plain, faster]) == ("performer", "M=64, lr=0.001")
 
 
 def test_methods_are_compared_with_the_baseline_that_validates_best():
@@ -248,16 +249,16 @@ def test_methods_are_compared_with_the_baseline_that_validates_best():
     good, spoilt, seed = record("softmax", 3.5), record("softmax", 3.8), record("softmax", 3.6)
     control = record("softmax", 1.0, keeps=False)
     trained = {("softmax", "lr=1"): [spoilt], ("softmax", ""): [good, seed], ("softmax", "window"): [control]}
-    assert rows.baseline(trained, "softmax") == [good, seed] and rows.baseline(trained, "constant") == []
+    assert table.baseline(trained, "softmax") == [good, seed] and table.baseline(trained, "constant") == []
     crashed = {"result": None} | {k: good[k] for k in ("model", "training")}
-    assert rows.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
+    assert table.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
     average, window, sink = (
         record(name, 0, curve=False) | {"result": {"n_correct": n, "n_test": 10}}
         for name, n in (("constant", 3), ("local", 5), ("local", 6))
     )
     floors = {("constant", ""): [average], ("local", "window=3"): [window], ("local", "window=3, sinks=1"): [sink]}
-    assert rows.baseline(floors, *rows.FLOORS) == [sink]
-    assert rows.label_of(floors, [sink]) == ("local", "window=3, sinks=1")
+    assert table.baseline(floors, *table.FLOORS) == [sink]
+    assert table.label_of(floors, [sink]) == ("local", "window=3, sinks=1")
 
 
 def test_the_share_recovered_begins_at_the_best_floor_and_a_blind_setting_is_named(places, tmp_path):
@@ -401,8 +402,19 @@ def test_adapter_gives_back_the_finetuned_model_and_belongs_to_one_base(
     run("evaluate", *places, f"--adapter={adapter}")
     percent = f"{100 * result['n_correct'] / result['n_test']:.2f}%, loss {result['loss']:.4f}"
     assert percent in capsys.readouterr().out
-    monkeypatch.setattr(tiny, "RECIPE", dataclasses.replace(tiny.RECIPE, seed=1))
+    monkeypatch.setattr(weights, "TINY", dataclasses.replace(weights.TINY, seed=1))
     assert "was trained on tiny" in error_line("gemma", "evaluate", *places, f"--adapter={adapter}")
+
+
+def test_an_adapter_whose_logits_are_not_finite_has_no_score(places, tmp_path, capsys):
+    run("finetune", *places, *TRAIN, "--attention=constant")
+    (adapter,) = tmp_path.rglob("adapter.safetensors")
+    tensors, state = checkpoint.load(adapter)
+    checkpoint.save(adapter, {name: t.fill_(float("inf")) for name, t in tensors.items()}, state)
+    capsys.readouterr()
+    assert main(["gemma", "evaluate", *places, f"--adapter={adapter}"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and re.fullmatch(r"failed: logits of (\d+) of \1 test tokens are not finite: .*\n", err)
 
 
 def test_a_changed_model_is_trained_by_transformers_saved_and_loaded_again(data, recipe, tmp_path):
@@ -411,7 +423,7 @@ def test_a_changed_model_is_trained_by_transformers_saved_and_loaded_again(data,
     from models.gemma import bridge, saved
 
     model = weights.load("tiny", data).model
-    ids = torch.tensor(tiny.encode(["a good old film", "a bad plot, so "]))
+    ids = torch.tensor(weights.encode_bytes(["a good old film", "a bad plot, so "]))
     exact = model(input_ids=ids).logits
     build = partial(build_attention, "darkformer", num_features=7, align="balance")
     bridge.attach(model, build, bridge.select_layers(model, "all"))
@@ -440,8 +452,8 @@ def test_a_changed_model_is_trained_by_transformers_saved_and_loaded_again(data,
 def child(places, patch="", *words):
     """The same command in a process of its own, which the plain command line could not make so small."""
     code = (
-        "import sys, dataclasses; from lra.gemma import tiny\n"
-        f"tiny.RECIPE = dataclasses.replace(tiny.RECIPE, **{SMALL!r})\n"
+        "import sys, dataclasses; from lra.gemma import weights\n"
+        f"weights.TINY = dataclasses.replace(weights.TINY, **{SMALL!r})\n"
         f"{patch}\nfrom lra.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "gemma", "finetune", *places, *TRAIN, *words]
