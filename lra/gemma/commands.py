@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache, partial
 from itertools import product
@@ -148,7 +146,7 @@ class Setting:
             for seed in range(a.seeds if random else 1):
                 experiment = Experiment(kind, *parts, seed, recipe)
                 chosen.setdefault((experiment.digest, seed), experiment)
-        for e in {json.dumps(asdict(e.method)): e for e in chosen.values()}.values():
+        for e in {str(e.method): e for e in chosen.values()}.values():
             plug_in(self.base, e.method, seed=e.seed, length=e.length)
             if e.recipe:
                 trainable(self.base.model, e.recipe["train"])
@@ -188,8 +186,9 @@ class Setting:
                 measured, status = result(), "ok"
             except Diverged as error:
                 measured, status = None, f"failed: {error}"
-            cost = {"wall_s": round(time.perf_counter() - clocks[1], 3), "peak_bytes": memory.read()}
-            cost = {"device": self.device.type} | (cost if experiment.kind == "swap" else {})
+            cost = {"device": self.device.type}
+            if experiment.kind == "swap":
+                cost = {"wall_s": round(time.perf_counter() - clocks[1], 3), "peak_bytes": memory.read()} | cost
             facts = {"device": self.device, "command": self.command, "clocks": clocks, "status": status}
             sections = experiment.sections({"optimizer": None, "steps": 0}, cost)
             write_record(path, build_record(sections, measured, **facts), None)

@@ -6,25 +6,13 @@ import statistics
 import textwrap
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lra.figures import style
 from lra.figures.labels import label_ends
 from lra.gemma.stats import Record, above, accuracy, gap, recovered, spike_rate, validation
-from lra.gemma.table import (
-    FLOORS,
-    Label,
-    Rows,
-    baseline,
-    by_kind,
-    by_setting,
-    grouped,
-    label_of,
-    order,
-    titled,
-    without,
-)
+from lra.gemma.table import FLOORS, Rows, baseline, by_kind, by_setting, grouped, label_of, order, titled, without
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,24 +27,25 @@ BASELINES = ("softmax", *FLOORS)
 def show(args: Namespace) -> None:
     """`gemma plot`: write DIR/gemma/figures/*.svg and *.png, one of each kind of record, and name them."""
     for kind, records in by_kind(args.results).items():
-        with style.drawing():
-            figure = figure_of(kind, records)
-        print(*style.save(figure, args.results / "gemma" / "figures" / kind), sep="\n")
+        shown = [r for r in records if r["result"] or kind == "stability"]  # which marks runs that diverged
+        if shown:
+            with style.drawing():
+                figure = figure_of(kind, shown)
+            print(*style.save(figure, args.results / "gemma" / "figures" / kind), sep="\n")
 
 
-def features(r: Record) -> int | None:
-    """The number of random features M; None for a method without any."""
-    return r["model"]["attention_config"].get("num_features")
+def features(runs: Sequence[Record]) -> int | None:
+    """The number of random features M of a row; None for a method without any."""
+    return runs[0]["model"]["attention_config"].get("num_features")
 
 
 def figure_of(kind: str, records: Sequence[Record]) -> Figure:
     """A panel for each setting, with what it says as title, the setting, and a name at the end of each line."""
-    joined = ("lr",) if kind == "stability" else ()
-    settings = by_setting([r for r in records if kind != "finetune" or r["result"]], *joined)
+    settings = by_setting(records, "lr") if kind == "stability" else by_setting(records)
     height = (4.2 if kind == "anisotropy" else 3.4) * len(settings)
     figure, grid = style.subplots(len(settings), 1, width=10.0, height=height, squeeze=False)
     for (axes,), (setting, rows) in zip(grid, settings.items(), strict=True):
-        sizes = {features(r) for runs in rows.values() for r in runs} - {None}
+        sizes = {features(runs) for runs in rows.values()} - {None}
         if len(sizes) == 1:  # then it is said once
             setting, rows = (f"{setting}, M = {min(sizes)}", {without(label, "M="): rows[label] for label in rows})
         says, lines = PANELS[kind](axes, rows)
@@ -74,7 +63,7 @@ def _bars(axes: Axes, at: Sequence[float], points: Sequence[Sequence[float]], lo
     return line
 
 
-def _styles(labels: Sequence[Label]) -> dict[Label, dict[str, str]]:
+def _styles(labels: Iterable[tuple[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
     """How rows are drawn, in order: variants of one method share its colour and marker, and differ in their dashes and,
     where these begin again, in hollow markers."""
     dashes, seen = ("-", "--", ":", "-."), Counter()
@@ -82,13 +71,9 @@ def _styles(labels: Sequence[Label]) -> dict[Label, dict[str, str]]:
     for label in sorted(labels, key=order):
         again, which = divmod(seen[label[0]], len(dashes))
         seen[label[0]] += 1
-        styles[label] = {
-            "color": style.color(label[0]),
-            "marker": style.marker(label[0]),
-            "linestyle": dashes[which],
-            "fillstyle": "none" if again else "full",
-            "label": "constant: averaging" if label == ("constant", "") else style.short(titled(label), NAME),
-        }
+        name = "constant: averaging" if label == ("constant", "") else style.short(titled(label), NAME)
+        look = {"color": style.color(label[0]), "marker": style.marker(label[0]), "linestyle": dashes[which]}
+        styles[label] = look | {"fillstyle": "none" if again else "full", "label": name}
     return styles
 
 
@@ -120,8 +105,15 @@ def finetune(axes: Axes, rows: Rows) -> Panel:
     Of runs that differ in learning rates and warm start alone, those of least validation loss; then softmax, constant
     and the best of the others, style.SERIES in all.
     """
-    shown, lines = _best(rows), []
-    for label, look in _styles(list(shown)).items():
+
+    def loss(label):
+        return statistics.fmean(r["result"]["curve"][-1][2] for r in rows[label])
+
+    forms = grouped(sorted(rows, key=order), lambda label: without(label, "lr", "warmstart", "transfer_tokens"))
+    best = [min(labels, key=loss) for labels in forms.values()]
+    ranked = sorted(best, key=lambda label: (label[0] not in BASELINES, loss(label)))
+    shown, lines = {label: rows[label] for label in ranked[: style.SERIES]}, []
+    for label, look in _styles(shown).items():
         runs = shown[label]
         values = {t: [100 * x for x in v] for t, v in validation(runs).items() if len(v) == len(runs)}
         points = [(statistics.fmean(v), min(v), max(v)) for v in values.values()]
@@ -131,31 +123,19 @@ def finetune(axes: Axes, rows: Rows) -> Panel:
     return _recovery(shown), lines
 
 
-def _best(rows: Rows) -> Rows:
-    """The rows that `finetune` shows."""
-
-    def loss(label):
-        return statistics.fmean(r["result"]["curve"][-1][2] for r in rows[label])
-
-    forms = grouped(sorted(rows, key=order), lambda label: without(label, "lr", "warmstart", "transfer_tokens"))
-    best = [min(labels, key=loss) for labels in forms.values()]
-    ranked = sorted(best, key=lambda label: (label[0] not in BASELINES, loss(label)))
-    return {label: rows[label] for label in ranked[: style.SERIES]}
-
-
 def swap(axes: Axes, rows: Rows) -> Panel:
     """Gap to exact against M, with intervals; averaging, which has no features, is a line with its interval as band."""
     exact = baseline(rows, "softmax")
-    series: dict[Label, list] = {}
+    series: dict[tuple[str, str], list] = {}
     for label, runs in rows.items():
         if exact and runs != exact:
             lost = gap(exact, runs)
             points = [100 * x for x in (lost.value, lost.low, lost.high)]
-            series.setdefault(without(label, "M="), []).append((features(runs[0]), points))
+            series.setdefault(without(label, "M="), []).append((features(runs), points))
     sizes = sorted({M for points in series.values() for M, _ in points if M})
     ends = [sizes[0] / 1.2, sizes[-1] * 1.2] if sizes else [1, 2]
     lines = []
-    for i, (label, look) in enumerate(_styles(list(series)).items()):
+    for i, (label, look) in enumerate(_styles(series).items()):
         if series[label][0][0] is None:
             value, low, high = series[label][0][1]
             lines += axes.plot(ends, [value, value], **look)
@@ -174,7 +154,7 @@ def stability(axes: Axes, rows: Rows) -> Panel:
     """Accuracy (lines) and loss spikes per 100 steps (numbers) at each learning rate; whose depends least and most."""
     lines, losses = [], {}
     rates = sorted({r["training"]["recipe"]["lr"] for runs in rows.values() for r in runs})
-    for label, look in _styles(list(rows)).items():
+    for label, look in _styles(rows).items():
         by_rate = grouped(rows[label], lambda r: r["training"]["recipe"]["lr"])
         at = [x for x in by_rate if all(r["result"] for r in by_rate[x])]
         values = [100 * statistics.fmean(map(accuracy, by_rate[x])) for x in at]

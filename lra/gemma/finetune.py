@@ -61,7 +61,6 @@ class Finetuner(Training):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.train = experiment.blocks["train"]
         self.steps = len(self.train.tokens) // self.recipe["batch"]
-        self.optim = schedule(self.steps)
         self.eval_every = max(1, math.ceil(self.steps / self.recipe["evaluations"]))
         self.save_every = self.recipe["checkpoint_every"]
         self.order = np.random.default_rng(self.seed).permutation(len(self.train.tokens))
@@ -80,13 +79,12 @@ class Finetuner(Training):
             return True
         r, p = self.recipe, self.progress
         steps = max(1, r["transfer_tokens"] // (r["batch"] * self.experiment.length))
-        students, optim = Transfer(self.model, r["train"], self.peaks), schedule(steps)
-        start = time.perf_counter()
+        students, start = Transfer(self.model, r["train"], self.peaks), time.perf_counter()
         for step in tqdm(range(steps), desc="transfer", unit="step", disable=None):
             if stop.requested:
                 raise Interrupted("stopped during the transfer, which starts again with the same command")
             with autocast(self.where.device, self.where.precision):
-                loss = students.step(self.batch(step % self.steps)[0], step, learning_rate(step, optim))
+                loss = students.step(self.batch(step % self.steps)[0], step, factor(step, steps))
             p.transfer_losses.append(finite(loss))
             log.writer.add_scalar("transfer/loss", loss, step + 1)
             if not math.isfinite(loss):
@@ -99,7 +97,7 @@ class Finetuner(Training):
         """One optimizer step: (mean loss, number correct, gradient norm before clipping)."""
         for socket in bridge.sockets(self.model).values():
             socket.kernel.before_step(step)
-        set_rates(self.optimizer, self.peaks, learning_rate(step, self.optim))
+        set_rates(self.optimizer, self.peaks, factor(step, self.steps))
         tokens_BN, scored_BN = self.batch(step)
         self.optimizer.zero_grad(set_to_none=True)
         h_BNE = hidden(self.model, tokens_BN, self.where.precision)
@@ -138,14 +136,10 @@ class Finetuner(Training):
     def sections(self, peak: int | None) -> dict[str, Any]:
         """Of the experiment, and of this run of it."""
         p = self.progress
-        training = self.training_section(self.recipe["batch"]) | {
-            "n_trainable": sum(p.numel() for p in sum(self.groups, [])),
-            "selected_step": p.step,
-            "losses": p.losses,
-            "transfer_losses": p.transfer_losses,
-        }
+        facts = {"n_trainable": sum(x.numel() for x in sum(self.groups, [])), "selected_step": p.step}
+        facts |= {"losses": p.losses, "transfer_losses": p.transfer_losses}
         spent = self.cost_section(peak) | {"transfer_s": round(p.transfer_seconds, 3)}
-        return self.experiment.sections(training, spent)
+        return self.experiment.sections(self.training_section(self.recipe["batch"]) | facts, spent)
 
     def hparams(self) -> dict[str, Any]:
         """The experiment, and of its recipe what is a number or a word."""
@@ -165,9 +159,9 @@ class Finetuner(Training):
         self.model.load_state_dict(tensors, strict=False)
 
 
-def schedule(steps: int) -> Optim:
-    """Factors of the peak learning rates."""
-    return Optim(steps=steps, lr=1.0, warmup=max(1, steps // 20))
+def factor(step: int, steps: int) -> float:
+    """Of the peak learning rates, at step 0, 1, ... of `steps`."""
+    return learning_rate(step, Optim(steps=steps, lr=1.0, warmup=max(1, steps // 20)))
 
 
 def with_adapter(path: Path, base: Base) -> nn.Module:
@@ -179,10 +173,9 @@ def with_adapter(path: Path, base: Base) -> nn.Module:
     if state.get("format") != FORMAT:
         raise UsageError(f"{path} is not an adapter of format {FORMAT}: found {state.get('format')!r}")
     if state["base"]["sha256"] != base.sha256:
-        raise UsageError(
-            f"{path} was trained on {state['base']['name']} ({state['base']['source']}), whose weights differ from "
-            f"those of {base.name} ({base.source}): give the base model it was trained on with --model"
-        )
+        own, way_out = state["base"], "give the base model it was trained on with --model"
+        differ = f"{own['name']} ({own['source']}), whose weights differ from those of {base.name} ({base.source})"
+        raise UsageError(f"{path} was trained on {differ}: {way_out}")
     method = Method(**state["method"] | {"layers": tuple(state["method"]["layers"])})
     plug_in(base, method, seed=state["seed"], length=state["length"])
     try:
@@ -209,8 +202,7 @@ def trainable(model: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn
         skip = {id(p) for p in (*outer, *kernels, *(p for m in unread for p in m.parameters()))}
         pretrained = [p for p in model.parameters() if id(p) not in skip]
     if not kernels and not pretrained:
-        nothing = "this attention learns nothing of its own; use --train kernel+qkvo"
-        raise UsageError(f"--train {train}: {nothing}")
+        raise UsageError(f"--train {train}: this attention learns nothing of its own; use --train kernel+qkvo")
     for p in (*kernels, *pretrained):
         p.requires_grad_()
     return kernels, pretrained

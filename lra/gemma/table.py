@@ -244,19 +244,16 @@ def anisotropy(records: Sequence[Record]) -> list[Block]:
     header += ("aligned q²", "aligned largest", "above 1/2", "aligned pair", "optimal")
     blocks: list[Block] = [Text(LEGEND_ANISOTROPY)]
     for r in records:
-        rows = tuple(spectrum(x) for x in r["result"]["layers"])
-        blocks += [Heading(setting_of(r)), Grid(header, rows)]
+        rows = []
+        for x in r["result"]["layers"]:
+            best = [v for v in x["aligned_log10_optimal"] if v is not None]
+            optimal = f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite"
+            pair, aligned_pair = (f"{x[name]['median']:.1f}" for name in ("log10_pair", "aligned_log10_pair"))
+            raw = f"{x['q_norm2']:.0f}", f"{x['k_norm2']:.0f}", f"{max(x['top']):.3g}", f"{max(x['condition']):.2g}"
+            aligned = f"{x['aligned_norm2']:.1f}", f"{max(x['aligned_top']):.3g}", str(max(x["aligned_above_half"]))
+            rows.append((str(x["layer"]), *raw, pair, *aligned, aligned_pair, optimal))
+        blocks += [Heading(setting_of(r)), Grid(header, tuple(rows))]
     return blocks
-
-
-def spectrum(x: dict) -> tuple[str, ...]:
-    """The row of one layer."""
-    best = [v for v in x["aligned_log10_optimal"] if v is not None]
-    optimal = f"{max(best):.1f}" if len(best) == len(x["top"]) else "infinite"
-    raw = (f"{x['q_norm2']:.0f}", f"{x['k_norm2']:.0f}", f"{max(x['top']):.3g}", f"{max(x['condition']):.2g}")
-    aligned = (f"{x['aligned_norm2']:.1f}", f"{max(x['aligned_top']):.3g}", str(max(x["aligned_above_half"])))
-    pairs = [f"{x[name]['median']:.1f}" for name in ("log10_pair", "aligned_log10_pair")]
-    return (str(x["layer"]), *raw, pairs[0], *aligned, pairs[1], optimal)
 
 
 def percent(e: Uncertain, digits: int = 1) -> str:

@@ -84,9 +84,8 @@ def load(name: str, data: Path) -> Base:
     if name == "tiny":
         digest = hashlib.sha256(json.dumps(asdict(TINY), sort_keys=True).encode()).hexdigest()
         doing = f"pretraining the tiny model ({TINY.steps} steps, about a minute)"
-        folder = made_once(
-            data / "gemma" / f"tiny-{digest[:8]}", lambda out: pretrain(TINY).save_pretrained(out), doing
-        )
+        place = data / "gemma" / f"tiny-{digest[:8]}"
+        folder = made_once(place, lambda out: pretrain(TINY).save_pretrained(out), doing)
         model = Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         source = f"pretrained by this suite for {TINY.steps} steps"
         return Base(model, encode_bytes, BOS, name, source, weights_sha256(folder))

@@ -25,15 +25,9 @@ from models.features.projections import generator, moments
 KINDS = ("matched", "skewed")
 HEADS = 2  # of synthetic data: independent samples
 EXAMPLES = 4  # of the validation split, for --run
-GAUSSIAN = {  # options of synthetic data alone, and their defaults
-    "dim": 64,
-    "condition": "1,10,100,1000",
-    "trace": "1.5",  # where no `largest` is given
-    "largest": None,
-    "kinds": "matched,skewed",
-    "shift": 3.0,
-    "tokens": 256,
-}
+# Options of synthetic data alone, and their defaults; `trace` where no `largest` is given.
+GAUSSIAN = {"dim": 64, "condition": "1,10,100,1000", "trace": "1.5", "largest": None, "kinds": "matched,skewed"}
+GAUSSIAN |= {"shift": 3.0, "tokens": 256}
 
 
 class Case(NamedTuple):
@@ -58,25 +52,19 @@ def cases(args: Namespace) -> list[Case]:
     given = [option for option, value in sources.items() if value]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} exclude each other: give one source")
-    if not (args.run_of or args.tensors):
-        return _synthetic_grid(args)
-    for option in GAUSSIAN:
-        if getattr(args, option) is not None:
+    options = {name: getattr(args, name) for name in GAUSSIAN if getattr(args, name) is not None}
+    if args.run_of or args.tensors:
+        for option in options:
             raise UsageError(f"--{option} is an option of synthetic data: leave it out with {given[0]}")
-    return _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
-
-
-def _synthetic_grid(args: Namespace) -> list[Case]:
+        return _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
     if args.trace and args.largest:
         raise UsageError("--trace and --largest both set the scale: give one")
-    given = {name: getattr(args, name) for name in GAUSSIAN}
-    options = GAUSSIAN | {name: value for name, value in given.items() if value is not None}
+    options = GAUSSIAN | options
     by = "largest" if args.largest else "trace"
     scales, conditions = ([float(x) for x in options[name].split(",")] for name in (by, "condition"))
     kinds = options["kinds"].split(",")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown("kind of synthetic data", kind, KINDS)
+    for kind in set(kinds) - set(KINDS):
+        raise unknown("kind of synthetic data", kind, KINDS)
     sizes = {name: options[name] for name in ("shift", "tokens")} | {"seed": args.seed}
     grid = itertools.product(kinds, scales, conditions)
     return [synthetic(kind, options["dim"], condition, **{by: scale}, **sizes) for kind, scale, condition in grid]

@@ -44,13 +44,6 @@ def closed_forms(t_HD: torch.Tensor) -> dict[str, float | None]:
     return dict.fromkeys(("isotropic", "optimal", "no_sampling")) | means
 
 
-def redraws(module: Any, draws: int) -> Iterator[Any]:
-    """The module with independent projections, as training redraws them, `draws` times."""
-    for redraw in range(draws):
-        module.before_step(redraw)
-        yield module
-
-
 def pairs(case: Case, count: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """`count` times: q (B, H, N, D) and k in float64, the tokens of k in another order; and a mask (B, N) of the pairs
     whose two tokens are real."""
@@ -129,9 +122,10 @@ def measure(module: Any, case: Case, draws: int) -> dict[str, float | None]:
     exact = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), attn_mask=real_B1N1.mT) * real_B1N1
     ((paired_q, paired_k, pair_BN),) = pairs(case)
     ratios, errors = [], []
-    for redrawn in redraws(module, draws):
-        ratios.append(log_ratio(redrawn, paired_q, paired_k).exp().transpose(1, 2)[pair_BN].T)  # (H, pairs)
-        errors.append(((redrawn(q, k, v, mask) * real_B1N1 - exact) / exact.norm()).flatten())
+    for redraw in range(draws):
+        module.before_step(redraw)  # independent projections, as training redraws them
+        ratios.append(log_ratio(module, paired_q, paired_k).exp().transpose(1, 2)[pair_BN].T)  # (H, pairs)
+        errors.append(((module(q, k, v, mask) * real_B1N1 - exact) / exact.norm()).flatten())
     u_q, u_k = seen(module, paired_q, paired_k)
     log_weights = (2 * (u_q * u_k).sum(-1)).transpose(1, 2)[pair_BN].T
     shares = log_weights.flatten().softmax(0).view_as(log_weights)

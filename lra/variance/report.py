@@ -49,10 +49,8 @@ def variance_tables(report: dict[str, Any], command: str) -> str:
         sizes += f"{case['trace']:.3g}, largest eigenvalue {case['largest']:.3g}"
         forms = []
         for key, label, bound in FORMS:
-            absent, log10 = (
-                f"does not exist (t up to {case['largest']:.3g}, bound {bound})",
-                case["closed_form_log10"][key],
-            )
+            log10 = case["closed_form_log10"][key]
+            absent = f"does not exist (t up to {case['largest']:.3g}, bound {bound})"
             forms.append(f"{label}: {absent if log10 is None else power(log10)}")
         condition = "" if case["gaussian"] else ", if q and k were Gaussian with mean 0 and this Λ"
         closed = f"Closed forms{condition}: {'; '.join(forms)}"

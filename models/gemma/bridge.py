@@ -75,12 +75,7 @@ def select_layers(model: nn.Module, choice: str) -> list[int]:
 
 
 def attach(
-    model: nn.Module,
-    build: Callable[..., AttentionBase],
-    layers: Sequence[int],
-    *,
-    ignore_window: bool | None = None,
-    ignore_softcap: bool = False,
+    model: nn.Module, build: Callable, layers: Sequence[int], *, ignore_window: bool | None = None, ignore_softcap=False
 ) -> list[Socket]:
     """Put `build(layer=, heads=, head_dim=, max_len=)` on each of `layers`; returns the sockets in order.
 
@@ -111,12 +106,16 @@ def attach(
         raise ValueError(f"{type(model).__name__} has no attention interface: transformers 5 Gemma models do")
     if not hasattr(model, BEFORE):
         setattr(model, BEFORE, (before, model.model.register_forward_pre_hook(keep_keys, with_kwargs=True)))
-    attached: list[Socket] = []
+    attached, cap = [], getattr(config, "attn_logit_softcapping", None)
     for index in layers:
         module = found[index].self_attn
         heads = module.q_proj.out_features // module.head_dim
         kernel = build(layer=index, heads=heads, head_dim=module.head_dim, max_len=config.max_position_embeddings)
-        _check(kernel, config, ignore_softcap)
+        if not kernel.causal:
+            raise ValueError(f"{kernel.name} has no causal form, and Gemma is causal")
+        if cap and not kernel.exact and not ignore_softcap:
+            refused = f"this model caps its attention logits at {cap:g}, which {kernel.name} cannot express"
+            raise ValueError(f"{refused}: use --ignore-softcap to replace them without the cap")
         ignored = (not kernel.exact) if ignore_window is None else ignore_window
         socket = Socket(kernel, ignore_window=ignored, ignore_softcap=ignore_softcap)
         module.socket = socket.to(module.q_proj.weight.device).train(model.training)
@@ -275,14 +274,3 @@ def _description(model: nn.Module) -> list[dict[str, Any]]:
             groups.append(facts | {"layers": []})
         groups[-1]["layers"].append(index)
     return groups
-
-
-def _check(kernel: AttentionBase, config: Any, ignore_softcap: bool) -> None:
-    """Raise ValueError for a kernel that this model cannot take."""
-    if not kernel.causal:
-        raise ValueError(f"{kernel.name} has no causal form, and Gemma is causal")
-    cap = getattr(config, "attn_logit_softcapping", None)
-    if cap and not kernel.exact and not ignore_softcap:
-        way_out = "use --ignore-softcap to replace them without the cap"
-        refused = f"this model caps its attention logits at {cap:g}, which {kernel.name} cannot express"
-        raise ValueError(f"{refused}: {way_out}")

@@ -11,6 +11,7 @@ No layer sees the errors of another: all learn at once, and the activations of o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 
 import torch
@@ -71,17 +72,12 @@ class Transfer:
 
         set_rates(self.optimizer, self.peaks, factor)
         self.optimizer.zero_grad(set_to_none=True)
-        hooks = []
-        for index, student in self.students.items():
-            student.socket.kernel.before_step(step)
-            layer = text_layers(self.model)[index].self_attn
-            hooks.append(layer.register_forward_hook(fit(student), with_kwargs=True))
-        try:
-            with exact_attention(self.model), torch.no_grad():
-                self.model.model(input_ids=tokens_BN, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, exact_attention(self.model), torch.no_grad():
+            for index, student in self.students.items():
+                student.socket.kernel.before_step(step)
+                layer = text_layers(self.model)[index].self_attn
+                hooks.enter_context(layer.register_forward_hook(fit(student), with_kwargs=True))
+            self.model.model(input_ids=tokens_BN, use_cache=False)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return sum(losses) / len(losses)
