@@ -16,9 +16,8 @@ import torch
 from tqdm import tqdm
 
 from lra.gemma.data import Blocks, documents, pack, split
-from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references
+from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references, spectra
 from lra.gemma.finetune import Finetuner, trainable, with_adapter
-from lra.gemma.spectra import spectra
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import STOPPED, UsageError
