@@ -27,7 +27,7 @@ from lra.training.trainer import Progress, Training, Where
 from models.gemma import bridge
 from models.gemma.loss import Head, cross_entropy
 from models.gemma.saved import restore
-from models.gemma.transfer import PROJECTIONS, Transfer, adamw, layer_parameters, set_rates
+from models.gemma.transfer import PROJECTIONS, Transfer, adamw, parameter_groups, set_rates
 from tasks.base import Optim
 
 FORMAT = f"lra-gemma-adapter/{VERSION}"  # one safetensors file: what was trained; in its header, the base model
@@ -115,11 +115,15 @@ class Finetuner(Training):
 
     def validate(self) -> dict[str, float]:
         """Count on the validation blocks."""
-        s = self.test("val")
+        s = self.evaluate("val")
         self.progress.curve.append([self.progress.step, "val", s["loss"], s["n_correct"], s["n_test"]])
         return {"val/loss": s["loss"], "val/acc": s["n_correct"] / s["n_test"]}
 
-    def test(self, split: str = "test") -> dict[str, Any]:
+    def test(self) -> dict[str, Any]:
+        """Count on the test blocks."""
+        return self.evaluate("test")
+
+    def evaluate(self, split: str) -> dict[str, Any]:
         """Counts on all blocks of a split."""
         e = self.experiment
         return evaluate(self.model, self.head, split, e.blocks[split], e.precision, self.where.device)
@@ -189,11 +193,7 @@ def trainable(model: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn
     """Freeze the rest; returns (parameters of kernels, pretrained parameters). UsageError if there are none."""
     model.requires_grad_(False).train()
     layers, sockets = bridge.text_layers(model), bridge.sockets(model)
-    kernels, pretrained = [], []
-    for index in sockets:
-        own, projections = layer_parameters(layers[index].self_attn, train)
-        kernels += own
-        pretrained += projections
+    kernels, pretrained = parameter_groups((layers[i].self_attn for i in sockets), train)
     if train == "all":
         outer = [p for m in (model.model.embed_tokens, model.lm_head) for p in m.parameters()]
         # What makes queries and keys for kernels that look at neither.

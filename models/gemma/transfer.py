@@ -10,7 +10,7 @@ No layer sees the errors of another: all learn at once, and the activations of o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 
@@ -24,12 +24,16 @@ QKVO = (*QK, "v_proj", "o_proj")
 PROJECTIONS = {"kernel": (), "kernel+qk": QK, "kernel+qkvo": QKVO, "all": QKVO}  # of a layer's attention
 
 
-def layer_parameters(attention: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Of one replaced layer: (parameters of the kernel, pretrained projections that are trained with them)."""
-    kernel = attention.socket.kernel
-    unused = () if kernel.reads_qk else PROJECTIONS["kernel+qk"]
-    names = [n for n in PROJECTIONS[train] if hasattr(attention, n) and n not in unused]
-    return list(kernel.parameters()), [p for n in names for p in getattr(attention, n).parameters()]
+def parameter_groups(attentions: Iterable[nn.Module], train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Of replaced layers: (parameters of the kernels, pretrained projections that are trained with them)."""
+    kernels, pretrained = [], []
+    for attention in attentions:
+        kernel = attention.socket.kernel
+        unused = () if kernel.reads_qk else PROJECTIONS["kernel+qk"]
+        names = [n for n in PROJECTIONS[train] if hasattr(attention, n) and n not in unused]
+        kernels += kernel.parameters()
+        pretrained += [p for n in names for p in getattr(attention, n).parameters()]
+    return kernels, pretrained
 
 
 def adamw(groups: Sequence[list[nn.Parameter]], peaks: Sequence[float]) -> torch.optim.AdamW:
@@ -51,8 +55,7 @@ class Transfer:
         """`train`: a key of PROJECTIONS; `peaks`: peak learning rates of kernels and of projections."""
         self.model, self.peaks = model, peaks
         self.students = {i: deepcopy(text_layers(model)[i].self_attn).requires_grad_(False) for i in sockets(model)}
-        parts = [layer_parameters(student, train) for student in self.students.values()]
-        groups = [sum(part, []) for part in zip(*parts, strict=True)]
+        groups = parameter_groups(self.students.values(), train)
         self.parameters = [p.requires_grad_() for p in sum(groups, [])]
         self.optimizer = adamw(groups, peaks)
 

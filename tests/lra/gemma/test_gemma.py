@@ -68,7 +68,7 @@ def places(tmp_path, within):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, within):
-    """A folder in which every kind of experiment was done; not to be changed."""
+    """A folder in which every kind of experiment was done, for tests that read it or do the same again."""
     folder = tmp_path_factory.mktemp("done")
     places = within(folder)
     run("swap", *places, "--attention=softmax", "--attention=constant")
