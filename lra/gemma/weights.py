@@ -184,7 +184,6 @@ def fetch_270m(out: Path) -> None:
     del model.config.quantization_config, model.hf_quantizer  # saving refuses what calls itself quantised
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "source.json").write_text(json.dumps({"source": SOURCE_270M, "gguf_sha256": GGUF_SHA256}) + "\n", "utf-8")
 
 
 # tiny
