@@ -15,7 +15,8 @@ from lra.options import UsageError
 UNFUSED = "softmax unfused"
 DEFAULT = (
     *("softmax", "softmax causal", "performer", "performer bf16", "performer causal", "performer hybrid"),
-    *("performer hybrid causal", "darkformer", "performer plain", *(PYPI + package for package in PEERS)),
+    *("performer hybrid causal", "darkformer", "performer plain", "darkformer plain"),
+    *(PYPI + package for package in PEERS),
     *("linformer", "linear", "nystrom", "local", "reformer", "s4d"),
 )
 MEMORY = {"B": 1, "N": 16384}  # where memory is measured, and no time
@@ -36,7 +37,7 @@ def bench_attention(args: Namespace) -> None:
 
 `{{command}}`: forward and backward, B {args.batch}, H {args.heads}, D {args.head_dim}, and M {args.features} \
 features, landmarks, projected positions or window tokens; fp32 unless named; no padding. hybrid: exact within \
-blocks of {WINDOW} tokens and to the neighbouring ones, features beyond. plain: the definition of performer in six \
+blocks of {WINDOW} tokens and to the neighbouring ones, features beyond. plain: the definition in a few \
 lines, with autograd. Each in a process of its own, taking turns; {args.rounds} rounds.
 {both(measured, lambda p: f"N {p['N']:,}" + (f", B {p['B']}" if "rounds" not in p else ""), lambda points: "")}"""
     timed = {setting: [p for p in points if "rounds" in p] for setting, points in measured.items()}

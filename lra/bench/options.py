@@ -8,7 +8,7 @@ REPORT = option("--results", "folder whose bench/ gets the report", writable, "r
 SIZE = option("--features", "features, landmarks, projected positions or window M", at_least(1), 256)
 PRECISION = option("--precision", "bf16: autocast", ("fp32", "bf16"), "fp32")
 NAMES = "comma-separated names, softmax among them"
-PEERS = f"{NAMES}; pypi:PACKAGE: a public package; behind a name: M64, hybrid, plain (performer), unfused (softmax)"
+PEERS = f"{NAMES}; pypi:PACKAGE: a public package; behind a name: M64, hybrid, plain, unfused (softmax)"
 LAYOUTS = "32x128,32x256,32x1024"
 
 

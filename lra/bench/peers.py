@@ -5,7 +5,7 @@ A contender has a name: "performer causal", "performer M64", "pypi:performer-pyt
 
     M64        64 features, landmarks, projected positions or window tokens
     hybrid     exact attention within blocks of WINDOW tokens and to the neighbouring blocks (random features alone)
-    plain      the definition of performer, the logits in memory and gradients by autograd
+    plain      the definition of performer or darkformer, the logits in memory and gradients by autograd
     unfused    softmax with the N x N matrix in memory, as tables of 2020 measured it
 
 None of these takes a mask or has a causal form. Of a package the attention alone is measured, on given q, k, v.
@@ -26,7 +26,7 @@ from torch import nn
 from lra import registry
 from lra.options import UsageError, unknown
 from lra.records.measured import BASELINE
-from models.attention import performer
+from models.attention import darkformer, performer
 from models.base import AttentionBase
 from models.features.family import FeatureAttention
 
@@ -34,21 +34,34 @@ PYPI = "pypi:"  # before the name of a package where attentions are named
 INSTALL = "pip install -r requirements-dev.txt"
 WINDOW = 128  # of a hybrid
 SIZE = r"M[1-9]\d*"  # the word that sets an approximation size
-OURS = ("performer", "darkformer")  # what the packages have too
 PEERS = ("performer-pytorch", "darkformer-pytorch")
 
 
-class Plain(performer.Attention):
-    """performer, written out: features attend to keys, queries attend to features."""
+class Plain:
+    """A method of OURS, written out: features attend to keys, queries attend to features."""
 
     causal = False
 
     def attend(self, q_BHND, k_BHND, v_BHND, mask_BN, scale, causal):
-        a_HMD = scale**0.5 * self.w_HMD.to(q_BHND.dtype)
-        key_bias_BH1N = -scale / 2 * k_BHND.square().sum(-1)[:, :, None]
+        a_HMD, mapped_BHND = scale**0.5 * self.w_HMD.to(q_BHND.dtype), k_BHND
+        if self.G_HDD is not None:
+            a_HMD, mapped_BHND = a_HMD @ self.G_HDD, k_BHND @ self.G_HDD.mT
+        key_bias_BH1N = -scale / 2 * mapped_BHND.square().sum(-1)[:, :, None]
         logits_BHMN = a_HMD @ k_BHND.mT + key_bias_BH1N
         Y_BHMD = logits_BHMN.softmax(-1) @ v_BHND
         return (q_BHND @ a_HMD.mT + logits_BHMN.logsumexp(-1)[:, :, None]).softmax(-1) @ Y_BHMD
+
+
+class PlainPerformer(Plain, performer.Attention):
+    """softmax_j(a_j.q + L_j) Y_j with a_j drawn."""
+
+
+class PlainDarkformer(Plain, darkformer.Attention):
+    """The same with a_j = G^T w_j, G learned."""
+
+
+PLAIN = {"performer": PlainPerformer, "darkformer": PlainDarkformer}
+OURS = tuple(PLAIN)  # what the packages have too
 
 
 class Unfused(AttentionBase):
@@ -89,7 +102,7 @@ def build(name: str, M: int, how: Collection[str] = (), **shape: int) -> tuple[A
     size where the name has none. Raises UsageError for a word that does not fit, and for an absent package."""
     base, *words = name.split(" ")
     package = base.removeprefix(PYPI) if base.startswith(PYPI) else None
-    known = {*how, *({"softmax": ["unfused"], "performer": ["plain"]}.get(base, []))}
+    known = {*how, *({"softmax": ["unfused"]}.get(base, ["plain"] if base in OURS else []))}
     if not package and "plain" not in words and issubclass(registry.attention_class(base), FeatureAttention):
         known.add("hybrid")
     sizes = [word for word in words if re.fullmatch(SIZE, word)]
@@ -99,7 +112,7 @@ def build(name: str, M: int, how: Collection[str] = (), **shape: int) -> tuple[A
     if "unfused" in words:
         return Unfused(None, **shape), set(words)
     if "plain" in words:
-        return Plain(performer.Config(num_features=M), **shape), set(words)
+        return PLAIN[base](PLAIN[base].Config(num_features=M), **shape), set(words)
     if package:
         return build_peer(package, size=M, **shape), set(words)
     options = registry.budget_options(base, M) | ({"window": WINDOW} if "hybrid" in words else {})
@@ -117,7 +130,7 @@ def rivals(name: str, names: Sequence[str]) -> dict[str, list[str]]:
         does, less = set(more), set(words) - set(more)
         if method == BASELINE and does == {word for word in same if not re.fullmatch(SIZE, word)}:
             kind = "fused exact attention"
-        elif method == "performer" and does == same | {"plain"}:
+        elif method == base and does == same | {"plain"}:
             kind = "plain formulation"
         elif method.startswith(PYPI) and does == same:
             kind = "the better package"

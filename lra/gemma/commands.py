@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,22 @@ import torch
 from tqdm import tqdm
 
 from lra.gemma.data import Blocks, documents, pack, split
-from lra.gemma.experiment import Experiment, Method, check_options, evaluate, method, plug_in, references
-from lra.gemma.finetune import finetune as finetune_one
-from lra.gemma.finetune import trainable, with_adapter
-from lra.gemma.spectra import spectra
+from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references, spectra
+from lra.gemma.finetune import Finetuner, trainable, with_adapter
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import STOPPED, UsageError
 from lra.records.record import read_record, write_record
 from lra.registry import attention_class
 from lra.scaling.reports import command_of
-from lra.training.train import Clocks, Interrupted, build_record
+from lra.training.evaluate import Diverged
+from lra.training.train import Interrupted, build_record, carry_out
 from models.gemma import bridge
 from models.gemma.loss import Head
 
-SIZES = {  # what options default to: for tiny, for others
-    "length": (128, 512),
-    "calibration": (8, 4),
-    "validation": (16, 4),
-    "eval_blocks": (64, 16),
-    "tokens": (16_384, 40_960),
-    "batch": (8, 2),
-}
+# What options default to: for tiny, for others.
+SIZES = {"length": (128, 512), "calibration": (8, 4), "validation": (16, 4), "eval_blocks": (64, 16)}
+SIZES |= {"tokens": (16_384, 40_960), "batch": (8, 2)}
 RECIPE = "train batch lr lr_kernel warmstart evaluations checkpoint_every recompute tokens".split()
 ELSEWHERE = ("run", "data", "results", "runs", "threads", "device")  # arguments that decide no result
 
@@ -46,24 +39,14 @@ ELSEWHERE = ("run", "data", "results", "runs", "threads", "device")  # arguments
 def swap(args: Namespace) -> None:
     """`gemma swap`: every experiment that was asked for, without training."""
     setting = Setting(args)
-    model, device = setting.base.model, setting.device
     blocks = {"calibration": setting.blocks("calibration"), "test": setting.blocks("test")}
     experiments = setting.experiments("swap", blocks, [{}])
-    head = Head.of(model.requires_grad_(False), args.precision)
-    exact = None
+    test = blocks["test"], args.precision, setting.device
+    model = setting.base.model.requires_grad_(False)
+    head = Head.of(model, args.precision)
+    exact = cache(lambda: references(model, head, *test))
     for experiment in tqdm(experiments, desc="swap", unit="experiment", disable=None):
-        path = experiment.path(args.results)
-        if not path.exists():
-            clocks, memory = (datetime.now(timezone.utc), time.perf_counter()), PeakMemory(device)
-            try:
-                experiment.plug_in(device)
-                exact = exact or references(model, head, blocks["test"], args.precision, device)
-                scores = evaluate(model, head, blocks["test"], args.precision, device, exact)
-                cost = {"wall_s": round(time.perf_counter() - clocks[1], 3), "peak_bytes": memory.read()}
-                setting.publish(experiment, scores.facts(), cost, clocks)
-            finally:
-                bridge.detach(model)
-        report(path)
+        report(setting.measure(experiment, lambda: evaluate(model, head, "test", *test, exact())))
 
 
 def finetune(args: Namespace) -> int:
@@ -81,29 +64,25 @@ def anisotropy(args: Namespace) -> None:
     """`gemma anisotropy`: one record with the spectra of every layer and head."""
     setting = Setting(args)
     model, blocks = setting.base.model, setting.blocks("calibration")
+    tokens_BN = torch.from_numpy(blocks.tokens).long().to(setting.device)
     exact = Method("softmax", {}, tuple(range(len(bridge.text_layers(model)))))
-    source = setting.base, setting.documents
-    experiment = Experiment("anisotropy", *source, {"test": blocks}, exact, args.precision, 0)
-    path = experiment.path(args.results)
-    if not path.exists():
-        clocks = datetime.now(timezone.utc), time.perf_counter()
-        try:
-            experiment.plug_in(setting.device)
-            rows = spectra(model, torch.from_numpy(blocks.tokens).long().to(setting.device))
-            setting.publish(experiment, {"layers": rows}, {}, clocks)
-        finally:
-            bridge.detach(model)
-    print(path)
+    experiment = Experiment("anisotropy", setting.base, setting.documents, {"test": blocks}, exact, args.precision, 0)
+    print(setting.measure(experiment, lambda: {"layers": spectra(model, tokens_BN)}))
 
 
-def evaluate_adapter(args: Namespace) -> None:
-    """`gemma evaluate`: the test blocks with an adapter on its base model."""
+def evaluate_adapter(args: Namespace) -> int:
+    """`gemma evaluate`: the test blocks with an adapter on its base model. Exit code 1 when a logit is not finite."""
     setting = Setting(args)
     model = with_adapter(args.adapter, setting.base)
     head = Head.of(model.requires_grad_(False), args.precision)
-    scores = evaluate(model, head, setting.blocks("test"), args.precision, setting.device).facts()
+    try:
+        scores = evaluate(model, head, "test", setting.blocks("test"), args.precision, setting.device)
+    except Diverged as error:
+        print(f"failed: {error}: {args.adapter}", file=sys.stderr)
+        return 1
     accuracy = 100 * scores["n_correct"] / scores["n_test"]
     print(f"test {accuracy:.2f}%, loss {scores['loss']:.4f}: {args.adapter}")
+    return 0
 
 
 def weights(args: Namespace) -> None:
@@ -127,7 +106,7 @@ class Setting:
         if hasattr(args, "features"):
             self.features = [int(m) for m in args.features.split(",")]
             for spec, m in product(args.attention, self.features):
-                check_options(method(spec, m, layers=()), args.length)
+                method(spec, m, args.length, layers=())
         self.recipe = recipe(args) if hasattr(args, "train") else {}
         words = ["python", "-m", "lra", "gemma", args.run.rpartition(":")[2]]
         self.command = command_of(words, args, ELSEWHERE, eval_blocks="eval")
@@ -145,8 +124,7 @@ class Setting:
         """The first blocks of a split, as many as its option says; of train, as many as fill whole steps."""
         a, options = self.args, {"calibration": "calibration", "val": "validation", "test": "eval_blocks"}
         count = getattr(a, options[name]) if name in options else a.tokens // (a.batch * a.length) * a.batch
-        size = {"length": a.length, "blocks": count}
-        return pack(self.splits[name], self.base.encode, bos=self.base.bos, **size, what=name)
+        return pack(self.splits[name], self.base.encode, self.base.bos, length=a.length, blocks=count, what=name)
 
     def experiments(self, kind: str, blocks: dict, recipes: Sequence[dict]) -> list[Experiment]:
         """One for each recipe, attention, M and seed; what has no features or draws nothing is not repeated for them.
@@ -160,15 +138,13 @@ class Setting:
             raise UsageError(str(error)) from error
         where = {"layers": layers, "window": a.window, "ignore_softcap": a.ignore_softcap}
         chosen: dict[tuple[str, int], Experiment] = {}
-        for recipe in recipes:
-            for spec in a.attention:
-                random = bool(recipe) or attention_class(spec.split(",")[0]).random
-                for replacement in (method(spec, m, **where) for m in self.features):
-                    for seed in range(a.seeds if random else 1):
-                        parts = self.base, self.documents, blocks, replacement, a.precision
-                        experiment = Experiment(kind, *parts, seed, recipe)
-                        chosen.setdefault((experiment.digest, seed), experiment)
-        for e in {json.dumps(asdict(e.method)): e for e in chosen.values()}.values():
+        for recipe, spec, m in product(recipes, a.attention, self.features):
+            parts = self.base, self.documents, blocks, method(spec, m, a.length, **where), a.precision
+            random = bool(recipe) or attention_class(spec.split(",")[0]).random
+            for seed in range(a.seeds if random else 1):
+                experiment = Experiment(kind, *parts, seed, recipe)
+                chosen.setdefault((experiment.digest, seed), experiment)
+        for e in {str(e.method): e for e in chosen.values()}.values():
             plug_in(self.base, e.method, seed=e.seed, length=e.length)
             if e.recipe:
                 trainable(self.base.model, e.recipe["train"])
@@ -182,30 +158,47 @@ class Setting:
         experiments = self.experiments(kind, blocks, [self.recipe | change for change in changes])
         model = self.base.model
         before = {n: t.detach().clone() for n, t in model.state_dict().items() if "embed" not in n}
-        places = {"results": a.results, "runs": a.runs, "device": self.device, "command": self.command}
         for experiment in experiments:
             model.load_state_dict(before, strict=False)
+            path, folder = experiment.path(a.results), experiment.folder(a.runs)
             try:
-                path = finetune_one(experiment, **places)
+                start = partial(Finetuner, experiment, self.device, self.command)
+                carry_out(start, path, folder, lambda record, _: write_record(path, record, None))
             except Interrupted as stopped:
                 print(stopped, file=sys.stderr)
                 return STOPPED
+            finally:
+                bridge.detach(model)
             report(path)
         return 0
 
-    def publish(self, experiment: Experiment, result: dict, cost: dict, clocks: Clocks) -> None:
-        """Write the record of an experiment without training."""
-        sections = experiment.sections({"optimizer": None, "steps": 0}, cost | {"device": self.device.type})
-        facts = {"command": self.command, "device": self.device, "clocks": clocks}
-        record = build_record(sections, result, status="ok", **facts)
-        write_record(experiment.path(self.args.results), record, None)
+    def measure(self, experiment: Experiment, result: Callable[[], dict[str, Any]]) -> Path:
+        """Write the record of an experiment without training, unless it is there. `result()`: with its kernels in."""
+        path = experiment.path(self.args.results)
+        if path.exists():
+            return path
+        clocks, memory = (datetime.now(timezone.utc), time.perf_counter()), PeakMemory(self.device)
+        try:
+            experiment.plug_in(self.device)
+            try:
+                measured, status = result(), "ok"
+            except Diverged as error:
+                measured, status = None, f"failed: {error}"
+            cost = {"device": self.device.type}
+            if experiment.kind == "swap":
+                cost = {"wall_s": round(time.perf_counter() - clocks[1], 3), "peak_bytes": memory.read()} | cost
+            facts = {"device": self.device, "command": self.command, "clocks": clocks, "status": status}
+            sections = experiment.sections({"optimizer": None, "steps": 0}, cost)
+            write_record(path, build_record(sections, measured, **facts), None)
+        finally:
+            bridge.detach(self.base.model)
+        return path
 
 
 def recipe(args: Namespace) -> dict[str, Any]:
     """Training options, as they go into digest and record. Raises UsageError for one that cannot be meant."""
     if args.tokens < args.batch * args.length:
-        step = f"{args.batch} x {args.length}"
-        raise UsageError(f"--tokens {args.tokens}: less than one step of {step} tokens")
+        raise UsageError(f"--tokens {args.tokens}: less than one step of {args.batch} x {args.length} tokens")
     chosen = {name: getattr(args, name) for name in RECIPE}
     if args.warmstart == "transfer":
         chosen["transfer_tokens"] = args.transfer_tokens or args.tokens // 2

@@ -32,7 +32,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token ids (n, length), and for each block the number of the document it starts with. A block starts with BOS.
+    """Token ids (n, length), and for each block, which starts with BOS, the number of the document it starts with.
 
     Blocks with different numbers share no document: they are independent.
     """
@@ -63,28 +63,27 @@ def documents(path: Path | None) -> Documents:
         file = package_file(imdb.PACKAGE, imdb.PACKAGE_VERSION, imdb.PACKAGE_CSV)
         columns = read_table(file, ["text", "source"])
         texts = [t for t, s in zip(columns["text"], columns["source"], strict=True) if s == "imdb"]
-        files = {file.name: sha256_file(file)}
-        return _checked(path, texts, "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", files)
-    if path.is_dir():
-        contents, digest = read_folder(listed(path, "*.txt"), 1)
+        origin = "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", {file.name: sha256_file(file)}
+    else:
+        if path.is_dir():
+            contents, digest = read_folder(listed(path, "*.txt"), 1)
+            files = {f"{path.name}/*.txt": digest}
+        elif path.is_file():
+            with open_bytes(path) as file:
+                contents, files = [file.read()], {path.name: sha256_file(path)}
+        else:
+            raise UsageError(f"--text {path}: no such file or folder")
         try:
             texts = [content.decode("utf-8-sig") for content in contents]
         except UnicodeDecodeError as error:
             raise UsageError(f"--text {path}: a file in it is not UTF-8 ({error})") from error
-        return _checked(path, texts, path.name, "local", "as found", {f"{path.name}/*.txt": digest})
-    if not path.is_file():
-        raise UsageError(f"--text {path}: no such file or folder")
-    with open_bytes(path) as file:
-        texts = re.split(r"\n(?:[ \t\r]*\n){2,}", file.read().decode("utf-8-sig"))
-    return _checked(path, texts, path.name, "local", "as found", {path.name: sha256_file(path)})
-
-
-def _checked(path: Path | None, texts: Sequence[str], dataset: str, source: str, revision: str, files) -> Documents:
-    texts = [t.replace("<br />", "\n").strip() for t in texts]
-    texts = sorted({t for t in texts if t})
+        if path.is_file():
+            texts = re.split(r"\n(?:[ \t\r]*\n){2,}", texts[0])
+        origin = path.name, "local", "as found", files
+    texts = sorted({t.replace("<br />", "\n").strip() for t in texts} - {""})
     if not texts:
         raise UsageError(f"--text {path}: no text in it")
-    return Documents(texts, dataset, source, revision, files)
+    return Documents(texts, *origin)
 
 
 def split(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -103,7 +102,7 @@ def split(texts: Sequence[str]) -> dict[str, list[str]]:
     return splits
 
 
-def pack(texts: Sequence[str], encode: Encode, *, bos: int, length: int, blocks: int, what: str) -> Blocks:
+def pack(texts: Sequence[str], encode: Encode, bos: int, *, length: int, blocks: int, what: str) -> Blocks:
     """The first `blocks` blocks of `length` tokens: BOS before each document, and at the start of each block.
 
     * A document that starts a block and does not fit goes on in the next blocks.

@@ -1,9 +1,10 @@
-"""One experiment of the Gemma track: what it is made of, its model, its digest, its scores, its part of a record."""
+"""One experiment of the Gemma track: what it is made of, its model, its digest, its part of a record, its results."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -19,12 +20,14 @@ from lra.options import UsageError, construct
 from lra.records.record import finite, record_path
 from lra.registry import attention_class, budget_options, build_attention
 from lra.training.config import stored_options
-from lra.training.evaluate import autocast
+from lra.training.evaluate import Diverged, autocast
 from models.base import AttentionBase
+from models.features.projections import balance, inverse
 from models.gemma import bridge
 from models.gemma.loss import Head, Reference, reference, score
 
 VERSION = 1  # of the track: raised when a number of an old record would come out differently
+PAIRS = 4096  # random pairs of a query and a key
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Experiment:
         name = f"gemma-{self.kind}"
         return record_path(results / "gemma", name, self.method.attention, self.digest, self.seed)
 
+    def folder(self, runs: Path) -> Path:
+        """Of its training: runs/gemma-<kind>/<attention>/<base>-<digest>/seed<k>."""
+        attention, base = self.method.attention.replace(":", "-"), self.base.name.replace("/", "-")
+        return Path(runs) / f"gemma-{self.kind}" / attention / f"{base}-{self.digest[:8]}" / f"seed{self.seed}"
+
     def plug_in(self, device: torch.device) -> torch.nn.Module:
         """The base model with this method's kernels, calibrated. Raises UsageError where they do not fit."""
         sockets = plug_in(self.base, self.method, seed=self.seed, length=self.length)
@@ -95,18 +103,17 @@ class Experiment:
         own = sum(p.numel() for k in kernels for p in k.parameters())
         encoder = {"base": base.name, "weights_source": base.source, "weights_sha256": base.sha256}
         task = {"name": f"gemma-{self.kind}", "version": VERSION, "preset": base.name, "protocol": "open"}
-        task |= {"seq_len": self.length, "dataset": docs.dataset, "substitute": False}
         splits = {name: {"n": len(b.tokens), "sha256": b.sha256} for name, b in self.blocks.items()}
         data = {"source": docs.source, "revision": docs.revision, "files": docs.files, "splits": splits}
         model = {"attention": m.attention, "attention_config": m.config}
         model |= {"encoder": encoder | {"layers": list(m.layers), "keeps_window": m.keeps_window}}
         model |= {"exact": attention_class(m.attention).exact, "n_params": n_params}
-        own_training = {"seed": self.seed, "precision": self.precision, "compile": False, "recipe": self.recipe}
+        how = {"seed": self.seed, "precision": self.precision, "compile": False, "recipe": self.recipe}
         return {
-            "task": task,
+            "task": task | {"seq_len": self.length, "dataset": docs.dataset, "substitute": False},
             "data": data | {"floors": {}, "val_rule": "held-out"},
             "model": model | {"n_params_ratio_to_softmax": n_params / (n_params - own)},
-            "training": own_training | {"overrides": {}, "world_size": 1} | training,
+            "training": how | {"overrides": {}, "world_size": 1} | training,
             "cost": cost,
             "env": {"transformers": metadata.version("transformers")},
         }
@@ -130,8 +137,11 @@ def plug_in(base: Base, method: Method, *, seed: int, length: int) -> list[bridg
     return sockets
 
 
-def method(spec: str, features: int, **where: Any) -> Method:
-    """`NAME,OPTION=VALUE,...`, its approximation size `features` unless the text says otherwise. Raises UsageError."""
+def method(spec: str, features: int, length: int, **where: Any) -> Method:
+    """`NAME,OPTION=VALUE,...`, its approximation size `features` unless the text says otherwise.
+
+    Raises UsageError for options that no attention over `length` tokens can have, before a model is loaded.
+    """
     name, *pairs = spec.split(",")
     values = {}
     for pair in pairs:
@@ -139,42 +149,13 @@ def method(spec: str, features: int, **where: Any) -> Method:
         if not equals:
             raise UsageError(f"--attention {spec}: options are written OPTION=VALUE; got {pair!r}")
         values[key] = value
-    values = budget_options(name, features) | values
-    options = construct(attention_class(name).Config, values, where="attention")
-    return Method(name, stored_options(options), **where)
-
-
-def check_options(method: Method, length: int) -> None:
-    """Raises UsageError for options that no model can have, before one is loaded: on a head of Gemma's width."""
+    options = construct(attention_class(name).Config, budget_options(name, features) | values, where="attention")
+    config = stored_options(options)
     try:
-        build_attention(method.attention, heads=1, head_dim=256, max_len=length, **method.config)
+        build_attention(name, heads=1, head_dim=256, max_len=length, **config)  # Gemma's width
     except ValueError as error:
-        raise UsageError(f"--attention {method.attention}: {error}") from error
-
-
-@dataclass(frozen=True)
-class BlockScores:
-    """Sums over the scored tokens of each block."""
-
-    document: np.ndarray
-    n: np.ndarray
-    correct: np.ndarray
-    loss: np.ndarray
-    kl: np.ndarray | None
-
-    def facts(self) -> dict[str, Any]:
-        """For a record: totals, and the blocks they come from, which intervals are made of."""
-        sums = [self.loss] if self.kl is None else [self.loss, self.kl]
-        columns = [c.tolist() for c in (self.document, self.n, self.correct)]
-        columns += [list(map(finite, c.round(4).tolist())) for c in sums]
-        return {
-            "n_correct": int(self.correct.sum()),
-            "n_test": int(self.n.sum()),
-            "loss": finite(float(self.loss.sum() / self.n.sum())),
-            "kl": None if self.kl is None else finite(float(self.kl.sum() / self.n.sum())),
-            # of each block [first document, tokens, correct, sum of losses, sum of divergences]
-            "blocks": list(map(list, zip(*columns, strict=True))),
-        }
+        raise UsageError(f"--attention {name}: {error}") from error
+    return Method(name, config, **where)
 
 
 def hidden(model: torch.nn.Module, tokens_BN: torch.Tensor, precision: str) -> torch.Tensor:
@@ -192,18 +173,29 @@ def scored(model, blocks: Blocks, precision: str, device: torch.device) -> Itera
 
 
 @torch.no_grad()
-def evaluate(model, head: Head, blocks: Blocks, precision: str, device, against=None) -> BlockScores:
-    """Scores of every block, with divergences `against` these References; the model is left in the mode it was in."""
+def evaluate(model, head: Head, split: str, blocks: Blocks, precision: str, device, against=None) -> dict[str, Any]:
+    """The `result` of a record: totals, and of each block [first document, tokens, correct, sum of losses in nats, sum
+    of divergences], which intervals are made of. Divergences are `against` References, if given.
+
+    The model is left in the mode it was in. Raises Diverged when a logit is not finite, naming the split.
+    """
     training = model.training
     model.eval()
-    sums = []
+    rows, failed = [], 0
     for i, (h_TE, target_T) in enumerate(scored(model, blocks, precision, device)):
-        s = score(h_TE, head, target_T, against[i] if against else None)
-        kl = 0.0 if s.kl_T is None else s.kl_T.double().sum().item()
-        sums.append([len(target_T), int(s.correct_T.sum()), s.loss_T.double().sum().item(), kl])
+        loss_T, correct_T, kl_T = score(h_TE, head, target_T, against[i] if against else None)
+        failed += int((~loss_T.isfinite()).sum())
+        sums = [x_T.double().sum().item() for x_T in (loss_T, kl_T) if x_T is not None]
+        rows.append([len(target_T), int(correct_T.sum()), *sums])
     model.train(training)
-    n, correct, loss, kl = (np.array(c) for c in zip(*sums, strict=True))
-    return BlockScores(blocks.document, n, correct, loss, kl if against else None)
+    n, correct, *sums = (np.array(column) for column in zip(*rows, strict=True))
+    total = int(n.sum())
+    if failed:
+        raise Diverged(f"logits of {failed} of {total} {split} tokens are not finite")
+    loss, kl = ([finite(float(x.sum() / total)) for x in sums] + [None])[:2]
+    columns = blocks.document.tolist(), n.tolist(), correct.tolist(), *(map(finite, x.round(4).tolist()) for x in sums)
+    facts = {"n_correct": int(correct.sum()), "n_test": total, "loss": loss, "kl": kl}
+    return facts | {"blocks": list(map(list, zip(*columns, strict=True)))}
 
 
 @torch.no_grad()
@@ -213,3 +205,70 @@ def references(model, head: Head, blocks: Blocks, precision: str, device) -> lis
         return None
     with bridge.exact_attention(model):
         return [reference(h_TE, head) for h_TE, _ in scored(model, blocks, precision, device)]
+
+
+def spectra(model: torch.nn.Module, tokens_BN: torch.Tensor) -> list[dict[str, Any]]:
+    """One row per layer of the exact model: norms, spectra and closed forms, per head where it is a list."""
+    rows = []
+
+    def tap(layer):
+        return lambda q, k, v, mask, scale: rows.append({"layer": layer} | describe(q, k, scale))
+
+    bridge.watch(model, tokens_BN, {layer: tap(layer) for layer in bridge.sockets(model)})
+    return rows
+
+
+def describe(q_BHND: torch.Tensor, k_BHND: torch.Tensor, scale: float) -> dict[str, Any]:
+    """The row of one layer: how far its queries and keys are from what random features like, as they are and aligned.
+
+    Aligned: centred and balanced, so that both have one covariance, as attention allows without changing its output.
+    With q~ = sqrt(scale) q and k~ alike, positive features of N(0, I) have, for one pair, the relative second moment
+    E[Z^2] / E[Z]^2 = exp |q~ + k~|^2. For q~, k~ ~ N(0, Lambda) with eigenvalues t its counterparts in closed form are
+
+        w ~ N(0, I):        prod_t ((1 - 6t)(1 + 2t))^-1/2      finite only below t = 1/6
+        w ~ N(0, Sigma*):   prod_t (1 - 2t)^-1                  finite only below t = 1/2
+
+    (arXiv 2603.04127, Theorem 3.2; E[Z^2], not yet divided by E[kappa^2]).
+    """
+    q, k = ((scale**0.5 * x.double()).transpose(0, 1).flatten(1, 2) for x in (q_BHND, k_BHND))  # (H, T, D)
+    row: dict[str, Any] = {"q_norm2": norm2(q), "k_norm2": norm2(k)}
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(0, q.shape[1], (PAIRS,), generator=generator) for _ in range(2))
+    for prefix in ("", "aligned_"):
+        if prefix:  # T^-1 (q - mean q) and T (k - mean k), which have one covariance; T is symmetric
+            q, k = (x - x.mean(1, keepdim=True) for x in (q, k))
+            T = balance(second_moment(q), second_moment(k))
+            q, k = q @ inverse(T), k @ T
+        t_HD = torch.linalg.eigvalsh((second_moment(q) + second_moment(k)) / 2).flip(-1).clamp(min=0)
+        if not prefix:
+            row["condition"] = rounded(t_HD[:, 0] / t_HD[:, -1].clamp(min=1e-12))
+        log10s = (q[:, first] + k[:, second]).square().sum(-1).flatten() / math.log(10)  # of exp |q~ + k~|^2
+        facts = {"top": rounded(t_HD[:, 0]), "above_half": (t_HD > 0.5).sum(-1).tolist()}
+        facts |= {"spectrum": rounded(t_HD[:, :32])}
+        facts |= {"log10_pair": {"median": float(log10s.median()), "p90": float(log10s.quantile(0.9))}}
+        row |= {prefix + name: value for name, value in facts.items()}
+    return row | {
+        "aligned_norm2": norm2(q),
+        "aligned_log10_isotropic": log10(-0.5 * ((1 - 6 * t_HD).log() + (1 + 2 * t_HD).log()).sum(-1)),
+        "aligned_log10_optimal": log10(-(1 - 2 * t_HD).log().sum(-1)),
+    }
+
+
+def second_moment(x_HTD: torch.Tensor) -> torch.Tensor:
+    """E[x x^T] per head, (H, D, D)."""
+    return x_HTD.transpose(-1, -2) @ x_HTD / x_HTD.shape[1]
+
+
+def norm2(x_HTD: torch.Tensor) -> float:
+    """Mean squared length."""
+    return float(x_HTD.square().sum(-1).mean())
+
+
+def log10(logs_H: torch.Tensor) -> list[float | None]:
+    """Natural logarithms of the heads' moments to base 10; null where a moment is infinite."""
+    return [value / math.log(10) if math.isfinite(value) else None for value in logs_H.tolist()]
+
+
+def rounded(x: torch.Tensor) -> list:
+    """Four significant digits are enough for a record."""
+    return [rounded(row) if row.dim() else float(f"{row.item():.4g}") for row in x]

@@ -13,44 +13,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lra.gemma.experiment import VERSION, BlockScores, Experiment, Method, evaluate, hidden, plug_in
+from lra.gemma.experiment import VERSION, Experiment, Method, evaluate, hidden, plug_in
 from lra.gemma.weights import Base
 from lra.machine import PeakMemory, StopSignals
 from lra.options import UsageError
-from lra.records.record import finite, write_record
+from lra.records.record import finite
 from lra.training import checkpoint
 from lra.training.evaluate import Diverged, autocast
 from lra.training.log import RunLog
-from lra.training.train import Interrupted, carry_out
+from lra.training.train import Interrupted
 from lra.training.trainer import Progress, Training, Where, learning_rate
 from models.gemma import bridge
 from models.gemma.loss import Head, cross_entropy
 from models.gemma.saved import restore
-from models.gemma.transfer import PROJECTIONS, Transfer, layer_parameters
+from models.gemma.transfer import PROJECTIONS, Transfer, adamw, parameter_groups, set_rates
 from tasks.base import Optim
 
 FORMAT = f"lra-gemma-adapter/{VERSION}"  # one safetensors file: what was trained; in its header, the base model
-
-
-def finetune(experiment: Experiment, results: Path, runs: Path, device: torch.device, command: str) -> Path:
-    """Train, and write the record. Returns its path; raises what training.train.carry_out raises."""
-    path, folder = experiment.path(results), run_folder(runs, experiment)
-
-    def publish(record: dict[str, Any], _) -> None:
-        write_record(path, record, None)
-
-    try:
-        carry_out(lambda: Finetuner(experiment, device, command), path, folder, publish)
-    finally:
-        bridge.detach(experiment.base.model)
-    return path
-
-
-def run_folder(runs: Path, experiment: Experiment) -> Path:
-    """runs/gemma-<kind>/<attention>/<base>-<digest>/seed<k>."""
-    name = f"{experiment.base.name.replace('/', '-')}-{experiment.digest[:8]}"
-    attention = experiment.method.attention.replace(":", "-")
-    return Path(runs) / f"gemma-{experiment.kind}" / attention / name / f"seed{experiment.seed}"
 
 
 @dataclass
@@ -74,15 +53,13 @@ class Finetuner(Training):
         self.memory = PeakMemory(device)
         self.model = experiment.plug_in(device)
         self.groups = trainable(self.model, self.recipe["train"])
-        self.peaks = (self.recipe["lr_kernel"], self.recipe["lr"])
-        groups = [{"params": g, "lr": p} for g, p in zip(self.groups, self.peaks, strict=True)]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self.peaks = self.recipe["lr_kernel"], self.recipe["lr"]
+        self.optimizer = adamw(self.groups, self.peaks)
         self.head = Head.of(self.model, experiment.precision)
         if self.recipe["recompute"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.train = experiment.blocks["train"]
         self.steps = len(self.train.tokens) // self.recipe["batch"]
-        self.optim = Optim(steps=self.steps, lr=1.0, warmup=max(1, self.steps // 20))
         self.eval_every = max(1, math.ceil(self.steps / self.recipe["evaluations"]))
         self.save_every = self.recipe["checkpoint_every"]
         self.order = np.random.default_rng(self.seed).permutation(len(self.train.tokens))
@@ -101,14 +78,12 @@ class Finetuner(Training):
             return True
         r, p = self.recipe, self.progress
         steps = max(1, r["transfer_tokens"] // (r["batch"] * self.experiment.length))
-        optim = Optim(steps=steps, lr=1.0, warmup=max(1, steps // 20))
-        students = Transfer(self.model, r["train"], lr=r["lr"], lr_kernel=r["lr_kernel"])
-        start = time.perf_counter()
+        students, start = Transfer(self.model, r["train"], self.peaks), time.perf_counter()
         for step in tqdm(range(steps), desc="transfer", unit="step", disable=None):
             if stop.requested:
                 raise Interrupted("stopped during the transfer, which starts again with the same command")
             with autocast(self.where.device, self.where.precision):
-                loss = students.step(self.batch(step % self.steps)[0], step, learning_rate(step, optim))
+                loss = students.step(self.batch(step % self.steps)[0], step, factor(step, steps))
             p.transfer_losses.append(finite(loss))
             log.writer.add_scalar("transfer/loss", loss, step + 1)
             if not math.isfinite(loss):
@@ -121,9 +96,7 @@ class Finetuner(Training):
         """One optimizer step: (mean loss, number correct, gradient norm before clipping)."""
         for socket in bridge.sockets(self.model).values():
             socket.kernel.before_step(step)
-        factor = learning_rate(step, self.optim)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = factor * peak
+        set_rates(self.optimizer, self.peaks, factor(step, self.steps))
         tokens_BN, scored_BN = self.batch(step)
         self.optimizer.zero_grad(set_to_none=True)
         h_BNE = hidden(self.model, tokens_BN, self.where.precision)
@@ -131,7 +104,7 @@ class Finetuner(Training):
         self.predictions = int(scored_BN.sum())
         self.progress.tokens += tokens_BN.numel()
         (total / self.predictions).backward()
-        norm = nn.utils.clip_grad_norm_([p for g in self.groups for p in g], 1.0)
+        norm = nn.utils.clip_grad_norm_(sum(self.groups, []), 1.0)
         self.optimizer.step()
         return total.item() / self.predictions, correct, norm
 
@@ -139,43 +112,37 @@ class Finetuner(Training):
         """Every loss is in the record."""
         self.progress.losses.append(finite(loss))
 
-    def scores(self, split: str) -> BlockScores:
-        """Of all blocks of a split."""
-        e = self.experiment
-        return evaluate(self.model, self.head, e.blocks[split], e.precision, self.where.device)
-
     def validate(self) -> dict[str, float]:
         """Count on the validation blocks."""
-        s = self.scores("val")
-        n, correct = int(s.n.sum()), int(s.correct.sum())
-        loss = float(s.loss.sum() / n)
-        self.progress.curve.append([self.progress.step, "val", finite(loss), correct, n])
-        return {"val/loss": loss, "val/acc": correct / n}
+        s = self.evaluate("val")
+        self.progress.curve.append([self.progress.step, "val", s["loss"], s["n_correct"], s["n_test"]])
+        return {"val/loss": s["loss"], "val/acc": s["n_correct"] / s["n_test"]}
 
-    def test(self) -> BlockScores:
-        """The test blocks."""
-        return self.scores("test")
+    def test(self) -> dict[str, Any]:
+        """Count on the test blocks."""
+        return self.evaluate("test")
 
-    def outcome(self, tested: BlockScores, folder: Path) -> dict[str, Any]:
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Counts on all blocks of a split."""
+        e = self.experiment
+        return evaluate(self.model, self.head, split, e.blocks[split], e.precision, self.where.device)
+
+    def outcome(self, tested: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Counts of every block. What was trained becomes an adapter, with what puts it on its base model again."""
         e = self.experiment
         base = {"name": e.base.name, "source": e.base.source, "sha256": e.base.sha256}
         state = {"format": FORMAT, "base": base, "method": asdict(e.method), "seed": e.seed, "length": e.length}
         checkpoint.save(folder / "adapter.safetensors", self.tensors(), state)
         curve = self.progress.curve
-        return tested.facts() | {"curve": curve, "val_n_correct": curve[-1][3], "n_val": curve[-1][4]}
+        return tested | {"curve": curve, "val_n_correct": curve[-1][3], "n_val": curve[-1][4]}
 
     def sections(self, peak: int | None) -> dict[str, Any]:
         """Of the experiment, and of this run of it."""
         p = self.progress
-        training = self.training_section(self.recipe["batch"]) | {
-            "n_trainable": sum(x.numel() for g in self.groups for x in g),
-            "selected_step": p.step,
-            "losses": p.losses,
-            "transfer_losses": p.transfer_losses,
-        }
+        facts = {"n_trainable": sum(x.numel() for x in sum(self.groups, [])), "selected_step": p.step}
+        facts |= {"losses": p.losses, "transfer_losses": p.transfer_losses}
         spent = self.cost_section(peak) | {"transfer_s": round(p.transfer_seconds, 3)}
-        return self.experiment.sections(training, spent)
+        return self.experiment.sections(self.training_section(self.recipe["batch"]) | facts, spent)
 
     def hparams(self) -> dict[str, Any]:
         """The experiment, and of its recipe what is a number or a word."""
@@ -186,13 +153,18 @@ class Finetuner(Training):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that differs from the base model: trained weights, and the kernels with their buffers."""
-        trained = {id(p) for g in self.groups for p in g}
+        trained = {id(p) for p in sum(self.groups, [])}
         weights = {n: p for n, p in self.model.named_parameters() if id(p) in trained}
         return weights | {n: t for n, t in self.model.state_dict().items() if ".socket." in n}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put them back; the base model has the rest."""
         self.model.load_state_dict(tensors, strict=False)
+
+
+def factor(step: int, steps: int) -> float:
+    """Of the peak learning rates, at step 0, 1, ... of `steps`."""
+    return learning_rate(step, Optim(steps=steps, lr=1.0, warmup=max(1, steps // 20)))
 
 
 def with_adapter(path: Path, base: Base) -> nn.Module:
@@ -204,10 +176,9 @@ def with_adapter(path: Path, base: Base) -> nn.Module:
     if state.get("format") != FORMAT:
         raise UsageError(f"{path} is not an adapter of format {FORMAT}: found {state.get('format')!r}")
     if state["base"]["sha256"] != base.sha256:
-        raise UsageError(
-            f"{path} was trained on {state['base']['name']} ({state['base']['source']}), whose weights differ from "
-            f"those of {base.name} ({base.source}): give the base model it was trained on with --model"
-        )
+        own, way_out = state["base"], "give the base model it was trained on with --model"
+        differ = f"{own['name']} ({own['source']}), whose weights differ from those of {base.name} ({base.source})"
+        raise UsageError(f"{path} was trained on {differ}: {way_out}")
     method = Method(**state["method"] | {"layers": tuple(state["method"]["layers"])})
     plug_in(base, method, seed=state["seed"], length=state["length"])
     try:
@@ -221,11 +192,7 @@ def trainable(model: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn
     """Freeze the rest; returns (parameters of kernels, pretrained parameters). UsageError if there are none."""
     model.requires_grad_(False).train()
     layers, sockets = bridge.text_layers(model), bridge.sockets(model)
-    kernels, pretrained = [], []
-    for index in sockets:
-        own, projections = layer_parameters(layers[index].self_attn, train)
-        kernels += own
-        pretrained += projections
+    kernels, pretrained = parameter_groups((layers[i].self_attn for i in sockets), train)
     if train == "all":
         outer = [p for m in (model.model.embed_tokens, model.lm_head) for p in m.parameters()]
         # What makes queries and keys for kernels that look at neither.
@@ -234,8 +201,7 @@ def trainable(model: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn
         skip = {id(p) for p in (*outer, *kernels, *(p for m in unread for p in m.parameters()))}
         pretrained = [p for p in model.parameters() if id(p) not in skip]
     if not kernels and not pretrained:
-        nothing = "this attention learns nothing of its own; use --train kernel+qkvo"
-        raise UsageError(f"--train {train}: {nothing}")
+        raise UsageError(f"--train {train}: this attention learns nothing of its own; use --train kernel+qkvo")
     for p in (*kernels, *pretrained):
         p.requires_grad_()
     return kernels, pretrained

@@ -26,6 +26,7 @@ METHOD = (
     option("--seeds", "seeds 0..N-1", at_least(1), 1),
 )
 SCORE = option("--eval", "test sequences (default: tiny 64, others 16)", at_least(2), dest="eval_blocks")
+ADAPTER = option("--adapter", "adapter.safetensors of a finetuned run", Path, required=True)
 TRAINED = ("kernel", "kernel+qk", "kernel+qkvo", "all")
 TRAIN = (
     option("--train", "qk, qkvo: projections of replaced layers; all: but the embedding", TRAINED, TRAINED[2]),
@@ -42,25 +43,16 @@ TRAIN = (
 )
 LRS = "1e-5,1e-4,1e-3,3e-3,1e-2"
 RATES = option("--lrs", "peak learning rates of both groups", numbers(float, TINY, True), LRS)
+FINETUNED = (*BASE, *METHOD, SCORE, *TRAIN)
+LOST = "exchange the attention without training, and measure what is lost"
+SPIKES = "finetune at several learning rates and count loss spikes"
 COMMANDS = {
-    "gemma swap": Command(
-        "lra.gemma.commands:swap",
-        (*BASE, *METHOD, SCORE),
-        "exchange the attention without training, and measure what is lost",
-    ),
-    "gemma finetune": Command(
-        "lra.gemma.commands:finetune", (*BASE, *METHOD, SCORE, *TRAIN), "exchange the attention and finetune"
-    ),
-    "gemma stability": Command(
-        "lra.gemma.commands:stability",
-        (*BASE, *METHOD, SCORE, *TRAIN, RATES),
-        "finetune at several learning rates and count loss spikes",
-    ),
+    "gemma swap": Command("lra.gemma.commands:swap", (*BASE, *METHOD, SCORE), LOST),
+    "gemma finetune": Command("lra.gemma.commands:finetune", FINETUNED, "exchange the attention and finetune"),
+    "gemma stability": Command("lra.gemma.commands:stability", (*FINETUNED, RATES), SPIKES),
     "gemma anisotropy": Command("lra.gemma.commands:anisotropy", BASE, "spectra of real queries and keys"),
     "gemma evaluate": Command(
-        "lra.gemma.commands:evaluate_adapter",
-        (*BASE, option("--adapter", "adapter.safetensors of a finetuned run", Path, required=True), SCORE),
-        "score a saved adapter on its base model",
+        "lra.gemma.commands:evaluate_adapter", (*BASE, ADAPTER, SCORE), "score a saved adapter on its base model"
     ),
     "gemma weights": Command("lra.gemma.commands:weights", (MODEL, DATA), "fetch or make a model, and say what it is"),
     "gemma table": Command("lra.gemma.table:show", (READ,), "make results/gemma/*.md from the records alone"),

@@ -25,15 +25,9 @@ from models.features.projections import generator, moments
 KINDS = ("matched", "skewed")
 HEADS = 2  # of synthetic data: independent samples
 EXAMPLES = 4  # of the validation split, for --run
-GAUSSIAN = {  # options of synthetic data alone, and their defaults
-    "dim": 64,
-    "condition": "1,10,100,1000",
-    "trace": "1.5",  # where no `largest` is given
-    "largest": None,
-    "kinds": "matched,skewed",
-    "shift": 3.0,
-    "tokens": 256,
-}
+# Options of synthetic data alone, and their defaults; `trace` where no `largest` is given.
+GAUSSIAN = {"dim": 64, "condition": "1,10,100,1000", "trace": "1.5", "largest": None, "kinds": "matched,skewed"}
+GAUSSIAN |= {"shift": 3.0, "tokens": 256}
 
 
 class Case(NamedTuple):
@@ -58,41 +52,25 @@ def cases(args: Namespace) -> list[Case]:
     given = [option for option, value in sources.items() if value]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} exclude each other: give one source")
-    if not (args.run_of or args.tensors):
-        return _synthetic_grid(args)
-    for option in GAUSSIAN:
-        if getattr(args, option) is not None:
+    options = {name: getattr(args, name) for name in GAUSSIAN if getattr(args, name) is not None}
+    if args.run_of or args.tensors:
+        for option in options:
             raise UsageError(f"--{option} is an option of synthetic data: leave it out with {given[0]}")
-    return _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
-
-
-def _synthetic_grid(args: Namespace) -> list[Case]:
+        return _captured(args) if args.run_of else [_from_file(args.tensors, args.seed)]
     if args.trace and args.largest:
         raise UsageError("--trace and --largest both set the scale: give one")
-    given = {name: getattr(args, name) for name in GAUSSIAN}
-    options = {name: GAUSSIAN[name] if value is None else value for name, value in given.items()}
+    options = GAUSSIAN | options
     by = "largest" if args.largest else "trace"
     scales, conditions = ([float(x) for x in options[name].split(",")] for name in (by, "condition"))
     kinds = options["kinds"].split(",")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown("kind of synthetic data", kind, KINDS)
+    for kind in set(kinds) - set(KINDS):
+        raise unknown("kind of synthetic data", kind, KINDS)
     sizes = {name: options[name] for name in ("shift", "tokens")} | {"seed": args.seed}
     grid = itertools.product(kinds, scales, conditions)
     return [synthetic(kind, options["dim"], condition, **{by: scale}, **sizes) for kind, scale, condition in grid]
 
 
-def synthetic(
-    kind: str,
-    dim: int,
-    condition: float,
-    *,
-    trace: float = 0.0,
-    largest: float = 0.0,
-    shift: float = 3.0,
-    tokens: int = 256,
-    seed: int = 0,
-) -> Case:
+def synthetic(kind: str, dim: int, condition: float, *, trace=0.0, largest=0.0, shift=3.0, tokens=256, seed=0) -> Case:
     """Gaussian q and k, (1, HEADS, tokens, dim), whose eigenvalues fall geometrically over `condition`.
 
     matched: q~ and k~ are N(0, Lambda), as in section 3, with the `trace` or the `largest` eigenvalue given.
@@ -138,8 +116,13 @@ def measured(name: str, q, k, v, mask: torch.Tensor | None, seed: int) -> Case:
 
 def _captured(args: Namespace) -> list[Case]:
     """q, k and v of each layer of a trained run, on the first EXAMPLES of its validation data."""
-    places = Places(args.results, args.data, args.runs, "cpu", args.trust)
-    path = _record_of(args.run_of, places) if args.run_of.is_dir() else args.run_of
+    places, path = Places(args.results, args.data, args.runs, "cpu", args.trust), args.run_of
+    if path.is_dir():
+        _, state = checkpoint.load(path / "model.safetensors")
+        wanted = f"*/*/{state['digest'][:16]}/seed{state['seed']}.json"
+        path = next((places.results / "records").glob(wanted), None)
+        if path is None:
+            raise UsageError(f"no record below {places.results} has the weights of {args.run_of}: give --results")
     record = read_record(path)
     try:
         schema.check(record)
@@ -151,19 +134,9 @@ def _captured(args: Namespace) -> list[Case]:
     split = prepared.splits[validation_split(run)]
     longest = int(example_lengths(split, run.meta.towers)[:EXAMPLES].max())
     batch = collate(split, run.meta.towers, np.arange(min(EXAMPLES, len(split.labels))), longest)
-    return [
-        measured(f"{run.meta.name}, {run.attention}, layer {layer}", *tensors, args.seed)
-        for layer, (_, tensors, _) in enumerate(capture(model, batch))
-    ]
-
-
-def _record_of(folder: Path, places: Places) -> Path:
-    """The record of the weights in a folder of runs/."""
-    _, state = checkpoint.load(folder / "model.safetensors")
-    wanted = f"*/*/{state['digest'][:16]}/seed{state['seed']}.json"
-    for path in (places.results / "records").glob(wanted):
-        return path
-    raise UsageError(f"no record below {places.results} has the weights of {folder}: give --results")
+    names = f"{run.meta.name}, {run.attention}, layer"
+    layers = enumerate(capture(model, batch))
+    return [measured(f"{names} {layer}", *tensors, args.seed) for layer, (_, tensors, _) in layers]
 
 
 def _from_file(path: Path, seed: int) -> Case:
@@ -180,14 +153,13 @@ def _from_file(path: Path, seed: int) -> Case:
     q, mask = tensors["q"], tensors.pop("mask", None)
     for name, x in tensors.items():
         if x.dim() != 4 or x.shape != q.shape or not x.is_floating_point():
-            shape = f"{x.dtype} {tuple(x.shape)}"
-            raise UsageError(f"{path}: {name} must be float (B, H, N, D), as q; got {shape}")
+            raise UsageError(f"{path}: {name} must be float (B, H, N, D), as q; got {x.dtype} {tuple(x.shape)}")
         if not x.isfinite().all():
             raise UsageError(f"{path}: {name} has values that are not finite")
     B, _, N, _ = q.shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, N)):
-        shape = f"{mask.dtype} {tuple(mask.shape)}"
-        raise UsageError(f"{path}: mask must be bool (B, N) = ({B}, {N}); got {shape}")
+        given = f"{mask.dtype} {tuple(mask.shape)}"
+        raise UsageError(f"{path}: mask must be bool (B, N) = ({B}, {N}); got {given}")
     if not q.numel() or (B * N if mask is None else int(mask.sum())) < 2:
         raise UsageError(f"{path}: covariances need at least 2 real tokens; q is {tuple(q.shape)}")
     return measured(path.stem, q, tensors["k"], tensors.get("v"), mask, seed)

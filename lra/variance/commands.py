@@ -14,10 +14,9 @@ from lra.machine import set_threads
 from lra.options import UsageError, unknown
 from lra.registry import build_attention
 from lra.scaling.reports import command_of, write_report
-from lra.variance import figures
 from lra.variance.cases import Case, cases
 from lra.variance.measure import PAIRINGS, closed_forms, exact_variance, log_expm1, measure, slope
-from lra.variance.report import variance_tables
+from lra.variance.report import draw, redraw, variance_tables
 
 IID = {"orthogonal": False}
 OPTIMAL = {"proposal": "variance_optimal"}
@@ -45,7 +44,7 @@ def variance(args: Namespace) -> None:
         form = "variance, then letters, digits, . _ or -"
         raise UsageError(f"--name must start with {form}; got {args.name!r}")
     if args.redraw:
-        print(*figures.redraw(args.results / "bench" / f"{args.name}.json", folder, args.name), sep="\n")
+        print(*redraw(args.results / "bench" / f"{args.name}.json", folder, args.name), sep="\n")
         return
     features = sorted(map(int, args.features.split(",")))
     names = list(SCHEMES) if args.schemes == "all" else list(dict.fromkeys(args.schemes.split(",")))
@@ -53,24 +52,19 @@ def variance(args: Namespace) -> None:
         raise unknown("scheme", name, SCHEMES)
     set_threads(args.threads)
     chosen = cases(args)
+    measured = []
     with tqdm(total=len(chosen) * len(names) * len(features), unit="point", disable=None, leave=False) as bar:
-        measured = [_case(case, names, features, args, bar) for case in chosen]
+        for case in chosen:
+            forms = closed_forms(case.eigenvalues_HD)
+            logs = {name: None if form is None else form / math.log(10) for name, form in forms.items()}
+            facts = {"largest": float(case.eigenvalues_HD.max()), "shape": list(case.q_BHND.shape)}
+            schemes = [_scheme(case, name, features, forms, args, bar) for name in names]
+            measured.append(case.facts | facts | {"closed_form_log10": logs, "schemes": schemes})
     report = {"draws": args.draws, "target_norm": args.target_norm, "pairings": PAIRINGS, "cases": measured}
     command = command_of(["python", "-m", "lra", "variance"], args, ELSEWHERE, run_of="run")
     text = variance_tables(report, command)
     written = write_report(args.results, args.name, command, report, text)
-    print(text, *written, *figures.draw(report, folder, args.name), sep="\n")
-
-
-def _case(case: Case, names: list[str], features: list[int], args: Namespace, bar: tqdm) -> dict[str, Any]:
-    """Everything measured of one case, as stored."""
-    forms = closed_forms(case.eigenvalues_HD)
-    return case.facts | {
-        "largest": float(case.eigenvalues_HD.max()),
-        "shape": list(case.q_BHND.shape),
-        "closed_form_log10": {k: None if v is None else v / math.log(10) for k, v in forms.items()},
-        "schemes": [_scheme(case, name, features, forms, args, bar) for name in names],
-    }
+    print(text, *written, *draw(report, folder, args.name), sep="\n")
 
 
 def _scheme(case, name, features, forms, args, bar) -> dict[str, Any]:
@@ -87,11 +81,10 @@ def _scheme(case, name, features, forms, args, bar) -> dict[str, Any]:
             raise UsageError(f"{where} is beyond a double: scale q and k down")
         points.append(point)
         bar.update()
-    form = forms["optimal" if options.get("proposal") else "isotropic"]
     # Section 3 speaks of independent features, and neither of an aligned Lambda nor of a whitened kernel.
     others = options.get("orthogonal", True) or set(options) - {"orthogonal", "proposal"}
-    if not case.facts["gaussian"] or others:
-        form = None
+    known = case.facts["gaussian"] and not others
+    form = forms["optimal" if options.get("proposal") else "isotropic"] if known else None
     return {
         "name": name,
         "attention": attention,
@@ -108,9 +101,8 @@ def _scheme(case, name, features, forms, args, bar) -> dict[str, Any]:
 def calibrated(case: Case, attention: str, M: int, seed: int, **options: Any) -> tuple[Any, set[str]]:
     """The attention of training, in evaluation mode, calibrated on the case; and what it warned of."""
     _, heads, N, D = case.q_BHND.shape
-    module = build_attention(
-        attention, heads=heads, head_dim=D, max_len=N, seed=seed, num_features=M, redraw_every=1, **options
-    ).eval()
+    shape = {"heads": heads, "head_dim": D, "max_len": N, "seed": seed}
+    module = build_attention(attention, **shape, num_features=M, redraw_every=1, **options).eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module.calibrate(case.q_BHND, case.k_BHND, case.mask_BN)

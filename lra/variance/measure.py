@@ -34,21 +34,14 @@ def closed_forms(t_HD: torch.Tensor) -> dict[str, float | None]:
     mean over heads. None where one head has no such mean."""
     t_HD = t_HD.double()
     log1p, largest = torch.log1p, t_HD.max()
-    forms: dict[str, torch.Tensor | None] = dict.fromkeys(("isotropic", "optimal", "no_sampling"))
+    forms = {}
     if largest < 1 / 2:
         forms["no_sampling"] = -0.5 * log1p(-4 * t_HD.square()).sum(-1)
         forms["optimal"] = -log1p(-2 * t_HD).sum(-1) - forms["no_sampling"]
     if largest < 1 / 6:
-        isotropic = -0.5 * (log1p(-6 * t_HD) + log1p(2 * t_HD))
-        forms["isotropic"] = isotropic.sum(-1) - forms["no_sampling"]
-    return {n: None if x is None else float(x.logsumexp(0)) - math.log(len(x)) for n, x in forms.items()}
-
-
-def redraws(module: Any, draws: int) -> Iterator[Any]:
-    """The module with independent projections, as training redraws them, `draws` times."""
-    for redraw in range(draws):
-        module.before_step(redraw)
-        yield module
+        forms["isotropic"] = -0.5 * (log1p(-6 * t_HD) + log1p(2 * t_HD)).sum(-1) - forms["no_sampling"]
+    means = {name: float(x_H.logsumexp(0)) - math.log(len(x_H)) for name, x_H in forms.items()}
+    return dict.fromkeys(("isotropic", "optimal", "no_sampling")) | means
 
 
 def pairs(case: Case, count: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -73,9 +66,7 @@ def log_ratio(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -> torch.
     """log of (estimate / the kernel it estimates) for pairs (q_n, k_n), (B, H, N), from the maps of training."""
     scale = module.head_dim**-0.5
     maps = module.maps(k_BHND, scale)
-    logs_BHMN = maps.aq_HMD @ q_BHND.mT
-    logs_BHMN += maps.ak_HMD @ k_BHND.mT
-    logs_BHMN += maps.feature_bias_HM[..., None]
+    logs_BHMN = maps.aq_HMD @ q_BHND.mT + maps.ak_HMD @ k_BHND.mT + maps.feature_bias_HM[..., None]
     u_q, u_k = seen(module, q_BHND, k_BHND)
     # Up to what depends on q alone and cancels in attention, the kernel is exp(u_q.u_k + scale mq.k).
     log_kernel_BHN = (u_q * u_k).sum(-1)
@@ -103,12 +94,12 @@ def log_second_moment(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -
 def exact_variance(module: Any, case: Case) -> dict[str, float]:
     """log10 of the exact relative variance of one independent feature: median over pairs, and the mean weighted by
     the squared kernel, which is the E[Z^2] / E[kappa^2] - 1 of the closed forms on this sample of pairs."""
-    logs, weights = [], []
+    parts = []
     for q_BHND, k_BHND, real_BN in pairs(case, PAIRINGS):
         u_q, u_k = seen(module, q_BHND, k_BHND)
-        logs.append(log_second_moment(module, q_BHND, k_BHND).transpose(1, 2)[real_BN].flatten())
-        weights.append(2 * (u_q * u_k).sum(-1).transpose(1, 2)[real_BN].flatten())
-    logs, weights = torch.cat(logs), torch.cat(weights)
+        values_BHN = log_second_moment(module, q_BHND, k_BHND), 2 * (u_q * u_k).sum(-1)
+        parts.append([x.transpose(1, 2)[real_BN].flatten() for x in values_BHN])
+    logs, weights = map(torch.cat, zip(*parts, strict=True))
     mean = float((logs + weights).logsumexp(0) - weights.logsumexp(0))
     values = {"median": float(logs.median()), "weighted_mean": mean}
     return {name: log_expm1(x) / math.log(10) for name, x in values.items()}
@@ -121,36 +112,31 @@ def log_expm1(x: float) -> float:
 
 @torch.no_grad()
 def measure(module: Any, case: Case, draws: int) -> dict[str, float | None]:
-    """Relative errors of kernel estimates and of the attention output over `draws` independent projections."""
+    """Relative errors of kernel estimates and of the attention output over `draws` independent projections.
+
+    kernel_bias: the mean, with its standard error over draws and heads. kernel_rms: the root of the mean square,
+    weighted by the squared kernel. kernel_median: the median over pairs of the root mean square.
+    """
     q, k, v, mask = case.q_BHND, case.k_BHND, case.v_BHND, case.mask_BN
     real_B1N1 = torch.ones(1, 1, 1, 1, dtype=torch.bool) if mask is None else mask[:, None, :, None]
-    exact = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), attn_mask=real_B1N1.mT)
-    exact = exact * real_B1N1
+    exact = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), attn_mask=real_B1N1.mT) * real_B1N1
     ((paired_q, paired_k, pair_BN),) = pairs(case)
     ratios, errors = [], []
-    for redrawn in redraws(module, draws):
-        ratios.append(log_ratio(redrawn, paired_q, paired_k).exp().transpose(1, 2)[pair_BN].T)  # (H, pairs)
-        errors.append(((redrawn(q, k, v, mask) * real_B1N1 - exact) / exact.norm()).flatten())
+    for redraw in range(draws):
+        module.before_step(redraw)  # independent projections, as training redraws them
+        ratios.append(log_ratio(module, paired_q, paired_k).exp().transpose(1, 2)[pair_BN].T)  # (H, pairs)
+        errors.append(((module(q, k, v, mask) * real_B1N1 - exact) / exact.norm()).flatten())
     u_q, u_k = seen(module, paired_q, paired_k)
-    weights = (2 * (u_q * u_k).sum(-1)).transpose(1, 2)[pair_BN].T
-    return kernel_error(torch.stack(ratios) - 1, weights) | output_error(torch.stack(errors))
-
-
-def kernel_error(errors: torch.Tensor, log_weights: torch.Tensor) -> dict[str, float]:
-    """Statistics of relative errors (draws, H, pairs).
-
-    bias: the mean, with its standard error over draws and heads. rms: the root of the mean square, weighted by the
-    squared kernel. median: the median over pairs of the root mean square.
-    """
-    replicates = errors.mean(-1).flatten()
-    squares = errors.square().mean(0)
+    log_weights = (2 * (u_q * u_k).sum(-1)).transpose(1, 2)[pair_BN].T
     shares = log_weights.flatten().softmax(0).view_as(log_weights)
+    kernel_errors = torch.stack(ratios) - 1
+    replicates, squares = kernel_errors.mean(-1).flatten(), kernel_errors.square().mean(0)
     return {
         "kernel_bias": float(replicates.mean()),
         "kernel_bias_se": float(replicates.std() / len(replicates) ** 0.5),
         "kernel_rms": float((shares * squares).sum().sqrt()),
         "kernel_median": float(squares.sqrt().median()),
-    }
+    } | output_error(torch.stack(errors))
 
 
 def output_error(errors: torch.Tensor) -> dict[str, float]:
@@ -179,10 +165,9 @@ def output_error(errors: torch.Tensor) -> dict[str, float]:
 
 def slope(points: list[dict[str, Any]], key: str) -> list[float] | None:
     """[slope, its standard error] of log error over log M; None below three points."""
+    from scipy.stats import linregress
+
     if len(points) < 3:
         return None
-    x, y = (np.log([p[name] for p in points]) for name in ("M", key))
-    x = x - x.mean()
-    fitted = float(x @ y / (x @ x))
-    residual = y - y.mean() - fitted * x
-    return [fitted, float(math.sqrt(residual @ residual / (len(x) - 2) / (x @ x)))]
+    fitted = linregress(*(np.log([p[name] for p in points]) for name in ("M", key)))
+    return [float(fitted.slope), float(fitted.stderr)]

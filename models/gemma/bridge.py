@@ -27,11 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import flash_attention_mask
 
 from models.base import AttentionBase
-from models.gemma.cache import keep_keys
 
 NAME = "lra"
 BEFORE = "_lra_before"  # attribute of a model: the attention it had before `attach`, and the hook on its decoder
@@ -53,9 +53,8 @@ def text_layers(model: nn.Module) -> nn.ModuleList:
     layers = getattr(getattr(model, "model", None), "layers", None)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if layers is None or not re.fullmatch(r"gemma\d?(_text)?", kind):
-        raise ValueError(
-            f"model type {kind!r} has no Gemma text layers to plug into: give a Gemma 1, 2 or 3 text model"
-        )
+        way_out = "give a Gemma 1, 2 or 3 text model"
+        raise ValueError(f"model type {kind!r} has no Gemma text layers to plug into: {way_out}")
     return layers
 
 
@@ -76,12 +75,7 @@ def select_layers(model: nn.Module, choice: str) -> list[int]:
 
 
 def attach(
-    model: nn.Module,
-    build: Callable[..., AttentionBase],
-    layers: Sequence[int],
-    *,
-    ignore_window: bool | None = None,
-    ignore_softcap: bool = False,
+    model: nn.Module, build: Callable, layers: Sequence[int], *, ignore_window: bool | None = None, ignore_softcap=False
 ) -> list[Socket]:
     """Put `build(layer=, heads=, head_dim=, max_len=)` on each of `layers`; returns the sockets in order.
 
@@ -101,16 +95,30 @@ def attach(
         raise ValueError("this model attends in both directions; the bridge is for causal ones")
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"attention_dropout {config.attention_dropout} is not supported: set it to 0")
-    _switch(model)
-    attached = []
+    before = config._attn_implementation
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except (AttributeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{type(model).__name__} has no attention interface: {error}") from None
+    if config._attn_implementation != NAME:
+        raise ValueError(f"{type(model).__name__} has no attention interface: transformers 5 Gemma models do")
+    if not hasattr(model, BEFORE):
+        setattr(model, BEFORE, (before, model.model.register_forward_pre_hook(keep_keys, with_kwargs=True)))
+    attached, cap = [], getattr(config, "attn_logit_softcapping", None)
     for index in layers:
-        attention = found[index].self_attn
-        heads = attention.q_proj.out_features // attention.head_dim
-        kernel = build(layer=index, heads=heads, head_dim=attention.head_dim, max_len=config.max_position_embeddings)
-        _check(kernel, config, ignore_softcap)
+        module = found[index].self_attn
+        heads = module.q_proj.out_features // module.head_dim
+        kernel = build(layer=index, heads=heads, head_dim=module.head_dim, max_len=config.max_position_embeddings)
+        if not kernel.causal:
+            raise ValueError(f"{kernel.name} has no causal form, and Gemma is causal")
+        if cap and not kernel.exact and not ignore_softcap:
+            refused = f"this model caps its attention logits at {cap:g}, which {kernel.name} cannot express"
+            raise ValueError(f"{refused}: use --ignore-softcap to replace them without the cap")
         ignored = (not kernel.exact) if ignore_window is None else ignore_window
         socket = Socket(kernel, ignore_window=ignored, ignore_softcap=ignore_softcap)
-        attention.socket = socket.to(attention.q_proj.weight.device).train(model.training)
+        module.socket = socket.to(module.q_proj.weight.device).train(model.training)
         if attached:
             kernel.tie(attached[0].kernel)
         attached.append(socket)
@@ -133,107 +141,105 @@ def detach(model: nn.Module) -> None:
 
 def sockets(model: nn.Module) -> dict[int, Socket]:
     """Layer index to socket."""
-    return {
-        i: layer.self_attn.socket for i, layer in enumerate(text_layers(model)) if hasattr(layer.self_attn, "socket")
-    }
+    layers = enumerate(text_layers(model))
+    return {i: layer.self_attn.socket for i, layer in layers if hasattr(layer.self_attn, "socket")}
 
 
 @contextmanager
 def exact_attention(model: nn.Module) -> Iterator[None]:
     """While entered, every layer attends exactly, those with a kernel too."""
-    found = sockets(model).values()
-    before = [s.exact for s in found]
-    for s in found:
-        s.exact = True
+    before = {socket: socket.exact for socket in sockets(model).values()}
     try:
+        for socket in before:
+            socket.exact = True
         yield
     finally:
-        for s, value in zip(found, before, strict=True):
-            s.exact = value
+        for socket, value in before.items():
+            socket.exact = value
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, tokens_BN: torch.Tensor) -> None:
     """Fit every kernel to its layer's queries and keys in the exact model on these tokens."""
 
-    def fit(socket):
-        return lambda q, k, v, mask, scale: socket.kernel.calibrate(q, k, mask, scale=scale)
+    def fit(kernel):
+        return lambda q, k, v, mask, scale: kernel.calibrate(q, k, mask, scale=scale)
 
-    watch(model, tokens_BN, {i: fit(s) for i, s in sockets(model).items()})
+    watch(model, tokens_BN, {i: fit(s.kernel) for i, s in sockets(model).items()})
 
 
 @torch.no_grad()
 def watch(model: nn.Module, tokens_BN: torch.Tensor, taps: dict[int, Tap]) -> None:
     """Run the exact model without its output layer; call each layer's tap with the layer's q, k, v, mask, scale."""
-    found = sockets(model)
+    plugged = sockets(model)
     try:
         for index, tap in taps.items():
-            found[index].tap = tap
+            plugged[index].tap = tap
         with exact_attention(model):
             model.model(input_ids=tokens_BN, use_cache=False)
     finally:
         for index in taps:
-            found[index].tap = None
+            plugged[index].tap = None
 
 
-def attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
+def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **_):
     """What transformers calls in every layer. Returns (output (B, L, H, D), None: no attention weights)."""
     H, L, S = query.shape[1], query.shape[2], key.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.shape != (query.shape[0], S):
-        raise ValueError(
-            f"the bridge takes a padding mask (B, {S}), not {tuple(attention_mask.shape)}; "
-            "use a dynamic cache and a two-dimensional attention_mask"
-        )
+        way_out = "use a dynamic cache and a two-dimensional attention_mask"
+        raise ValueError(f"the bridge takes a padding mask (B, {S}), not {tuple(attention_mask.shape)}; {way_out}")
     k_BHSD, v_BHSD = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
     socket: Socket | None = getattr(module, "socket", None)
     if socket is not None and socket.tap is not None:
         socket.tap(query, k_BHSD, v_BHSD, attention_mask, scale)
-    if socket is None or socket.exact:
-        out = exact(query, k_BHSD, v_BHSD, attention_mask, scale, sliding_window, softcap)
-        return out.transpose(1, 2), None
-    check_window(socket, sliding_window, S)
-    window = None if socket.ignore_window or (sliding_window or S) >= S else sliding_window
-    cap = None if socket.ignore_softcap else softcap
-    if socket.kernel.exact and not (window is None and cap is None):
-        out = exact(query, k_BHSD, v_BHSD, attention_mask, scale, window, cap)
-    else:
-        if L < S and not (socket.kernel.recurrent or socket.kernel.exact):
-            raise ValueError(f"{socket.kernel.name} cannot decode from cached keys alone: use_cache=False")
-        # While decoding, the L queries belong to the last keys. Zeros stand for earlier queries: outputs dropped.
-        q_BHSD = F.pad(query, (0, 0, S - L, 0))
-        out = socket.kernel(q_BHSD, k_BHSD, v_BHSD, attention_mask, causal=True, scale=scale)[:, :, S - L :]
-    return out.transpose(1, 2), None
+    window, cap = sliding_window, softcap
+    if socket is not None and not socket.exact:
+        check_window(socket, window, S)
+        window = None if socket.ignore_window or (window or S) >= S else window
+        cap = None if socket.ignore_softcap else cap
+    if socket is None or socket.exact or (socket.kernel.exact and not (window is None and cap is None)):
+        return exact(query, k_BHSD, v_BHSD, attention_mask, scale, window, cap).transpose(1, 2), None
+    if L < S and not (socket.kernel.recurrent or socket.kernel.exact):
+        raise ValueError(f"{socket.kernel.name} cannot decode from cached keys alone: use_cache=False")
+    # While decoding, the L queries belong to the last keys. Zeros stand for earlier queries: outputs dropped.
+    q_BHSD = F.pad(query, (0, 0, S - L, 0))
+    out_BHSD = socket.kernel(q_BHSD, k_BHSD, v_BHSD, attention_mask, causal=True, scale=scale)
+    return out_BHSD[:, :, S - L :].transpose(1, 2), None
+
+
+def keep_keys(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Before each pass of the decoder: its cache holds the keys of earlier tokens and no empty places.
+
+    Where a kernel ignores windows, every layer of the cache keeps every key: one mask serves all layers of a kind.
+    Raises ValueError for a cache that cannot do so.
+    """
+    cache = kwargs.get("past_key_values")
+    ignored = any(hasattr(x.self_attn, "socket") and x.self_attn.socket.ignore_window for x in decoder.layers)
+    if cache is None:
+        used = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        fresh = ignored and used and not decoder.training
+        return (args, kwargs | {"past_key_values": DynamicCache()}) if fresh else None
+    kinds = {type(cache), *map(type, getattr(cache, "layers", ()))}
+    others = sorted(kind.__name__ for kind in kinds - {DynamicCache, DynamicLayer, DynamicSlidingWindowLayer})
+    if others or cache.offloading:
+        names = ", ".join(others) or "one that is offloaded"
+        raise ValueError(f"the bridge decodes from a DynamicCache or with use_cache=False; got {names}")
+    for i, layer in enumerate(cache.layers if ignored else ()):
+        if type(layer) is DynamicSlidingWindowLayer:
+            if layer.is_initialized:
+                raise ValueError("this cache has dropped keys beyond a window: start with an empty one after `attach`")
+            cache.layers[i] = DynamicLayer()
+    return None
 
 
 def check_window(socket: Socket, window: int | None, tokens: int) -> None:
     """Raise ValueError if the socket keeps a window that is shorter than the tokens, and its kernel has no windows."""
     if not (socket.ignore_window or socket.kernel.exact or window is None or window >= tokens):
-        raise ValueError(
-            f"{socket.kernel.name} cannot keep a window of {window} over {tokens} tokens: ignore the window, "
-            f"or use at most {window} tokens"
-        )
+        way_out = f"ignore the window, or use at most {window} tokens"
+        raise ValueError(f"{socket.kernel.name} cannot keep a window of {window} over {tokens} tokens: {way_out}")
 
 
-def exact(
-    q_BHLD: torch.Tensor,
-    k_BHSD: torch.Tensor,
-    v_BHSD: torch.Tensor,
-    mask_BS: torch.Tensor | None,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
+def exact(q_BHLD, k_BHSD, v_BHSD, mask_BS, scale: float, window: int | None, softcap: float | None) -> torch.Tensor:
     """Causal softmax attention of the last L of S tokens, each over the last `window` tokens up to itself.
 
     With `softcap` c the logits are c tanh(scale q.k / c) (Gemma 2, arXiv 2408.00118). A padding token attends to
@@ -261,36 +267,10 @@ def _description(model: nn.Module) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     for index, socket in sockets(model).items():
         kernel = socket.kernel
-        facts = {"attention": kernel.name, "options": asdict(kernel.config), "seed": kernel.seed}
-        facts |= {"max_len": kernel.max_len, "ignore_window": socket.ignore_window}
-        facts |= {"ignore_softcap": socket.ignore_softcap}
+        facts = {"attention": kernel.name, "options": asdict(kernel.config)}
+        facts |= {"seed": kernel.seed, "max_len": kernel.max_len}
+        facts |= {name: getattr(socket, name) for name in ("ignore_window", "ignore_softcap")}
         if not groups or groups[-1] | {"layers": None} != facts | {"layers": None}:
             groups.append(facts | {"layers": []})
         groups[-1]["layers"].append(index)
     return groups
-
-
-def _switch(model: nn.Module) -> None:
-    """Make the model use `attention` and `keep_keys`. Raises ValueError where it has no attention interface."""
-    before = model.config._attn_implementation
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
-    try:
-        model.set_attn_implementation(NAME)
-    except (AttributeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{type(model).__name__} has no attention interface: {error}") from None
-    if model.config._attn_implementation != NAME:
-        raise ValueError(f"{type(model).__name__} has no attention interface: transformers 5 Gemma models do")
-    if not hasattr(model, BEFORE):
-        setattr(model, BEFORE, (before, model.model.register_forward_pre_hook(keep_keys, with_kwargs=True)))
-
-
-def _check(kernel: AttentionBase, config: Any, ignore_softcap: bool) -> None:
-    if not kernel.causal:
-        raise ValueError(f"{kernel.name} has no causal form, and Gemma is causal")
-    cap = getattr(config, "attn_logit_softcapping", None)
-    if cap and not kernel.exact and not ignore_softcap:
-        raise ValueError(
-            f"this model caps its attention logits at {cap:g}, which {kernel.name} cannot express: "
-            "use --ignore-softcap to replace them without the cap"
-        )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 CHUNK = 128  # positions whose logits exist at a time
+Reference = tuple[torch.Tensor, torch.Tensor]  # of a model's predictions p: sum_v p_v log p_v, sum_v p_v W_v
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,25 @@ class _CrossEntropy(torch.autograd.Function):
         grad_TE = torch.empty_like(hidden_TE) if needs_h else None
         grad_VE = torch.zeros_like(weight_VE) if needs_w else None
         buffers = [weight_VE.new_empty(min(chunk, len(targets_T)), len(weight_VE)) for _ in range(2)]
-        for h_TE, target_T, part in _parts(hidden_TE.to(weight_VE.dtype), targets_T, chunk):
+        cast_TE = hidden_TE.to(weight_VE.dtype)
+        for start in range(0, len(targets_T), chunk):
+            part = slice(start, start + chunk)
+            h_TE, target_T1 = cast_TE[part], targets_T[part, None]
             z_TV, p_TV = (b[: len(h_TE)] for b in buffers)
             head.logits(h_TE, out=z_TV)
             torch.softmax(z_TV, -1, out=p_TV)
-            gold_T1, best_T1 = z_TV.gather(1, target_T), z_TV.argmax(-1, keepdim=True)
+            gold_T1, best_T1 = z_TV.gather(1, target_T1), z_TV.argmax(-1, keepdim=True)
             log_z_T1 = z_TV.gather(1, best_T1).double() - p_TV.gather(1, best_T1).double().log()
             total += (log_z_T1 - gold_T1).sum()
-            correct += (best_T1 == target_T).sum()
+            correct += (best_T1 == target_T1).sum()
             slope_T1 = 1.0
             if head.softcap is not None:
                 slope_T1 = 1 - (gold_T1 / head.softcap).square()
                 p_TV *= 1 - z_TV.div_(head.softcap).square_()
             if needs_h:
-                grad_TE[part] = p_TV @ weight_VE - slope_T1 * weight_VE[target_T[:, 0]]
+                grad_TE[part] = p_TV @ weight_VE - slope_T1 * weight_VE[target_T1[:, 0]]
             if needs_w:
-                grad_VE.addmm_(p_TV.T, h_TE).index_add_(0, target_T[:, 0], -slope_T1 * h_TE)
+                grad_VE.addmm_(p_TV.T, h_TE).index_add_(0, target_T1[:, 0], -slope_T1 * h_TE)
         ctx.save_for_backward(grad_TE, grad_VE)
         ctx.mark_non_differentiable(correct)
         return total.float(), correct
@@ -77,13 +81,6 @@ class _CrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _parts(hidden_TE: torch.Tensor, targets_T: torch.Tensor, chunk: int):
-    """Chunk by chunk of positions: (hidden, targets (chunk, 1), slice)."""
-    for start in range(0, len(targets_T), chunk):
-        part = slice(start, start + chunk)
-        yield hidden_TE[part], targets_T[part, None], part
-
-
 def cross_entropy(
     hidden_TE: torch.Tensor, head: Head, targets_T: torch.Tensor, chunk: int = CHUNK
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,55 +89,40 @@ def cross_entropy(
         return _CrossEntropy.apply(hidden_TE, head.weight_VE, head, targets_T, chunk)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What KL(p || q) needs of a model's predictions p: sum_v p_v log p_v and sum_v p_v W_v."""
-
-    negentropy_T: torch.Tensor
-    mean_TE: torch.Tensor
-
-
 @torch.no_grad()
 def reference(hidden_TE: torch.Tensor, head: Head, chunk: int = CHUNK) -> Reference:
-    """The Reference of the exact model. Raises ValueError for a head with a soft cap."""
+    """What KL(p || q) needs of a model's predictions p. Raises ValueError for a head with a soft cap."""
     if head.softcap is not None:
         raise ValueError("a capped head is not linear: its divergence needs all logits")
-    negentropies, means = [], []
+    parts = []
     for h_TE in hidden_TE.split(chunk):
         log_p_TV = head.logits(h_TE).float().log_softmax(-1)
         p_TV = log_p_TV.exp()
-        negentropies.append((p_TV * log_p_TV).sum(-1))
-        means.append((p_TV.to(head.weight_VE.dtype) @ head.weight_VE).float())
-    return Reference(torch.cat(negentropies), torch.cat(means))
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Per position: loss in nats, whether the likeliest token was right, KL(reference || this model) or None."""
-
-    loss_T: torch.Tensor
-    correct_T: torch.Tensor
-    kl_T: torch.Tensor | None
+        parts.append(((p_TV * log_p_TV).sum(-1), (p_TV.to(head.weight_VE.dtype) @ head.weight_VE).float()))
+    negentropy_T, mean_TE = map(torch.cat, zip(*parts, strict=True))
+    return negentropy_T, mean_TE
 
 
 @torch.no_grad()
 def score(
     hidden_TE: torch.Tensor, head: Head, targets_T: torch.Tensor, against: Reference | None = None, chunk: int = CHUNK
-) -> Scores:
-    """Scores of every position.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of every position: loss in nats, whether the likeliest token was right, KL(reference || this model) or None.
 
-    The divergence needs no second set of logits. With z_v = h.W_v, log Z = logsumexp z and the reference's p:
+    The loss is NaN where a logit is not finite. The divergence needs no second set of logits. With z_v = h.W_v,
+    log Z = logsumexp z and the reference's p:
 
         KL(p || q) = sum_v p_v log p_v - h.(sum_v p_v W_v) + log Z
     """
-    losses, corrects, log_zs = [], [], []
-    for h_TE, target_T1, _ in _parts(hidden_TE, targets_T, chunk):
+    parts = []
+    for h_TE, target_T1 in zip(hidden_TE.split(chunk), targets_T[:, None].split(chunk), strict=True):
         z_TV = head.logits(h_TE).float()
-        log_zs.append(z_TV.logsumexp(-1))
-        losses.append(log_zs[-1] - z_TV.gather(1, target_T1)[:, 0])
-        corrects.append(z_TV.argmax(-1) == target_T1[:, 0])
-    kl_T = None
-    if against is not None:
-        cross_T = (hidden_TE.to(head.weight_VE.dtype).float() * against.mean_TE).sum(-1)
-        kl_T = against.negentropy_T - cross_T + torch.cat(log_zs)
-    return Scores(torch.cat(losses), torch.cat(corrects), kl_T)
+        log_z_T = z_TV.logsumexp(-1)
+        loss_T = (log_z_T - z_TV.gather(1, target_T1)[:, 0]).where(z_TV.isfinite().all(-1), torch.nan)
+        parts.append((log_z_T, loss_T, z_TV.argmax(-1) == target_T1[:, 0]))
+    log_z_T, loss_T, correct_T = map(torch.cat, zip(*parts, strict=True))
+    if against is None:
+        return loss_T, correct_T, None
+    negentropy_T, mean_TE = against
+    cross_T = (hidden_TE.to(head.weight_VE.dtype).float() * mean_TE).sum(-1)
+    return loss_T, correct_T, negentropy_T - cross_T + log_z_T

@@ -68,5 +68,5 @@ def _kernel(group: dict[str, Any], **shape: int) -> AttentionBase:
     if name not in (module.name for module in pkgutil.iter_modules(models.attention.__path__)):
         raise ValueError(f"attention {name!r} is not in models/attention: attach it yourself, then use `restore`")
     module = importlib.import_module(f"models.attention.{name}")
-    options = module.Config(**group["options"])
-    return module.Attention(options, seed=group["seed"], **shape | {"max_len": group["max_len"]})
+    shape["max_len"] = group["max_len"]
+    return module.Attention(module.Config(**group["options"]), seed=group["seed"], **shape)

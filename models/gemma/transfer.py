@@ -10,6 +10,8 @@ No layer sees the errors of another: all learn at once, and the activations of o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 
 import torch
@@ -22,31 +24,40 @@ QKVO = (*QK, "v_proj", "o_proj")
 PROJECTIONS = {"kernel": (), "kernel+qk": QK, "kernel+qkvo": QKVO, "all": QKVO}  # of a layer's attention
 
 
-def layer_parameters(attention: nn.Module, train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Of one replaced layer: (parameters of the kernel, pretrained projections that are trained with them)."""
-    kernel = attention.socket.kernel
-    unused = () if kernel.reads_qk else PROJECTIONS["kernel+qk"]
-    names = [n for n in PROJECTIONS[train] if hasattr(attention, n) and n not in unused]
-    return list(kernel.parameters()), [p for n in names for p in getattr(attention, n).parameters()]
+def parameter_groups(attentions: Iterable[nn.Module], train: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Of replaced layers: (parameters of the kernels, pretrained projections that are trained with them)."""
+    kernels, pretrained = [], []
+    for attention in attentions:
+        kernel = attention.socket.kernel
+        unused = () if kernel.reads_qk else PROJECTIONS["kernel+qk"]
+        names = [n for n in PROJECTIONS[train] if hasattr(attention, n) and n not in unused]
+        kernels += kernel.parameters()
+        pretrained += [p for n in names for p in getattr(attention, n).parameters()]
+    return kernels, pretrained
+
+
+def adamw(groups: Sequence[list[nn.Parameter]], peaks: Sequence[float]) -> torch.optim.AdamW:
+    """AdamW without decay; each group has a peak rate of its own."""
+    rated = [{"params": parameters, "lr": peak} for parameters, peak in zip(groups, peaks, strict=True)]
+    return torch.optim.AdamW(rated, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], factor: float) -> None:
+    """Learning rates for the next step: `factor` times each group's peak."""
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = factor * peak
 
 
 class Transfer:
     """Students for all replaced layers of a model, and one optimizer for all of them."""
 
-    def __init__(self, model: nn.Module, train: str, *, lr: float, lr_kernel: float):
-        """`train`: a key of PROJECTIONS; `lr`: peak rates of AdamW. Raises ValueError if nothing can be trained."""
-        self.model = model
-        self.students: dict[int, nn.Module] = {}
-        groups: list[dict] = [{"params": [], "lr": lr_kernel}, {"params": [], "lr": lr}]
-        for index in sockets(model):
-            student = deepcopy(text_layers(model)[index].self_attn).requires_grad_(False)
-            for group, parameters in zip(groups, layer_parameters(student, train), strict=True):
-                group["params"] += [p.requires_grad_() for p in parameters]
-            self.students[index] = student
-        if not any(g["params"] for g in groups):
-            raise ValueError(f"nothing to train: this kernel learns nothing, and train is {train!r}")
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-        self.peaks = [g["lr"] for g in groups]
+    def __init__(self, model: nn.Module, train: str, peaks: Sequence[float]):
+        """`train`: a key of PROJECTIONS; `peaks`: peak learning rates of kernels and of projections."""
+        self.model, self.peaks = model, peaks
+        self.students = {i: deepcopy(text_layers(model)[i].self_attn).requires_grad_(False) for i in sockets(model)}
+        groups = parameter_groups(self.students.values(), train)
+        self.parameters = [p.requires_grad_() for p in sum(groups, [])]
+        self.optimizer = adamw(groups, peaks)
 
     def step(self, tokens_BN: torch.Tensor, step: int, factor: float) -> float:
         """One optimizer step at `factor` times the peak rates; returns the loss, averaged over layers."""
@@ -62,21 +73,15 @@ class Transfer:
 
             return hook
 
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = factor * peak
+        set_rates(self.optimizer, self.peaks, factor)
         self.optimizer.zero_grad(set_to_none=True)
-        hooks = []
-        for index, student in self.students.items():
-            student.socket.kernel.before_step(step)
-            layer = text_layers(self.model)[index].self_attn
-            hooks.append(layer.register_forward_hook(fit(student), with_kwargs=True))
-        try:
-            with exact_attention(self.model), torch.no_grad():
-                self.model.model(input_ids=tokens_BN, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+        with ExitStack() as hooks, exact_attention(self.model), torch.no_grad():
+            for index, student in self.students.items():
+                student.socket.kernel.before_step(step)
+                layer = text_layers(self.model)[index].self_attn
+                hooks.enter_context(layer.register_forward_hook(fit(student), with_kwargs=True))
+            self.model.model(input_ids=tokens_BN, use_cache=False)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return sum(losses) / len(losses)
 

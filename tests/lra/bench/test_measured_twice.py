@@ -154,14 +154,18 @@ def test_rivals_do_the_same():
     assert not rivals("performer plain", names) and not rivals("linear", names)
 
 
-def test_the_plain_formulation_equals_performer():
+@pytest.mark.parametrize("method", ["performer", "darkformer"])
+def test_the_plain_formulation_equals_the_method(method):
     shape = {"heads": 2, "head_dim": 5, "max_len": 13}
     results = []
-    for name in ("performer", "performer plain"):
+    for name in (method, f"{method} plain"):
         torch.manual_seed(0)
         leaves = [torch.randn(3, 2, 13, 5, dtype=torch.float64).requires_grad_() for _ in range(3)]
         attention, _ = build(name, 11, **shape)
-        out = attention.double()(*leaves)
+        leaves += attention.double().parameters()
+        for G_HDD in leaves[3:]:
+            G_HDD.data += 0.3 * torch.randn_like(G_HDD)  # away from the identity
+        out = attention(*leaves[:3])
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)

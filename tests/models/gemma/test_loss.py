@@ -47,13 +47,19 @@ def test_frozen_weight_gets_no_gradient_and_evaluation_makes_none():
 def test_scores_equal_the_plain_form_and_divergence_needs_no_second_logits():
     hidden, head, targets = inputs()
     other = hidden + torch.randn_like(hidden)
-    found = score(other, head, targets, reference(hidden, head, 4), 5)
+    loss, correct, kl = score(other, head, targets, reference(hidden, head, 4), 5)
     log_p, log_q = (plain(h, head).log_softmax(-1) for h in (hidden, other))
-    torch.testing.assert_close(found.loss_T, F.nll_loss(log_q, targets, reduction="none").float())
-    assert torch.equal(found.correct_T, log_q.argmax(-1) == targets)
+    torch.testing.assert_close(loss, F.nll_loss(log_q, targets, reduction="none").float())
+    assert torch.equal(correct, log_q.argmax(-1) == targets)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1).float()
-    torch.testing.assert_close(found.kl_T, expected, atol=1e-5, rtol=1e-4)
-    assert score(hidden, head, targets, reference(hidden, head)).kl_T.abs().max() < 1e-5
+    torch.testing.assert_close(kl, expected, atol=1e-5, rtol=1e-4)
+    assert score(hidden, head, targets, reference(hidden, head))[2].abs().max() < 1e-5
+
+
+def test_a_position_with_a_logit_that_is_not_finite_has_no_loss():
+    hidden, head, targets = inputs()
+    head.weight_VE[(targets[0] + 1) % V, 0] = -torch.inf  # not the target of the first position
+    assert score(hidden.abs(), head, targets)[0].isnan().all()
 
 
 def test_a_capped_head_has_no_such_shortcut():
