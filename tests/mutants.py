@@ -1,0 +1,207 @@
+"""Single faults planted in the source, and the test that notices each: python -m tests.mutants
+
+tests/mutants.txt lists them: `# AREA`, then `FILE: TESTS`, then `  WHAT IS WRONG :: OLD TEXT => NEW TEXT ## REASON`, the
+last part where no test can notice it. Each is planted alone in a clone of the working tree, and TESTS run until the
+first that fails. They must pass without it. An outcome is kept while the fault, its file and its tests stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from lra.records.markup import Grid, Heading, markdown
+from lra.scaling.reports import machine_line, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """`old` becomes `new` in `file`; `tests` are arguments of pytest."""
+
+    area: str
+    file: str
+    tests: str
+    what: str
+    old: str
+    new: str
+    reason: str
+
+    @property
+    def key(self) -> str:
+        """sha256 of the fault, its file and its tests."""
+        paths = [ROOT / word for word in (self.file, *shlex.split(self.tests)) if (ROOT / word).exists()]
+        files = [f for path in paths for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+        contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        return hashlib.sha256(json.dumps([*self, *contents]).encode()).hexdigest()
+
+    def planted(self) -> str:
+        """The file with the fault in it. Raises ValueError unless the old text occurs once."""
+        text = (ROOT / self.file).read_text("utf-8")
+        if (times := text.count(self.old)) != 1:
+            raise ValueError(f"{self.file} has {times} times {self.old!r}: mend {self.what!r} in tests/mutants.txt")
+        return text.replace(self.old, self.new)
+
+
+def listed() -> list[Fault]:
+    """All faults, in order."""
+    faults, area, head = [], "", []
+    for line in (ROOT / "tests" / "mutants.txt").read_text("utf-8").splitlines():
+        if line.startswith("  "):
+            parts = re.fullmatch(r"  (.+?) :: (.+?) =>(.*?)(?: ## (.+))?", line).groups("")
+            faults.append(Fault(area, *head, *(part.strip().replace("\\n", "\n") for part in parts)))
+        elif line.startswith("# "):
+            area = line[2:]
+        else:
+            head = line.split(": ", 1)
+    return faults
+
+
+@contextlib.contextmanager
+def clones(count: int) -> Iterator[queue.Queue[Path]]:
+    """Clones of the working tree, with what is not committed."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    trees = queue.Queue()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for number in range(count):
+            tree = Path(folder, str(number), "tree")
+            git("clone", "--quiet", "--shared", ROOT, tree)
+            for name in git("ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")[:-1]:
+                (tree / name).unlink(missing_ok=True)
+                if (ROOT / name).is_file():
+                    (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(ROOT / name, tree / name)
+            trees.put(tree)
+        yield trees
+
+
+def first_failure(tree: Path, tests: str, limit: float, kernels: str = "kernels") -> str:
+    """The first of the tests that fails, or how else they ended; empty where all pass.
+
+    `kernels`: the folder of compiled kernels beside the tree. Raises ValueError where pytest was killed or misused.
+    """
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tree.parent / kernels), "PYTHONDONTWRITEBYTECODE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(words, cwd=tree, env=env, process_group=0, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return f"time limit of {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what the tests started, too
+    if process.returncode in (-signal.SIGTERM, -signal.SIGKILL, 3, 4, 5):
+        raise ValueError(f"pytest {tests} ended with {process.returncode}: {output[-300:]}")
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
+    return named[1] if named else f"exit code {process.returncode}" if process.returncode else ""
+
+
+def outcome(fault: Fault, tree: Path, limit: float, whole: bool) -> dict:
+    """A fault in a clone: which test notices it, and after how many seconds."""
+    path, text, begun = tree / fault.file, fault.planted(), time.perf_counter()
+    before, times = path.read_bytes(), path.stat()
+    kernels = hashlib.sha256(text.encode()).hexdigest()[:12] if "@kernel" in text else "kernels"
+    path.write_text(text, "utf-8")
+    try:
+        by = first_failure(tree, fault.tests, limit, kernels)
+        by = by or (first_failure(tree, "tests", 3600, kernels) if whole else "")
+    finally:
+        path.write_bytes(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    facts = {"by": by, "whole": whole, "seconds": round(time.perf_counter() - begun, 1)}
+    return {"key": fault.key} | fault._asdict() | facts
+
+
+def report(outcomes: dict[str, dict], results: Path) -> str:
+    """Write bench/mutants.json and .md; returns the summary."""
+    entries = [outcomes[fault.key] for fault in listed() if fault.key in outcomes]
+    blocks, counts = [], []
+    for area in dict.fromkeys(e["area"] for e in entries):
+        group = [e for e in entries if e["area"] == area]
+        counts.append(f"{area} {sum(bool(e['by']) for e in group)} of {len(group)}")
+        rows = tuple((e["what"], e["by"] or f"nothing: {e['reason'] or 'a test is missing'}") for e in group)
+        blocks += [Heading(area), Grid(("what is wrong", "noticed by"), rows)]
+    caught, seconds = sum(bool(e["by"]) for e in entries), round(sum(e["seconds"] for e in entries))
+    command = f"python -m tests.mutants --results {results}"
+    line = f"{caught} of {len(entries)} faults are noticed, in {seconds:,} s: {', '.join(counts)}"
+    measured = {"caught": caught, "faults": len(entries), "seconds": seconds, "outcomes": entries}
+    write_report(
+        results, "mutants", command, measured, f"`{command}`: {line}.\n\n{markdown(blocks)}\n{machine_line()}\n"
+    )
+    return line
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    top = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
+    top.add_argument("--only", default="", help="an area, or a part of a file's name or of what is wrong")
+    top.add_argument("--jobs", type=int, default=1, help="clones in which tests run at once")
+    top.add_argument("--whole", action="store_true", help="run all tests where the nearest notice nothing")
+    top.add_argument(
+        "--results", type=Path, default=Path("results"), help="outcomes are kept in its bench/mutants.json"
+    )
+    return top.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try every fault that has no outcome yet; exit code 1 if one is noticed by nothing and has no reason."""
+    args, lock, groups = parse(arguments), threading.Lock(), defaultdict(list)
+    kept = args.results / "bench" / "mutants.json"
+    entries = json.loads(kept.read_text("utf-8"))["outcomes"] if kept.exists() else []
+    outcomes = {e["key"]: e for e in entries if e["by"] or e["whole"] or not args.whole}
+    for fault in listed():
+        if fault.key not in outcomes and (args.only == fault.area or args.only in f"{fault.file} {fault.what}"):
+            groups[fault.tests].append(fault)
+
+    def run(tests: str) -> None:
+        tree, begun = trees.get(), time.perf_counter()
+        if failure := first_failure(tree, tests, 600):
+            raise ValueError(f"without a fault, {failure} fails")
+        limit = 30 + 5 * (time.perf_counter() - begun)
+        while groups[tests]:
+            fault = groups[tests].pop(0)
+            found = outcome(fault, tree, limit, args.whole)
+            with lock:
+                outcomes[fault.key] = found
+                report(outcomes, args.results)
+                print(f"{found['seconds']:5.1f} s  {fault.what}: {found['by'] or 'NOTHING'}", flush=True)
+        trees.put(tree)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with clones(args.jobs) as trees, ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            list(pool.map(run, list(groups)))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        finally:
+            for faults in groups.values():
+                faults.clear()
+    print(report(outcomes, args.results))
+    return int(any(not e["by"] and not e["reason"] for e in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
