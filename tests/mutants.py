@@ -1,8 +1,8 @@
 """Single faults planted in the source, and the test that notices each: python -m tests.mutants
 
-tests/mutants.txt lists them: `# AREA`, then `FILE: TESTS`, then `  WHAT IS WRONG :: OLD TEXT => NEW TEXT ## REASON`, the
-last part where no test can notice it. Each is planted alone in a clone of the working tree, and TESTS run until the
-first that fails. They must pass without it. An outcome is kept while the fault, its file and its tests stay as they are.
+tests/mutants.txt lists them: `# AREA`, `FILE: TESTS`, and `  WHAT IS WRONG :: OLD TEXT => NEW TEXT ## REASON`, the last
+part where no test can notice it. Each is planted alone in a clone of the working tree, and TESTS run until the first
+that fails. They must pass without it. An outcome is kept while the fault, its file and its tests stay as they are.
 """
 
 from __future__ import annotations

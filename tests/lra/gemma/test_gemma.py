@@ -191,6 +191,10 @@ def test_finetuning_learns_leaves_the_base_model_alone_and_is_repeatable(done, p
     first = records(done, "finetune")
     curve = first["constant", 0]["result"]["curve"]
     assert [c[0] for c in curve] == [0, 5, 10] and curve[-1][2] < curve[0][2]
+    # What is trained is what is tested, the next token, of blocks in an order of the seed.
+    losses = first["softmax", 0]["training"]["losses"]
+    assert losses[0] == pytest.approx(first["softmax", 0]["result"]["curve"][0][2], rel=0.1)
+    assert losses != first["softmax", 1]["training"]["losses"]
     run("finetune", *places, *TRAIN, "--attention=constant", "--attention=softmax")
     for name in ("constant", "softmax"):
         again = records(tmp_path, "finetune")[name, 0]
@@ -216,6 +220,7 @@ def test_transfer_brings_the_replaced_layers_closer(done, places, tmp_path):
     cold, warm = (records(folder, "finetune")["constant", 0] for folder in (done, tmp_path))
     losses = warm["training"]["transfer_losses"]
     assert len(losses) == 100 and np.mean(losses[-10:]) < 0.9 * losses[0]
+    assert warm["result"]["curve"][0][2] < cold["result"]["curve"][0][2]  # what was learned is where training starts
     assert warm["cost"]["transfer_s"] > 0 == cold["cost"]["transfer_s"]
 
 
