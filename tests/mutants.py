@@ -45,17 +45,16 @@ class Fault(NamedTuple):
     new: str
     reason: str
 
-    @property
-    def key(self) -> str:
+    def key(self, root: Path = ROOT) -> str:
         """sha256 of the fault, its file and its tests."""
-        paths = [ROOT / word for word in (self.file, *shlex.split(self.tests)) if (ROOT / word).exists()]
+        paths = [root / word for word in (self.file, *shlex.split(self.tests)) if (root / word).exists()]
         files = [f for path in paths for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
         contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         return hashlib.sha256(json.dumps([*self, *contents]).encode()).hexdigest()
 
-    def planted(self) -> str:
+    def planted(self, root: Path = ROOT) -> str:
         """The file with the fault in it. Raises ValueError unless the old text occurs once."""
-        text = (ROOT / self.file).read_text("utf-8")
+        text = (root / self.file).read_text("utf-8")
         if (times := text.count(self.old)) != 1:
             raise ValueError(f"{self.file} has {times} times {self.old!r}: mend {self.what!r} in tests/mutants.txt")
         return text.replace(self.old, self.new)
@@ -120,7 +119,7 @@ def first_failure(tree: Path, tests: str, limit: float, kernels: str = "kernels"
 
 def outcome(fault: Fault, tree: Path, limit: float, whole: bool) -> dict:
     """A fault in a clone: which test notices it, and after how many seconds."""
-    path, text, begun = tree / fault.file, fault.planted(), time.perf_counter()
+    path, text, key, begun = tree / fault.file, fault.planted(tree), fault.key(tree), time.perf_counter()
     before, times = path.read_bytes(), path.stat()
     kernels = hashlib.sha256(text.encode()).hexdigest()[:12] if "@kernel" in text else "kernels"
     path.write_text(text, "utf-8")
@@ -131,12 +130,12 @@ def outcome(fault: Fault, tree: Path, limit: float, whole: bool) -> dict:
         path.write_bytes(before)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     facts = {"by": by, "whole": whole, "seconds": round(time.perf_counter() - begun, 1)}
-    return {"key": fault.key} | fault._asdict() | facts
+    return {"key": key} | fault._asdict() | facts
 
 
 def report(outcomes: dict[str, dict], results: Path) -> str:
     """Write bench/mutants.json and .md; returns the summary."""
-    entries = [outcomes[fault.key] for fault in listed() if fault.key in outcomes]
+    entries = [outcomes[key] for fault in listed() if (key := fault.key()) in outcomes]
     blocks, counts = [], []
     for area in dict.fromkeys(e["area"] for e in entries):
         group = [e for e in entries if e["area"] == area]
@@ -172,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     entries = json.loads(kept.read_text("utf-8"))["outcomes"] if kept.exists() else []
     outcomes = {e["key"]: e for e in entries if e["by"] or e["whole"] or not args.whole}
     for fault in listed():
-        if fault.key not in outcomes and (args.only == fault.area or args.only in f"{fault.file} {fault.what}"):
+        if fault.key() not in outcomes and (args.only == fault.area or args.only in f"{fault.file} {fault.what}"):
             groups[fault.tests].append(fault)
 
     def run(tests: str) -> None:
@@ -184,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             fault = groups[tests].pop(0)
             found = outcome(fault, tree, limit, args.whole)
             with lock:
-                outcomes[fault.key] = found
+                outcomes[found["key"]] = found
                 report(outcomes, args.results)
                 print(f"{found['seconds']:5.1f} s  {fault.what}: {found['by'] or 'NOTHING'}", flush=True)
         trees.put(tree)

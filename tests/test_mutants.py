@@ -10,4 +10,4 @@ def test_every_fault_can_be_planted_and_is_valid_python(area):
     for fault in (fault for fault in listed() if fault.area == area):
         assert fault.old != fault.new
         compile(fault.planted(), fault.file, "exec")
-        assert fault.key
+        assert fault.key()
