@@ -195,6 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            return 130
         finally:
             for faults in groups.values():
                 faults.clear()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lra.registry import attention_names, build_attention
 from models.attention.softmax import naive_softmax
+from models.base import alibi
 from models.encoder import Encoder, masked_mean, rotary, rotate, sinusoids
 from models.heads import Classifier, Classify, Match
 
@@ -211,6 +212,8 @@ def test_softmax_with_alibi_equals_its_reference(masked, causal):
     torch.testing.assert_close(
         attention(q, k, v, mask, causal=causal), naive_softmax(attention, q, k, v, mask, causal=causal)
     )
+    bias = [[[-slope * abs(i - n) for n in range(N)] for i in range(N)] for slope in (0.5, 0.25)]
+    torch.testing.assert_close(alibi(attention.slopes_H, N), torch.tensor(bias).double())
 
 
 # Heads
