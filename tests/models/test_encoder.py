@@ -214,6 +214,7 @@ def test_softmax_with_alibi_equals_its_reference(masked, causal):
     )
     bias = [[[-slope * abs(i - n) for n in range(N)] for i in range(N)] for slope in (0.5, 0.25)]
     torch.testing.assert_close(alibi(attention.slopes_H, N), torch.tensor(bias).double())
+    assert encoder(positions="alibi").attentions[1].slopes_H.tolist() == [2**-4, 2**-8]
 
 
 # Heads

@@ -534,13 +534,16 @@ def test_changed_recipe_is_the_open_protocol_and_another_digest(lab):
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_accumulation_equals_the_whole_batch(lab, parts):
-    run, prepared = new_run(lab, "performer", ["encoder.dropout=0"])
-    split, _ = new_run(lab, "performer", ["encoder.dropout=0", f"train.accumulate={parts}"])
+    run, prepared = new_run(lab, "performer", ["encoder.dropout=0", "train.clip=0.5"])
+    split, _ = new_run(lab, "performer", ["encoder.dropout=0", "train.clip=0.5", f"train.accumulate={parts}"])
     trainers = [Trainer(r, prepared, CPU) for r in (run, split)]
     for step in range(12):
         (loss, correct, norm), (loss2, correct2, norm2) = (t.step(step) for t in trainers)
         assert loss2.item() == pytest.approx(loss.item(), abs=1e-6) and correct2 == correct
         assert norm2.item() == pytest.approx(norm.item(), abs=1e-5)
+        clipped = torch.nn.utils.get_total_norm([p.grad for p in trainers[1].model.parameters()])
+        assert clipped.item() == pytest.approx(min(norm2.item(), 0.5), rel=1e-4)
+    assert norm > 0.5
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(lab):
