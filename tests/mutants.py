@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
 import re
 import shlex
 import shutil
@@ -75,24 +74,21 @@ def listed() -> list[Fault]:
 
 
 @contextlib.contextmanager
-def clones(count: int) -> Iterator[queue.Queue[Path]]:
-    """Clones of the working tree, with what is not committed."""
+def clone() -> Iterator[Path]:
+    """A clone of the working tree, with what is not committed."""
 
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
-    trees = queue.Queue()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for number in range(count):
-            tree = Path(folder, str(number), "tree")
-            git("clone", "--quiet", "--shared", ROOT, tree)
-            for name in git("ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")[:-1]:
-                (tree / name).unlink(missing_ok=True)
-                if (ROOT / name).is_file():
-                    (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(ROOT / name, tree / name)
-            trees.put(tree)
-        yield trees
+        tree = Path(folder, "tree")
+        git("clone", "--quiet", "--shared", ROOT, tree)
+        for name in git("ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")[:-1]:
+            (tree / name).unlink(missing_ok=True)
+            if (ROOT / name).is_file():
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, tree / name)
+        yield tree
 
 
 def first_failure(tree: Path, tests: str, limit: float, kernels: str = "kernels") -> str:
@@ -102,19 +98,17 @@ def first_failure(tree: Path, tests: str, limit: float, kernels: str = "kernels"
     """
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     env = os.environ | {"NUMBA_CACHE_DIR": str(tree.parent / kernels), "PYTHONDONTWRITEBYTECODE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(words, cwd=tree, env=env, process_group=0, **pipes) as process:
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
-            output, _ = process.communicate(timeout=limit)
+            code = subprocess.run(words, cwd=tree, env=env, stdout=output, stderr=output, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             return f"time limit of {limit:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what the tests started, too
-    if process.returncode in (-signal.SIGTERM, -signal.SIGKILL, 3, 4, 5):
-        raise ValueError(f"pytest {tests} ended with {process.returncode}: {output[-300:]}")
-    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
-    return named[1] if named else f"exit code {process.returncode}" if process.returncode else ""
+        output.seek(0)
+        said = output.read()
+    if code in (-signal.SIGTERM, -signal.SIGKILL, 3, 4, 5):
+        raise ValueError(f"pytest {tests} ended with {code}: {said[-300:]}")
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE)
+    return named[1] if named else f"exit code {code}" if code else ""
 
 
 def outcome(fault: Fault, tree: Path, limit: float, whole: bool) -> dict:
@@ -152,8 +146,8 @@ def report(outcomes: dict[str, dict], results: Path) -> str:
     return line
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
+def main(arguments: list[str] | None = None) -> int:
+    """Try every fault that has no outcome yet; exit code 1 if one is noticed by nothing and has no reason."""
     top = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
     top.add_argument("--only", default="", help="an area, or a part of a file's name or of what is wrong")
     top.add_argument("--jobs", type=int, default=1, help="clones in which tests run at once")
@@ -161,12 +155,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     top.add_argument(
         "--results", type=Path, default=Path("results"), help="outcomes are kept in its bench/mutants.json"
     )
-    return top.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Try every fault that has no outcome yet; exit code 1 if one is noticed by nothing and has no reason."""
-    args, lock, groups = parse(arguments), threading.Lock(), defaultdict(list)
+    args, lock, groups = top.parse_args(arguments), threading.Lock(), defaultdict(list)
     kept = args.results / "bench" / "mutants.json"
     entries = json.loads(kept.read_text("utf-8"))["outcomes"] if kept.exists() else []
     outcomes = {e["key"]: e for e in entries if e["by"] or e["whole"] or not args.whole}
@@ -175,31 +164,26 @@ def main(arguments: list[str] | None = None) -> int:
             groups[fault.tests].append(fault)
 
     def run(tests: str) -> None:
-        tree, begun = trees.get(), time.perf_counter()
-        if failure := first_failure(tree, tests, 600):
-            raise ValueError(f"without a fault, {failure} fails")
-        limit = 30 + 5 * (time.perf_counter() - begun)
-        while groups[tests]:
-            fault = groups[tests].pop(0)
-            found = outcome(fault, tree, limit, args.whole)
-            with lock:
-                outcomes[found["key"]] = found
-                report(outcomes, args.results)
-                print(f"{found['seconds']:5.1f} s  {fault.what}: {found['by'] or 'NOTHING'}", flush=True)
-        trees.put(tree)
+        with clone() as tree:
+            begun = time.perf_counter()
+            if failure := first_failure(tree, tests, 600):
+                raise ValueError(f"without a fault, {failure} fails")
+            limit = 30 + 5 * (time.perf_counter() - begun)
+            for fault in groups[tests]:
+                found = outcome(fault, tree, limit, args.whole)
+                with lock:
+                    outcomes[found["key"]] = found
+                    report(outcomes, args.results)
+                    print(f"{found['seconds']:5.1f} s  {fault.what}: {found['by'] or 'NOTHING'}", flush=True)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with clones(args.jobs) as trees, ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            list(pool.map(run, list(groups)))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            list(pool.map(run, groups))
+        except (ValueError, KeyboardInterrupt) as error:
+            pool.shutdown(cancel_futures=True)
+            print(f"error: {error or 'stopped; the same command goes on'}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            for faults in groups.values():
-                faults.clear()
     print(report(outcomes, args.results))
     return int(any(not e["by"] and not e["reason"] for e in outcomes.values()))
 
