@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -27,10 +28,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from lra.records.markup import Grid, Heading, markdown
-from lra.scaling.reports import machine_line, write_report
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTEXT = multiprocessing.get_context("forkserver")  # each pytest starts with these imported, and with nothing of ours
+CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "scipy.special", "sklearn.linear_model", "transformers"])
 
 
 class Fault(NamedTuple):
@@ -91,20 +93,35 @@ def clone() -> Iterator[Path]:
         yield tree
 
 
+def run_pytest(tree: Path, words: list[str], kernels: str) -> None:
+    """pytest in a clone, in this process, with what it prints in a file; never returns."""
+    os.setsid()
+    output = os.open(tree.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    os.chdir(tree)
+    os.environ |= {"NUMBA_CACHE_DIR": str(tree.parent / kernels), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.exit(pytest.main(words))
+
+
 def first_failure(tree: Path, tests: str, limit: float, kernels: str = "kernels") -> str:
     """The first of the tests that fails, or how else they ended; empty where all pass.
 
     `kernels`: the folder of compiled kernels beside the tree. Raises ValueError where pytest was killed or misused.
     """
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tree.parent / kernels), "PYTHONDONTWRITEBYTECODE": "1"}
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        try:
-            code = subprocess.run(words, cwd=tree, env=env, stdout=output, stderr=output, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            return f"time limit of {limit:.0f} s"
-        output.seek(0)
-        said = output.read()
+    words = ["-xq", "-pno:cacheprovider", "-Wignore::pytest.PytestAssertRewriteWarning", *shlex.split(tests)]
+    process = CONTEXT.Process(target=run_pytest, args=(tree, words, kernels))
+    process.start()
+    process.join(limit)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the tests started, too
+    if process.exitcode is None:
+        return f"time limit of {limit:.0f} s"
+    code, said = process.exitcode, (tree.parent / "output").read_text(errors="replace")
     if code in (-signal.SIGTERM, -signal.SIGKILL, 3, 4, 5):
         raise ValueError(f"pytest {tests} ended with {code}: {said[-300:]}")
     named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE)
@@ -129,6 +146,9 @@ def outcome(fault: Fault, tree: Path, limit: float, whole: bool) -> dict:
 
 def report(outcomes: dict[str, dict], results: Path) -> str:
     """Write bench/mutants.json and .md; returns the summary."""
+    from lra.records.markup import Grid, Heading, markdown
+    from lra.scaling.reports import machine_line, write_report
+
     entries = [outcomes[key] for fault in listed() if (key := fault.key()) in outcomes]
     blocks, counts = [], []
     for area in dict.fromkeys(e["area"] for e in entries):
