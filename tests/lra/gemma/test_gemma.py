@@ -322,6 +322,7 @@ def test_intervals_count_documents_not_tokens():
     few = block_records([[d, 100, 100 * (d % 2)] for d in range(10)])
     own = stats.ratio(list(stats.clusters(few).values()))
     assert own.value == 0.5 and own.high - own.low > 0.6
+    assert own.below == own.above == pytest.approx((10 / 9 * 10 * 50**2 / 1000**2) ** 0.5)
     same = stats.gap(few, few)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
