@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
             list(pool.map(run, groups))
         except (ValueError, KeyboardInterrupt) as error:
             pool.shutdown(cancel_futures=True)
-            print(f"error: {error or 'stopped; the same command goes on'}", file=sys.stderr)
+            print(f"error: {str(error) or 'stopped; the same command goes on'}", file=sys.stderr)
             return 2
     print(report(outcomes, args.results))
     return int(any(not e["by"] and not e["reason"] for e in outcomes.values()))
