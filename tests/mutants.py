@@ -201,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             list(pool.map(run, groups))
         except (ValueError, KeyboardInterrupt) as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             pool.shutdown(cancel_futures=True)
             print(f"error: {str(error) or 'stopped; the same command goes on'}", file=sys.stderr)
             return 2
