@@ -31,7 +31,7 @@ def gemma(kind, **changes):
         "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     }[kind]
     torch.manual_seed(5)
-    cap = {"attn_logit_softcapping": 2.0} if kind == "gemma2" else {}
+    cap = {"attn_logit_softcapping": 0.1} if kind == "gemma2" else {}
     shape = SHAPE | ({} if kind == "gemma1" else WINDOWS | {"query_pre_attn_scalar": 16}) | cap | changes
     made = model(config(**shape, attn_implementation="eager")).eval()
     with torch.no_grad():
