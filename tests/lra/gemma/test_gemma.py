@@ -200,21 +200,25 @@ def test_finetuning_learns_leaves_the_base_model_alone_and_is_repeatable(done, p
         assert again["training"]["losses"] == first[name, 0]["training"]["losses"]
 
 
-def test_a_step_learns_the_next_token(places, monkeypatch):
-    losses = []
+def test_a_step_learns_the_next_token_and_scores_are_taken_in_evaluation_mode(places, monkeypatch):
+    losses, modes = [], set()
 
     def step(trainer, number, original=Finetuner.step):
-        tokens, scored = trainer.batch(number)
-        with torch.no_grad():
-            logits = trainer.model(tokens).logits[:, :-1]
-        wanted = torch.nn.functional.cross_entropy(logits[scored], tokens[:, 1:][scored])
+        if number == 0:
+            tokens, scored = trainer.batch(number)
+            with torch.no_grad():
+                logits = trainer.model(tokens).logits[:, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits[scored], tokens[:, 1:][scored]).item())
+            decoder = trainer.model.model
+            decoder.register_forward_pre_hook(lambda m, inputs: modes.add((torch.is_grad_enabled(), m.training)))
         made = original(trainer, number)
-        losses.append((float(made[0]), wanted.item()))
+        losses.append(float(made[0]))
         return made
 
     monkeypatch.setattr(Finetuner, "step", step)
     run("finetune", *places, *TRAIN, "--tokens=128", "--attention=softmax")
-    assert losses and all(made == pytest.approx(wanted, rel=1e-4) for made, wanted in losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert modes == {(True, True), (False, False)}
 
 
 @pytest.mark.parametrize("train", ["kernel+qk", "all"])
