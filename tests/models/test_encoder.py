@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lra.registry import attention_names, build_attention
 from models.attention.softmax import naive_softmax
+from models.base import alibi
 from models.encoder import Encoder, masked_mean, rotary, rotate, sinusoids
 from models.heads import Classifier, Classify, Match
 
@@ -161,13 +162,17 @@ def test_without_positions_order_does_not_matter():
 def test_rotary_logits_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 6, generator=torch.Generator().manual_seed(1)).double().unbind()
     cos, sin = (x.double() for x in rotary(MAX_LEN, 6))
-    turned_q, turned_k = (rotate(x.expand(1, 1, MAX_LEN, 6), cos, sin) for x in (q, k))
-    logits = (turned_q @ turned_k.mT)[0, 0]
-    for distance in range(-3, 4):
-        diagonal = logits.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-6)
-    assert not torch.allclose(logits[0, :1], logits[0, 3:4])
-    torch.testing.assert_close(logits[0, 0], (q * k).sum())
+    pairs = [[rotate(x.expand(1, 1, MAX_LEN, 6), cos, sin) for x in (q, k)]]
+    model = encoder(positions="rotary")
+    model.attentions[0].register_forward_pre_hook(lambda attention, inputs: pairs.append(inputs[:2]))
+    model(torch.full((1, MAX_LEN), 5))  # one token throughout: the first layer's q and k differ by their turn alone
+    for turned_q, turned_k in pairs:
+        logits = (turned_q @ turned_k.mT)[0, 0]
+        for distance in range(-3, 4):
+            diagonal = logits.diagonal(distance)
+            torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-6)
+        assert not torch.allclose(logits[0, :1], logits[0, 3:4])
+    torch.testing.assert_close((pairs[0][0] @ pairs[0][1].mT)[0, 0, 0, 0], (q * k).sum())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -207,6 +212,9 @@ def test_softmax_with_alibi_equals_its_reference(masked, causal):
     torch.testing.assert_close(
         attention(q, k, v, mask, causal=causal), naive_softmax(attention, q, k, v, mask, causal=causal)
     )
+    bias = [[[-slope * abs(i - n) for n in range(N)] for i in range(N)] for slope in (0.5, 0.25)]
+    torch.testing.assert_close(alibi(attention.slopes_H, N), torch.tensor(bias).double())
+    assert encoder(positions="alibi").attentions[1].slopes_H.tolist() == [2**-4, 2**-8]
 
 
 # Heads

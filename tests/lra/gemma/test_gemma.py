@@ -191,10 +191,34 @@ def test_finetuning_learns_leaves_the_base_model_alone_and_is_repeatable(done, p
     first = records(done, "finetune")
     curve = first["constant", 0]["result"]["curve"]
     assert [c[0] for c in curve] == [0, 5, 10] and curve[-1][2] < curve[0][2]
+    assert (
+        first["softmax", 0]["training"]["losses"] != first["softmax", 1]["training"]["losses"]
+    )  # of blocks in its order
     run("finetune", *places, *TRAIN, "--attention=constant", "--attention=softmax")
     for name in ("constant", "softmax"):
         again = records(tmp_path, "finetune")[name, 0]
         assert again["training"]["losses"] == first[name, 0]["training"]["losses"]
+
+
+def test_a_step_learns_the_next_token_and_scores_are_taken_in_evaluation_mode(places, monkeypatch):
+    losses, modes = [], set()
+
+    def step(trainer, number, original=Finetuner.step):
+        if number == 0:
+            tokens, scored = trainer.batch(number)
+            with torch.no_grad():
+                logits = trainer.model(tokens).logits[:, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits[scored], tokens[:, 1:][scored]).item())
+            decoder = trainer.model.model
+            decoder.register_forward_pre_hook(lambda m, inputs: modes.add((torch.is_grad_enabled(), m.training)))
+        made = original(trainer, number)
+        losses.append(float(made[0]))
+        return made
+
+    monkeypatch.setattr(Finetuner, "step", step)
+    run("finetune", *places, *TRAIN, "--tokens=128", "--attention=softmax")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert modes == {(True, True), (False, False)}
 
 
 @pytest.mark.parametrize("train", ["kernel+qk", "all"])
@@ -216,6 +240,7 @@ def test_transfer_brings_the_replaced_layers_closer(done, places, tmp_path):
     cold, warm = (records(folder, "finetune")["constant", 0] for folder in (done, tmp_path))
     losses = warm["training"]["transfer_losses"]
     assert len(losses) == 100 and np.mean(losses[-10:]) < 0.9 * losses[0]
+    assert warm["result"]["curve"][0][2] < cold["result"]["curve"][0][2]  # what was learned is where training starts
     assert warm["cost"]["transfer_s"] > 0 == cold["cost"]["transfer_s"]
 
 
@@ -317,6 +342,7 @@ def test_intervals_count_documents_not_tokens():
     few = block_records([[d, 100, 100 * (d % 2)] for d in range(10)])
     own = stats.ratio(list(stats.clusters(few).values()))
     assert own.value == 0.5 and own.high - own.low > 0.6
+    assert own.below == own.above == pytest.approx((10 / 9 * 10 * 50**2 / 1000**2) ** 0.5)
     same = stats.gap(few, few)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 

@@ -534,13 +534,16 @@ def test_changed_recipe_is_the_open_protocol_and_another_digest(lab):
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_accumulation_equals_the_whole_batch(lab, parts):
-    run, prepared = new_run(lab, "performer", ["encoder.dropout=0"])
-    split, _ = new_run(lab, "performer", ["encoder.dropout=0", f"train.accumulate={parts}"])
+    run, prepared = new_run(lab, "performer", ["encoder.dropout=0", "train.clip=0.5"])
+    split, _ = new_run(lab, "performer", ["encoder.dropout=0", "train.clip=0.5", f"train.accumulate={parts}"])
     trainers = [Trainer(r, prepared, CPU) for r in (run, split)]
     for step in range(12):
         (loss, correct, norm), (loss2, correct2, norm2) = (t.step(step) for t in trainers)
         assert loss2.item() == pytest.approx(loss.item(), abs=1e-6) and correct2 == correct
         assert norm2.item() == pytest.approx(norm.item(), abs=1e-5)
+        clipped = torch.nn.utils.get_total_norm([p.grad for p in trainers[1].model.parameters()])
+        assert clipped.item() == pytest.approx(min(norm2.item(), 0.5), rel=1e-4)
+    assert norm > 0.5
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(lab):
@@ -598,7 +601,8 @@ def log_of(lab):
 
 @pytest.mark.parametrize("attention", ["softmax", "performer", "shift"])
 def test_tensorboard_has_the_same_tags_hyperparameters_and_layout_for_every_attention(lab, attention):
-    record = lab.train(attention=attention)
+    redraws = 2 if attention == "performer" else 0  # before steps 5 and 10 of 12
+    record = lab.train(*["--set=attention.redraw_every=5"] * (redraws > 0), attention=attention)
     events = tags_of(lab)
     scalars = set(events.Tags()["scalars"])
     assert scalars == TAGS | {"hparam/test_acc", "hparam/val_acc"}
@@ -609,6 +613,7 @@ def test_tensorboard_has_the_same_tags_hyperparameters_and_layout_for_every_atte
     assert events.Scalars("train/loss")[-1].step == 12
     error = events.Scalars("attn/approx_err")[-1].value
     assert error < 1e-5 if attention == "softmax" else error > 1e-3
+    assert events.Scalars("attn/redraws")[-1].value == redraws
 
 
 def test_failed_run_still_has_its_hyperparameters(lab):

@@ -197,6 +197,8 @@ def test_whitening_keeps_the_mean_norm_and_evens_out_the_directions():
     assert (values[:, -1] / values[:, 0]).max() < 3  # not 1: the ridge
     low = build("darkformer", (q, k), init="whitening", align="centre", rank=2)
     assert low.G_HDD.shape == (H, 2, D) and low.aligned(q, "q").shape == (B, H, N, 2)
+    small = torch.linalg.eigh(moments(centred)[1])[1][..., :-2]  # it reads the two directions in which most happens
+    assert (low.G_HDD @ small).norm() < 1e-3 * low.G_HDD.norm()
 
 
 def test_darkformer_starts_aligned_at_its_temperature_and_learns_it_from_there():

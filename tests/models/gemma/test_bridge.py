@@ -31,7 +31,8 @@ def gemma(kind, **changes):
         "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     }[kind]
     torch.manual_seed(5)
-    shape = SHAPE | ({} if kind == "gemma1" else WINDOWS | {"query_pre_attn_scalar": 16}) | changes
+    cap = {"attn_logit_softcapping": 0.1} if kind == "gemma2" else {}
+    shape = SHAPE | ({} if kind == "gemma1" else WINDOWS | {"query_pre_attn_scalar": 16}) | cap | changes
     made = model(config(**shape, attn_implementation="eager")).eval()
     with torch.no_grad():
         for layer in made.model.layers:
@@ -74,7 +75,7 @@ def test_softmax_bridge_is_eager_gemma_with_left_padding_windows_and_soft_cap(ki
 
 
 @torch.no_grad()
-def test_windows_and_heads_matter_in_this_test():
+def test_windows_heads_and_the_soft_cap_matter_in_this_test():
     model = gemma("gemma3")
     ids, _ = prompt()
     plug(model)
@@ -85,6 +86,10 @@ def test_windows_and_heads_matter_in_this_test():
     bridge.detach(model)
     plug(model, "constant")
     assert (model(ids).logits - kept).abs().max() > 1e-2
+    capped, free = gemma("gemma2"), gemma("gemma2")
+    plug(capped)
+    plug(free, ignore_softcap=True)
+    assert (capped(ids).logits - free(ids).logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["gemma1", "gemma2", "gemma3"])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tasks.base import Meta, SourceError, Split
-from tasks.store.prepared import check, disjoint
+from tasks.base import Meta, SourceError, Split, majority
+from tasks.store.prepared import check, disjoint, facts
 from tests.tasks.store.builders import sequences
 
 # Rule 7
@@ -83,3 +83,13 @@ def test_offsets_that_leave_tokens_over_are_refused():
     split = split_of(*GOOD)
     with pytest.raises(SourceError, match="task any, test split: 4 sequences of 2 examples"):
         check(META, "test", Split(np.append(split.tokens, 1), split.offsets, split.labels), 3)
+
+
+def test_every_part_of_a_split_is_hashed_and_the_majority_is_that_of_train():
+    one = Split.of(sequences("ab", "c"), [0, 1])
+    others = (
+        Split.of(sequences(*texts), labels)
+        for *texts, labels in (("ab", "d", [0, 1]), ("a", "bc", [0, 1]), ("ab", "c", [1, 1]))
+    )
+    assert facts(one)["sha256"] not in [facts(other)["sha256"] for other in others]
+    assert majority(np.array([0, 0, 1]), np.array([0, 1, 1])) == 1 / 3
