@@ -118,7 +118,7 @@ class Setting:
         longest = self.base.model.config.max_position_embeddings
         if args.length > longest:
             raise UsageError(f"--length {args.length} exceeds the {longest} tokens of {self.base.name}")
-        self.splits = split(self.documents.texts)
+        self.splits = split(self.documents)
 
     def blocks(self, name: str) -> Blocks:
         """The first blocks of a split, as many as its option says; of train, as many as fill whole steps."""

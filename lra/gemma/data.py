@@ -1,4 +1,4 @@
-"""Text of the Gemma track: documents -> splits by document -> blocks of tokens of one length."""
+"""Text of the Gemma track: documents -> splits by document, reviews by film -> blocks of tokens of one length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from lra.options import UsageError
 from tasks import text as imdb
 from tasks.store.files import open_bytes, read_table, sha256_file
-from tasks.store.sources import listed, package_file, read_folder
+from tasks.store.sources import listed, package_file, read_folder, stretches
 
 SHARES = {"test": 0.10, "val": 0.05, "calibration": 0.05}  # of the documents; the rest is train
 Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without BOS
@@ -21,9 +21,14 @@ Encode = Callable[[list[str]], list[list[int]]]  # texts to token ids, without B
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts and where they come from."""
+    """Texts and where they come from.
+
+    `classes` is None for documents that have nothing to do with each other. Otherwise it holds a number for each text,
+    and in each class the texts that are alike stand together.
+    """
 
     texts: list[str]
+    classes: list[int] | None
     dataset: str
     source: str  # embedded or local
     revision: str
@@ -61,8 +66,9 @@ def documents(path: Path | None) -> Documents:
     """
     if path is None:
         file = package_file(imdb.PACKAGE, imdb.PACKAGE_VERSION, imdb.PACKAGE_CSV)
-        columns = read_table(file, ["text", "source"])
-        texts = [t for t, s in zip(columns["text"], columns["source"], strict=True) if s == "imdb"]
+        rows = zip(*read_table(file, ["text", "label", "source"]).values(), strict=True)
+        reviews = {cleaned(text): int(label) for text, label, source in rows if source == "imdb"}
+        texts, classes = list(reviews), list(reviews.values())
         origin = "IMDb reviews", "embedded", f"{imdb.PACKAGE} {imdb.PACKAGE_VERSION}", {file.name: sha256_file(file)}
     else:
         if path.is_dir():
@@ -80,26 +86,35 @@ def documents(path: Path | None) -> Documents:
         if path.is_file():
             texts = re.split(r"\n(?:[ \t\r]*\n){2,}", texts[0])
         origin = path.name, "local", "as found", files
-    texts = sorted({t.replace("<br />", "\n").strip() for t in texts} - {""})
+        texts, classes = sorted(set(map(cleaned, texts)) - {""}), None
     if not texts:
         raise UsageError(f"--text {path}: no text in it")
-    return Documents(texts, *origin)
+    return Documents(texts, classes, *origin)
 
 
-def split(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Documents by split. A hash of the content decides the order; a document is in one split.
+def cleaned(text: str) -> str:
+    """Without HTML line breaks and outer blanks."""
+    return text.replace("<br />", "\n").strip()
 
-    Every split gets at least one document. Raises UsageError where there are too few.
+
+def split(documents: Documents) -> dict[str, list[str]]:
+    """Documents by split, each in one, in the order of a hash of their contents.
+
+    The hash decides who is in which split, too, but for documents with classes: there a split is a stretch of each
+    class, as in the Text task (tasks/text.py), so that no reviews of a film in a class are in two splits. Every split
+    gets at least one document. Raises UsageError where there are too few.
     """
-    order = sorted(texts, key=lambda t: hashlib.sha256(b"gemma split " + t.encode()).digest())
-    splits, start = {}, 0
-    for name, share in SHARES.items():
-        size = max(1, round(share * len(order)))
-        splits[name], start = order[start : start + size], start + size
-    splits["train"] = order[start:]
-    if not splits["train"]:
-        raise UsageError(f"{len(order)} documents are too few for the splits train, {', '.join(SHARES)}")
-    return splits
+    texts, classes = documents.texts, documents.classes
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(b"gemma split " + texts[i].encode()).digest())
+    sizes = {name: max(1, round(share * len(texts))) for name, share in SHARES.items()}
+    if classes is None:
+        pools = dict(zip((*sizes, "train"), np.split(np.array(order), np.cumsum(list(sizes.values()))), strict=True))
+    else:
+        pools = stretches(np.array(classes), sizes, 0, imdb.FILM)
+    if not len(pools["train"]):
+        raise UsageError(f"{len(texts)} documents are too few for the splits train, {', '.join(SHARES)}")
+    rank = np.argsort(order)
+    return {name: [texts[i] for i in sorted(pool, key=rank.__getitem__)] for name, pool in pools.items()}
 
 
 def pack(texts: Sequence[str], encode: Encode, bos: int, *, length: int, blocks: int, what: str) -> Blocks:

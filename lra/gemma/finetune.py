@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lra.gemma.experiment import VERSION, Experiment, Method, evaluate, hidden, plug_in
+from lra.gemma.experiment import Experiment, Method, evaluate, hidden, plug_in
 from lra.gemma.weights import Base
 from lra.machine import PeakMemory, StopSignals
 from lra.options import UsageError
@@ -29,7 +29,7 @@ from models.gemma.saved import restore
 from models.gemma.transfer import PROJECTIONS, Transfer, adamw, parameter_groups, set_rates
 from tasks.base import Optim
 
-FORMAT = f"lra-gemma-adapter/{VERSION}"  # one safetensors file: what was trained; in its header, the base model
+FORMAT = "lra-gemma-adapter/1"  # one safetensors file: what was trained; in its header, the base model
 
 
 @dataclass

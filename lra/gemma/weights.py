@@ -64,6 +64,7 @@ class TinyRecipe:
     steps: int = 300
     lr: float = 4e-3
     seed: int = 0
+    text: str = "IMDb reviews, split by films"
 
 
 TINY = TinyRecipe()
@@ -211,7 +212,7 @@ def pretrain(recipe: TinyRecipe) -> nn.Module:
 
     torch.manual_seed(recipe.seed)
     model = Gemma3ForCausalLM(tiny_config(recipe))
-    texts = split(documents(None).texts)["train"][::-1]
+    texts = split(documents(None))["train"][::-1]
     count = recipe.steps * recipe.batch
     blocks = pack(texts, encode_bytes, BOS, length=recipe.length, blocks=count, what="pretraining")
     order = np.random.default_rng(recipe.seed).permutation(count)

@@ -14,7 +14,7 @@ from lra.options import PRESETS, unknown
 from lra.records import measured
 from lra.records.markup import flat
 from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, Report, iterate_records, report_skipped
-from lra.records.stats import Uncertain, over_seeds, proportion, wilson
+from lra.records.stats import DESIGN_EFFECT, Uncertain, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
@@ -47,6 +47,11 @@ class Column:
         return place, *astuple(self)
 
     @property
+    def effect(self) -> float:
+        """The design effect of its test examples: n of them tell as much as n / effect independent ones."""
+        return DESIGN_EFFECT.get((self.task, self.version, self.dataset), 1.0)
+
+    @property
     def parts(self) -> list[str]:
         """Task; data set, if its name adds something; length; execution."""
         mark = "substitute: " if self.substitute and "substitute" not in self.dataset.lower() else ""
@@ -74,6 +79,7 @@ class Entry:
         what = str(task["name"]), bool(task["substitute"]), str(task["dataset"]), int(task["version"])
         sha256 = hashlib.sha256(hashes.encode()).hexdigest()
         self.column = Column(*what, int(task["seq_len"]), sha256, execution.words)
+        self.n = self.n_test / self.column.effect  # independent test examples that tell as much
         self.floors = {str(k): float(v) for k, v in data["floors"].items()}
         self.attention = str(model["attention"])
         # label: what differs from the defaults, ("attention.num_features=256",). config: whatever may differ beside it.
@@ -121,7 +127,7 @@ class Cell:
         self.complete = len(self.ok) == self.seeds
         self.dagger = " †" if any(e.open for e in self.ok) else ""  # outside PROTOCOL
         self.accuracies = [e.n_correct / e.n_test for e in self.ok]  # fractions
-        self.estimate: Uncertain | None = over_seeds(self.accuracies, self.ok[0].n_test) if self.ok else None
+        self.estimate: Uncertain | None = over_seeds(self.accuracies, self.ok[0].n) if self.ok else None
 
 
 class Table:
@@ -167,7 +173,7 @@ class Table:
         if kind != "highest":
             floors = {n: v for n, v in floors.items() if (n == "majority") == (kind == "majority")}
         name = max(sorted(floors), key=floors.__getitem__, default=None)
-        return None if name is None else (name, proportion(floors[name], self.first(column).n_test))
+        return None if name is None else (name, proportion(floors[name], self.first(column).n))
 
 
 def build(results: Path, presets: Names = None, report: Report = report_skipped, left_out: Reasons = None) -> Tables:

@@ -13,7 +13,7 @@ from lra.options import UsageError
 from lra.records.cells import Cell, Column, Row, Table, build, row_name
 from lra.records.markup import MISSING, Block, Bold, Grid, Italic, Text, flat, markdown
 from lra.records.record import PROTOCOL, read_record, report_all
-from lra.records.significance import Comparison, Key, clusters, compare_all
+from lra.records.significance import Comparison, Key, compare_all
 from lra.records.stats import Uncertain, equivalence, margin, mean_sd
 
 WIDTH = 110  # columns of a line of text
@@ -100,9 +100,9 @@ def _sentences(table: Table, compared: dict[Key, Comparison]) -> list[str]:
             f"{len(compared)} comparisons."
         )
     sentences += [
-        f"{flat(c.task)}: examples share documents, so its intervals are too narrow (variance × {factor:.2f})."
+        f"{flat(c.task)}: examples share documents; intervals hold {c.effect:.2f} times the binomial variance."
         for c in table.columns
-        if (factor := clusters(c))
+        if c.effect > 1
     ]
     if not all(cell.complete for cell in cells):
         sentences.append("(2/3): two of the cell's three seeds ended.")

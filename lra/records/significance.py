@@ -7,8 +7,8 @@ above, below   significant at 5% after Holm
 ties           equivalent: the 90% interval of the gap lies within +-margin, lra.records.stats.margin
 untold         not told apart: neither of these was shown
 
-With one seed each the test is McNemar's, exact. It speaks of two runs, not of two methods: it knows no noise of
-training, so it shows no tie, and no cell is bold for it.
+With one seed each the test is McNemar's, exact; where examples share documents it is Student's t. It speaks of two
+runs, not of two methods: it knows no noise of training, so it shows no tie, and no cell is bold for it.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,6 @@ from lra.records.stats import ALPHA, Uncertain, holm, margin, mcnemar, paired
 FEWEST = 3  # seeds of either method, below which no cell is bold or in italics
 BASELINES = {"constant": 0, "softmax": 1}  # and their places in the order of rows
 Key = tuple[Row, Column, str]  # row, column, the baseline that it is compared with
-# (task, version, data set) whose test examples share documents, and how many times the binomial variance they have:
-# the median over the 27 runs of preset small. Records do not say which examples share, so no interval can hold it.
-CLUSTERED = {("retrieval", 1, "Python imports (substitute for AAN)"): 1.49}
 
 
 @dataclass(frozen=True)
@@ -68,19 +65,16 @@ def compare_all(table: Table) -> dict[Key, Comparison]:
                 continue  # softmax against constant is constant against softmax
             if (len(mine) == 1) == (len(theirs) == 1):
                 tests[row, column, baseline] = (mine, theirs)
-    gaps = {key: paired(*sides) for key, sides in tests.items()}
+    gaps = {key: paired(*sides, key[1].effect) for key, sides in tests.items()}
     p_values = [
-        gaps[key].p_value if len(a) > 1 else mcnemar((a & ~b).sum(), (b & ~a).sum()) for key, (a, b) in tests.items()
+        mcnemar((a & ~b).sum(), (b & ~a).sum()) if len(a) == key[1].effect == 1 else gaps[key].p_value
+        for key, (a, b) in tests.items()
     ]
     found = {}
     for (key, (a, b)), adjusted in zip(tests.items(), holm(p_values), strict=True):
-        found[key] = Comparison(gaps[key], adjusted, min(len(a), len(b)), margin(float(b.mean()), b.shape[1]))
+        within = margin(float(b.mean()), b.shape[1] / key[1].effect)
+        found[key] = Comparison(gaps[key], adjusted, min(len(a), len(b)), within)
     return found
-
-
-def clusters(column: Column) -> float | None:
-    """How many times the binomial variance the test examples of a column have, where that is known to be above 1."""
-    return CLUSTERED.get((column.task, column.version, column.dataset))
 
 
 def footnote(compared: dict[Key, Comparison]) -> list[str]:

@@ -10,8 +10,8 @@ from lra.records import compact, markup, measured
 from lra.records.cells import TASKS, Cell, Column, Names, Reasons, Row, Table, build, row_name
 from lra.records.markup import MISSING, Block, Bullets, Grid, Heading, Text, flat, refresh_block
 from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Report, report_skipped
-from lra.records.significance import BASELINES, Comparison, Key, clusters, compare_all, footnote
-from lra.records.stats import Uncertain, average, combine, difference, mean_sd, wilson
+from lra.records.significance import BASELINES, Comparison, Key, compare_all, footnote
+from lra.records.stats import Uncertain, average, combine, difference, mean_sd, proportion
 from tasks.store.files import atomic_path
 
 HEADINGS = {
@@ -84,7 +84,7 @@ def blocks(tables: Sequence[Table], reproduced: Mapping[Path, object] | None = N
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """One line per record, raw counts first; accuracies are fractions with Wilson's 95% interval."""
+    """One line per record, raw counts first; accuracies are fractions with the 95% interval of the test set."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(CSV_HEADER)
@@ -92,7 +92,8 @@ def to_csv(tables: Sequence[Table]) -> str:
         for e in sorted(table.entries, key=lambda e: (e.column.order, e.row, e.seed)):
             c, scores = e.column, ("", "", "")
             if e.n_correct is not None:
-                scores = (f"{x:.6f}" for x in (e.n_correct / e.n_test, *wilson(e.n_correct, e.n_test)))
+                s = proportion(e.n_correct / e.n_test, e.n)
+                scores = (f"{x:.6f}" for x in (s.value, s.low, s.high))
             line = (c.task, c.dataset, str(c.substitute).lower(), e.preset, e.attention, e.overrides, e.seed)
             line += (e.n_correct, e.n_test, *scores, e.params_ratio, table.speeds.get(e.path.parent.name), e.peak_bytes)
             writer.writerow([_inert(x) for x in (*line, e.status, e.command)])
@@ -201,11 +202,11 @@ def _column_remarks(table: Table, column: Column, compared: dict[Key, Comparison
                 f"{name}: softmax, {_percent(softmax.estimate)}, does not clear the highest floor, "
                 f"{flat(floor)} at {100 * estimate.value:.1f} (a floor keeps no answers: no paired test)."
             )
-    if factor := clusters(column):
+    if column.effect > 1:
         yield (
             f"{name}: examples share documents (567 files in the 1,592 pairs of preset small, up to 30 uses of one), "
-            f"and records do not say which. In the median of the 27 runs of preset small the variance is {factor:.2f} "
-            "times the binomial one: intervals of this column are about a fifth too narrow, its p-values too small."
+            f"and records do not say which. Intervals and p-values here hold {column.effect:.2f} times the "
+            "binomial variance, the median over the 27 runs of preset small. Of one seed each the test is Student's t."
         )
     seeds = [{e.seed for e in cell.runs} for (_, c), cell in table.cells.items() if c == column]
     if not all(s <= max(seeds, key=len) for s in seeds):

@@ -103,10 +103,25 @@ def run(*words):
 
 
 def test_documents_are_split_by_content_and_no_document_is_in_two_splits(text):
-    texts = documents(text).texts
-    first, second = split(texts), split(texts[::-1])
-    assert first == second and len(texts) == 400
+    found = documents(text)
+    first, second = split(found), split(dataclasses.replace(found, texts=found.texts[::-1]))
+    assert first == second and len(found.texts) == 400
     assert sum(map(len, first.values())) == len(set().union(*map(set, first.values()))) == 400
+
+
+def test_no_reviews_of_a_film_are_in_two_splits():
+    # The reviews of a film, at most 30 of a class, stand together.
+    found = documents(None)
+    place = {text: i for i, text in enumerate(found.texts)}
+    splits = split(found)
+    owner = {place[text]: name for name, texts in splits.items() for text in texts}
+    assert {name: len(texts) for name, texts in splits.items() if name != "train"} == {
+        "test": round(0.1 * len(place)), "val": round(0.05 * len(place)), "calibration": round(0.05 * len(place))
+    }  # fmt: skip
+    for c in (0, 1):
+        members = [i for i in range(len(place)) if found.classes[i] == c]
+        for i, name in enumerate(map(owner.get, members)):
+            assert {name, None} >= {owner.get(other) for other in members[i : i + 30]} or name is None
 
 
 def test_blocks_start_with_bos_and_blocks_of_two_numbers_share_no_document():

@@ -15,6 +15,7 @@ from lra.records import measured
 from lra.records.compact import column_names
 from lra.records.markup import Bold, Bullets, Grid, Heading, Text, html_fragment, latex, markdown, refresh_block
 from lra.records.record import SCHEMA
+from lra.records.significance import compare_all
 from lra.records.table import blocks, build, render, to_csv, write
 from tests.lra.builders import FIVE, answer, grid, only, put
 
@@ -266,9 +267,16 @@ def test_nothing_is_said_of_averaging_without_predictions(tmp_path):
     assert "0.0 points, [-2.1, 2.1]; not tested, because" in remark
 
 
-def test_a_column_whose_examples_share_documents_says_by_how_much_its_intervals_are_too_narrow(tmp_path):
-    put(tmp_path, "retrieval", dataset="Python imports (substitute for AAN)", substitute=True)
-    put(tmp_path, "text")
+def test_where_examples_share_documents_intervals_and_tests_hold_their_design_effect(tmp_path):
+    for task, dataset in (("retrieval", "Python imports (substitute for AAN)"), ("text", "IMDb")):
+        for attention, k in (("constant", 1000), ("softmax", 1030)):
+            answer(put(tmp_path, task, attention=attention, dataset=dataset), share(k))
+    (table,) = build(tmp_path)
+    text, retrieval = table.columns
+    gaps = {column.task: comparison.gap for (_, column, _), comparison in compare_all(table).items()}
+    accuracies = {column.task: table.cell("softmax", column).estimate for column in (text, retrieval)}
+    for wide, narrow in ((found["retrieval"], found["text"]) for found in (gaps, accuracies)):
+        assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(1.49**0.5, rel=0.01)
     (remark,) = [line for line in render(tmp_path, "long").splitlines() if "share documents" in line]
     assert remark.startswith("* retrieval") and "1.49 times the binomial" in remark
     assert "retrieval: examples share documents" in " ".join(render(tmp_path, "compact").split())
