@@ -43,9 +43,9 @@ class Kernels(NamedTuple):
 
 
 def flash(
-    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, key_bias_BHK: Tensor, *, causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(out, lse), (B, H, Q, D) and (B, H, Q), as above; causal (Q = K): over n <= i.
+    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, key_bias_BHK: Tensor, *, causal: bool = False, mass: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse), (B, H, Q, D) and (B, H, Q), as above; causal (Q = K): over n <= i. Without `mass`, lse may be None.
 
     Computes in fp32 at least, but on a GPU in bf16 where v is: a CPU without instructions for bf16 takes four times as
     long in it. Never follows autocast; lse is in fp32 at least. Batch or heads may be expanded. Differentiable once,
@@ -54,12 +54,12 @@ def flash(
     device, dtype = v_BHKD.device.type, v_BHKD.dtype
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return flash(q_BHQD, k_BHKD, v_BHKD, key_bias_BHK, causal=causal)
+            return flash(q_BHQD, k_BHKD, v_BHKD, key_bias_BHK, causal=causal, mass=mass)
     work = dtype if dtype == torch.bfloat16 and device != "cpu" else wide(dtype)
     inputs = q_BHQD.to(work), k_BHKD.to(work), v_BHKD.to(work), key_bias_BHK.to(wide(work))
     if torch.compiler.is_compiling():
         return _forward_op(*inputs, causal)
-    return plain(*inputs, causal)[:2] if of_size(*inputs[:2], TINY) else _Flash.apply(*inputs, causal)
+    return plain(*inputs, causal, mass)[:2] if of_size(*inputs[:2], TINY) else _Flash.apply(*inputs, causal, mass)
 
 
 def of_size(q: Tensor, k: Tensor, limit: int) -> bool:
@@ -67,27 +67,29 @@ def of_size(q: Tensor, k: Tensor, limit: int) -> bool:
     return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= limit
 
 
-def plain(q, k, v, key_bias, causal):
+def plain(q, k, v, key_bias, causal, mass=True):
     """The definition, with the matrix p in memory: out, lse, p."""
     logits = (q.to(key_bias) @ k.to(key_bias).mT).add_(key_bias[..., None, :])
     if causal:
         logits = logits.masked_fill_(torch.ones(logits.shape[-2:], dtype=torch.bool).to(q.device).triu(1), -torch.inf)
-    p = logits.softmax(-1)
-    return (p @ v.to(key_bias)).to(v.dtype), _Mass.apply(logits, p), p
+    p, lse = _Softmax.apply(logits) if mass else (logits.softmax(-1), None)
+    return (p @ v.to(key_bias)).to(v.dtype), lse, p
 
 
-class _Mass(torch.autograd.Function):
-    """lse of logits whose softmax is p, with dlogits = p dlse: amax has a gradient that counts its ties in int64."""
+class _Softmax(torch.autograd.Function):
+    """p and lse of logits, with dlogits = p (dp - p.dp + dlse): amax has a gradient that counts its ties in int64."""
 
     @staticmethod
-    def forward(ctx, logits, p):
+    def forward(ctx, logits):
+        p = logits.softmax(-1)
         ctx.save_for_backward(p)
-        return logits.amax(-1) - p.amax(-1).log()
+        return p, logits.amax(-1) - p.amax(-1).log()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlse):
-        return ctx.saved_tensors[0] * dlse[..., None], None
+    def backward(ctx, dp, dlse):
+        (p,) = ctx.saved_tensors
+        return aten._softmax_backward_data(dp, p, -1, p.dtype).addcmul_(p, dlse[..., None])
 
 
 def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted, p=None):
