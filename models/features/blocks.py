@@ -29,16 +29,18 @@ class State(NamedTuple):
     Y_BHMD: Tensor
 
 
-def state_of(ak_HMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, key_bias_BHN: Tensor) -> State:
-    """Features attend to keys, l_jn = ak_j.k_n + key_bias_n."""
-    Y_BHMD, L_BHM = flash(ak_HMD.expand(len(k_BHND), -1, -1, -1), k_BHND, v_BHND, key_bias_BHN)
+def state_of(ak_HMD: Tensor, x_BHND: Tensor, v_BHND: Tensor, key_bias_BHN: Tensor) -> State:
+    """Features attend to keys, l_jn = ak_j.x_n + key_bias_n."""
+    Y_BHMD, L_BHM = flash(ak_HMD.expand(len(x_BHND), -1, -1, -1), x_BHND, v_BHND, key_bias_BHN)
     return State(L_BHM, Y_BHMD)
 
 
-def read(q_BHND: Tensor, aq_HMD: Tensor, state: State, feature_bias_HM: Tensor) -> tuple[Tensor, Tensor]:
+def read(
+    q_BHND: Tensor, aq_HMD: Tensor, state: State, feature_bias_HM: Tensor, *, mass: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Queries attend to features: the part of the keys in `state`, with logits aq_j.q_i + L_j + feature_bias_j."""
     aq_BHMD = aq_HMD.expand(len(q_BHND), -1, -1, -1)
-    return flash(q_BHND, aq_BHMD, state.Y_BHMD, state.L_BHM + feature_bias_HM)
+    return flash(q_BHND, aq_BHMD, state.Y_BHMD, state.L_BHM + feature_bias_HM, mass=mass)
 
 
 def joined(one: State, other: State) -> State:

@@ -92,7 +92,7 @@ class FeatureAttention(AttentionBase):
             if mask_BN is not None:
                 key_bias_BHN = key_bias_BHN.masked_fill(~mask_BN[:, None], NEVER)
             state = state_of(maps.ak_HMD, k_BHND, v_BHND, key_bias_BHN)
-            out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM)
+            out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
             return (out_BHND if mask_BN is None else out_BHND.masked_fill(~real_rows(mask_BN), 0)).to(v_BHND.dtype)
 
     def by_blocks(self, q_BHND, k_BHND, v_BHND, mask_BN, *, scale, causal):

@@ -97,9 +97,10 @@ def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted, p=None)
     (B, H, Q, _), K = q.shape, k.shape[2]
     size = CHUNK if p is None and q.device.type == "cpu" else B * H * Q * K
     rows, tokens = max(1, size // (H * Q * K)), max(1, size // (H * min(Q, K)))
-    delta, everything = (g * out).sum(-1).to(lse).sub_(dlse), slice(None)
-    dq, dk, dv = (lse.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted[:3], strict=True))
-    dbias = lse.new_zeros(key_bias.shape)
+    delta, everything = (g * out).sum(-1).to(key_bias), slice(None)
+    delta = delta if dlse is None else delta.sub_(dlse)
+    dq, dk, dv = (key_bias.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted[:3], strict=True))
+    dbias = torch.zeros_like(key_bias)
     for b, start in itertools.product(range(0, B, rows), range(0, max(Q, K), tokens)):
         some = slice(start, start + tokens)
         i, n = (some, everything) if Q >= K else (everything, some)
@@ -113,11 +114,11 @@ def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted, p=None)
             weights = weights.tril_(start if Q >= K else -start) if causal else weights
         else:
             weights = p.flatten(0, 1)
-        S = torch.baddbmm(part(delta, i)[..., None], part(g, i).to(lse), part(v, n).to(lse).mT, beta=-1).mul_(weights)
+        S = torch.baddbmm(part(delta, i)[..., None], part(g, i).to(delta), part(v, n).to(delta).mT, beta=-1).mul_(weights)
         for grad, t, left, x, s in ((dq, i, S, k, n), (dk, n, S.mT, q, i), (dv, n, weights.mT, g, i)):
             if grad is not None:  # beta = 0 does not read what stands there
                 target = grad[b : b + rows].flatten(0, 1)[:, t]
-                target.baddbmm_(left, part(x, s).to(lse), beta=0.0 if t is some or not start else 1.0)
+                target.baddbmm_(left, part(x, s).to(delta), beta=0.0 if t is some or not start else 1.0)
         dbias[b : b + rows, :, n] += S.sum(-2).unflatten(0, (-1, H))
     grads = zip((dq, dk, dv, dbias), (q, k, v, key_bias), strict=True)
     return [x if x is None else x.to(y.dtype) for x, y in grads]
@@ -220,8 +221,9 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, ctx.causal = inputs
-        out, lse, *p = (plain if of_size(*tensors[:2], SMALL) else forward)(*inputs)
+        *tensors, ctx.causal, mass = inputs
+        small = of_size(*tensors[:2], SMALL)
+        out, lse, *p = plain(*inputs) if small else forward(*tensors, ctx.causal)
         ctx.save_for_backward(*tensors, out, lse, *p)
         return out, lse
 
@@ -230,7 +232,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx, g, dlse):
         *tensors, p = (*ctx.saved_tensors, None)[:7]
         run = backward if p is None else functools.partial(plain_backward, p=p)
-        return *run(g, dlse, *tensors, ctx.causal, ctx.needs_input_grad[:4]), None
+        return *run(g, dlse, *tensors, ctx.causal, ctx.needs_input_grad[:4]), None, None
 
 
 # The same for torch.compile, each one node of its graph, which is fused or plain when it runs.
