@@ -66,7 +66,7 @@ def log_ratio(module: Any, q_BHND: torch.Tensor, k_BHND: torch.Tensor) -> torch.
     """log of (estimate / the kernel it estimates) for pairs (q_n, k_n), (B, H, N), from the maps of training."""
     scale = module.head_dim**-0.5
     maps = module.maps(k_BHND, scale)
-    logs_BHMN = maps.aq_HMD @ q_BHND.mT + maps.ak_HMD @ k_BHND.mT + maps.feature_bias_HM[..., None]
+    logs_BHMN = maps.aq_HMD @ q_BHND.mT + maps.ak_HMD @ maps.x_BHND.mT + maps.feature_bias_HM[..., None]
     u_q, u_k = seen(module, q_BHND, k_BHND)
     # Up to what depends on q alone and cancels in attention, the kernel is exp(u_q.u_k + scale mq.k).
     log_kernel_BHN = (u_q * u_k).sum(-1)

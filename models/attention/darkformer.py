@@ -33,7 +33,7 @@ class Config(AlignedConfig):
 class Attention(AlignedAttention):
     """Unbiased estimate of the kernel exp(scale q^T Sigma k), normalised, Sigma = G^T G (arXiv 2603.04127).
 
-    The engine with a_j = sqrt(scale) G^T w_j, so that a_j ~ N(0, scale Sigma), and key bias -scale |G k|^2 / 2.
+    The engine with ak_j = sqrt(scale) w_j, which attends to G k, aq_j = G^T ak_j, and key bias -scale |G k|^2 / 2.
     The paper calls the geometry matrix M; M here is the number of features. G, one D x D matrix per head,
     starts at the identity: DARKFormer then is Performer. With `align`, G acts on aligned q and k.
     8 B H N M D + 2 B H N D^2 operations, O(N + M) memory. Raises ValueError for a rank beyond the head width.

@@ -29,7 +29,7 @@ class Attention(FeatureAttention):
 
     def maps(self, k_BHND, scale):
         a_HMD = scale**0.5 * self.w_HMD.to(k_BHND.dtype)
-        return Maps(a_HMD, a_HMD, -scale * half_square(k_BHND), a_HMD.new_zeros(a_HMD.shape[:2]))
+        return Maps(a_HMD, a_HMD, k_BHND, -scale * half_square(k_BHND), a_HMD.new_zeros(a_HMD.shape[:2]))
 
     def log_norm(self, q_BHND, scale):
         return -scale * half_square(q_BHND) - math.log(self.config.num_features)

@@ -8,10 +8,10 @@ Two transformations leave softmax over keys exactly as it was:
 So features may be taken of q' = T^-T (q - mq) and k' = T (k - mk), with scale mq.k_n added to the key bias. Features
 vary the less the closer to zero q' and k' are. With G the learned geometry (the identity but in darkformer):
 
-    aq = scale^1/2 w G T^-T       feature bias = -(aq.mq + ak.mk) + b
-    ak = scale^1/2 w G T          key bias = scale mq.k - scale |G T (k - mk)|^2 / 2
+    aq = scale^1/2 w G T^-T                       feature bias = b - aq.mq
+    ak = scale^1/2 w      x = G T (k - mk)        key bias = scale mq.k - scale |x|^2 / 2
 
-b are log importance weights, where w is not drawn from N(0, I). Means and T come from data, once (`calibrate`); the
+The key bias needs x in any case, and w does not learn: ak.x spares the gradient of M vectors G^T w. b are log importance weights, where w is not drawn from N(0, I). Means and T come from data, once (`calibrate`); the
 kernel is the same for any values of them. The paper of no method has this: it is this suite's own.
 """
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.base import option
@@ -103,19 +104,19 @@ class AlignedAttention(FeatureAttention):
 
     def maps(self, k_BHND, scale):
         dtype = k_BHND.dtype
-        aq_HMD = scale**0.5 * self.w_HMD.to(dtype)
-        if self.G_HDD is not None:
-            aq_HMD = aq_HMD @ self.G_HDD.to(dtype)
-        ak_HMD = aq_HMD
-        bias_HM = aq_HMD.new_zeros(aq_HMD.shape[:2]) if self.b_HM is None else self.b_HM.to(dtype)
+        ak_HMD, x_BHND = scale**0.5 * self.w_HMD.to(dtype), self.aligned(k_BHND, "k")
+        aq_HMD = ak_HMD if self.G_HDD is None else ak_HMD @ self.G_HDD.to(dtype)
         if self.transforms:
-            aq_HMD, ak_HMD = aq_HMD @ self.Tq_HDD.to(dtype), aq_HMD @ self.Tk_HDD.to(dtype)
-        key_bias_BHN = -scale * half_square(self.aligned(k_BHND, "k"))
+            aq_HMD = aq_HMD @ self.Tq_HDD.to(dtype)
+        bias_HM = aq_HMD.new_zeros(aq_HMD.shape[:2]) if self.b_HM is None else self.b_HM.to(dtype)
+        key_bias_BHN = -scale * half_square(x_BHND)
         if self.centres:
-            mean_q_HD1, mean_k_HD1 = (x.to(dtype)[..., None] for x in (self.mean_q_HD, self.mean_k_HD))
+            mean_q_HD1 = self.mean_q_HD.to(dtype)[..., None]
             key_bias_BHN = key_bias_BHN + scale * (k_BHND @ mean_q_HD1)[..., 0]
-            bias_HM = bias_HM - (aq_HMD @ mean_q_HD1 + ak_HMD @ mean_k_HD1)[..., 0]
-        return Maps(aq_HMD, ak_HMD, key_bias_BHN, bias_HM)
+            bias_HM = bias_HM - (aq_HMD @ mean_q_HD1)[..., 0]
+        if self.feature_dim < self.head_dim:  # fused kernels want one width
+            ak_HMD, x_BHND = (F.pad(t, (0, self.head_dim - self.feature_dim)) for t in (ak_HMD, x_BHND))
+        return Maps(aq_HMD, ak_HMD, x_BHND, key_bias_BHN, bias_HM)
 
     def log_norm(self, q_BHND, scale):
         log_BHN = -scale * half_square(self.aligned(q_BHND, "q")) - math.log(self.config.num_features)

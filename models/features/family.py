@@ -4,9 +4,9 @@ With x~ = scale^1/2 x, Sigma = G^T G and w_j ~ N(0, I), positive random features
 
     phi_j(x) = M^-1/2 exp( w_j.G x~  -  1/2 |G x~|^2 ),    E[phi(q).phi(k)] = exp(q~^T Sigma k~)
 
-(Choromanski et al., arXiv 2009.14794, Lemma 1; G = I there) give, with aq_j = ak_j = scale^1/2 G^T w_j, exactly
+(Choromanski et al., arXiv 2009.14794, Lemma 1; G = I there) give, with ak_j = scale^1/2 w_j, aq_j = G^T ak_j, exactly
 
-    l_jn  = ak_j.k_n + key_bias_n               key_bias_n = -1/2 |G k~_n|^2
+    l_jn  = ak_j.x_n + key_bias_n               x_n = G k_n    key_bias_n = -1/2 scale |x_n|^2
     L_j   = logsumexp_n l_jn
     Y_j   = sum_n softmax_n(l_jn) v_n                                      features attend to keys
     out_i = sum_j softmax_j(aq_j.q_i + L_j + feature_bias_j) Y_j           queries attend to features
@@ -34,10 +34,12 @@ LEAF = 16  # the same where blocks are summed term by term
 
 
 class Maps(NamedTuple):
-    """What makes a method of the family: the projections and biases of its two softmaxes, in fp32 at least."""
+    """What makes a method of the family: its two softmaxes, logits aq.q + feature bias and ak.x + key bias, in fp32 at
+    least. x are the keys as the features see them, as wide as v."""
 
     aq_HMD: torch.Tensor
     ak_HMD: torch.Tensor
+    x_BHND: torch.Tensor
     key_bias_BHN: torch.Tensor
     feature_bias_HM: torch.Tensor
 
@@ -91,7 +93,7 @@ class FeatureAttention(AttentionBase):
             key_bias_BHN = maps.key_bias_BHN
             if mask_BN is not None:
                 key_bias_BHN = key_bias_BHN.masked_fill(~mask_BN[:, None], NEVER)
-            state = state_of(maps.ak_HMD, k_BHND, v_BHND, key_bias_BHN)
+            state = state_of(maps.ak_HMD, maps.x_BHND, v_BHND, key_bias_BHN)
             out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
             return (out_BHND if mask_BN is None else out_BHND.masked_fill(~real_rows(mask_BN), 0)).to(v_BHND.dtype)
 
@@ -102,7 +104,7 @@ class FeatureAttention(AttentionBase):
         dead_BHN = torch.zeros_like(maps.key_bias_BHN)
         if mask_BN is not None:
             dead_BHN = dead_BHN.masked_fill(~mask_BN[:, None], NEVER)
-        q, k, v = (fold(x, L) for x in (q_BHND, k_BHND, v_BHND))
+        q, k, v, x = (fold(t, L) for t in (q_BHND, k_BHND, v_BHND, maps.x_BHND))
         dead, key_bias = fold(dead_BHN, L, NEVER), fold(maps.key_bias_BHN, L) + fold(dead_BHN, L, NEVER)
         reach, parts, far = min(window, 1), [], None
         if N > (1 + reach) * L:
@@ -111,7 +113,7 @@ class FeatureAttention(AttentionBase):
                 first = torch.arange(len(q), device=q.device) % (len(q) // B) == 0
                 first = first[:, None, None] & (torch.arange(L, device=q.device) < sinks)
                 far_bias = key_bias.masked_fill(first, NEVER)
-            far = sums(state_of(maps.ak_HMD, k, v, far_bias), B, reach, both=not causal)
+            far = sums(state_of(maps.ak_HMD, x, v, far_bias), B, reach, both=not causal)
             out, lse = read(q, maps.aq_HMD, far, maps.feature_bias_HM)
             if window:
                 lse = lse + self.far_H[:, None] + self.log_norm(q.to(lse.dtype), scale)
@@ -121,7 +123,7 @@ class FeatureAttention(AttentionBase):
         else:
             past = torch.full_like(maps.feature_bias_HM, NEVER).expand(len(q), -1, -1) if far is None else far.L_BHM
             shared = maps.aq_HMD, maps.ak_HMD, key_bias, maps.feature_bias_HM
-            parts.append(inside(q, k, v, *shared, past))
+            parts.append(inside(q, x, v, *shared, past))
         return unfold(merge(*parts), B, N)
 
     def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
@@ -134,7 +136,7 @@ class FeatureAttention(AttentionBase):
             maps = self.maps(k, scale)
             if not window:
                 key_bias_BH1 = maps.key_bias_BHN.masked_fill(~real_B[:, None, None], NEVER)
-                new = state_of(maps.ak_HMD, k, v, key_bias_BH1)
+                new = state_of(maps.ak_HMD, maps.x_BHND, v, key_bias_BH1)
                 state = new if state is None else joined(state, new)
                 out, _ = read(q, maps.aq_HMD, state, maps.feature_bias_HM)
                 real_B = state.L_BHM.amax((1, 2)) > NEVER / 2  # before the first real token there is nothing to see
@@ -157,7 +159,7 @@ class FeatureAttention(AttentionBase):
         maps, dead_BHN = self.maps(k, scale), torch.zeros_like(k[..., 0])
         if mask_BN is not None:
             dead_BHN = dead_BHN.masked_fill(~mask_BN[:, None], NEVER)
-        state = state_of(maps.ak_HMD, k, k, maps.key_bias_BHN + dead_BHN)
+        state = state_of(maps.ak_HMD, maps.x_BHND, k, maps.key_bias_BHN + dead_BHN)
         estimated = read(q, maps.aq_HMD, state, maps.feature_bias_HM)[1] + self.log_norm(q, scale)
         gap_BHN, real_BHN = flash(scale * q, k, k, dead_BHN)[1] - estimated, dead_BHN == 0
         self.far_H.copy_(gap_BHN.where(real_BHN, 0).sum((0, 2)) / real_BHN.sum((0, 2)))

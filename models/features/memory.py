@@ -40,7 +40,7 @@ def absorbed(memory: Memory, real_B: Tensor, window: int, sinks: int, maps_of) -
     place_BK = memory.count_B[:, None] - 2 * window + torch.arange(window, device=k.device)
     maps = maps_of(k)
     hidden_B1K = (~full_B[:, None] | (place_BK < sinks))[:, None]
-    block = state_of(maps.ak_HMD, k, v, maps.key_bias_BHN.masked_fill(hidden_B1K, NEVER))
+    block = state_of(maps.ak_HMD, maps.x_BHND, v, maps.key_bias_BHN.masked_fill(hidden_B1K, NEVER))
     return memory._replace(far=joined(memory.far, block))
 
 

@@ -41,7 +41,7 @@ def expected_log_kernel(attention, q, k, scale):
     attention.w_HMD.copy_(torch.eye(D))
     maps = attention.maps(k, scale)
     u = maps.aq_HMD @ q.mT  # (B, H, D, N): coefficients of w
-    v = maps.ak_HMD @ k.mT
+    v = maps.ak_HMD @ maps.x_BHND.mT
     shift = maps.feature_bias_HM[..., None, None]  # linear in w as well
     total = u[..., :, None] + v[..., None, :] + shift
     return total.square().sum(-3) / 2 + maps.key_bias_BHN[..., None, :]
@@ -98,7 +98,7 @@ def relative_variance(align, q, k):
     attention = build("performer", (q, k), num_features=D, align=align)
     attention.w_HMD.copy_(torch.eye(D))
     m = attention.maps(k, D**-0.5)
-    u = m.aq_HMD @ q.mT + m.ak_HMD @ k.mT + m.feature_bias_HM[..., None]
+    u = m.aq_HMD @ q.mT + m.ak_HMD @ m.x_BHND.mT + m.feature_bias_HM[..., None]
     return (u.square().sum(-2).exp() - 1).median().item()
 
 
@@ -118,7 +118,7 @@ def test_features_of_the_aligned_kernel_are_unbiased(align, proposal):
     scale = D**-0.5
     m = attention.maps(k, scale)
     r = m.aq_HMD @ q.mT + m.feature_bias_HM[..., None]
-    l = m.ak_HMD @ k.mT + m.key_bias_BHN[..., None, :]  # noqa: E741
+    l = m.ak_HMD @ m.x_BHND.mT + m.key_bias_BHN[..., None, :]  # noqa: E741
     one, other = r[..., 0].exp(), l[..., 1].exp()
     q0, k1 = q[..., 0, :], k[..., 1, :]
     factor = attention.aligned(q, "q")[..., 0, :].square().sum(-1) * scale / 2

@@ -33,7 +33,7 @@ class Given(FeatureAttention):
     def maps(self, k_BHND, scale):
         k = k_BHND
         key_bias = (k @ self.u.to(k.dtype))[..., 0] - k.square().sum(-1) / 2 + self.shift
-        return Maps(self.aq.to(k.dtype), self.ak.to(k.dtype), key_bias, self.fb.to(k.dtype) - self.shift)
+        return Maps(self.aq.to(k.dtype), self.ak.to(k.dtype), k, key_bias, self.fb.to(k.dtype) - self.shift)
 
 
 def leaves(n=N, dtype=torch.float64, *, strength=1.0):
