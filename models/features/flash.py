@@ -29,8 +29,7 @@ from torch import Tensor
 from models.base import wide
 
 NEVER = -1e30  # bias of a key that nothing may look at: finite, and exp(NEVER - any logit) is exactly 0
-TINY = 2**17  # numbers in p, (B, H, Q, K), up to which a CPU is fastest with `plain` and PyTorch's own gradients of it
-SMALL = 2**23  # up to which it keeps p for the backward pass
+SMALL = 2**23  # numbers in p, (B, H, Q, K), up to which a CPU is fastest with `plain`, p kept for the backward pass
 CHUNK = 2**19  # numbers of p that a CPU computes again at a time, for the sake of its cache
 aten = torch.ops.aten
 
@@ -59,48 +58,47 @@ def flash(
     inputs = q_BHQD.to(work), k_BHKD.to(work), v_BHKD.to(work), key_bias_BHK.to(wide(work))
     if torch.compiler.is_compiling():
         return _forward_op(*inputs, causal)
-    return plain(*inputs, causal, mass)[:2] if of_size(*inputs[:2], TINY) else _Flash.apply(*inputs, causal, mass)
-
-
-def of_size(q: Tensor, k: Tensor, limit: int) -> bool:
-    """Whether p has at most so many numbers, on a CPU."""
-    return q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= limit
+    small = device == "cpu" and q_BHQD.shape[:3].numel() * k_BHKD.shape[2] <= SMALL
+    return plain(*inputs, causal, mass) if small else _Flash.apply(*inputs, causal)
 
 
 def plain(q, k, v, key_bias, causal, mass=True):
-    """The definition, with the matrix p in memory: out, lse, p."""
+    """The definition, with the matrix p in memory: out and, with `mass`, lse."""
     logits = (q.to(key_bias) @ k.to(key_bias).mT).add_(key_bias[..., None, :])
     if causal:
         logits = logits.masked_fill_(torch.ones(logits.shape[-2:], dtype=torch.bool).to(q.device).triu(1), -torch.inf)
-    p, lse = _Softmax.apply(logits) if mass else (logits.softmax(-1), None)
-    return (p @ v.to(key_bias)).to(v.dtype), lse, p
+    p, lse = _Softmax.apply(logits, mass)
+    return (p @ v.to(key_bias)).to(v.dtype), lse
 
 
 class _Softmax(torch.autograd.Function):
-    """p and lse of logits, with dlogits = p (dp - p.dp + dlse): amax has a gradient that counts its ties in int64."""
+    """p in the place of the logits, and lse, with dlogits = p (dp - p.dp + dlse) in the place of dp. What amax has for a
+    gradient counts its ties in int64."""
 
     @staticmethod
-    def forward(ctx, logits):
-        p = logits.softmax(-1)
+    def forward(ctx, logits, mass):
+        top = logits.amax(-1) if mass else None
+        p = torch.softmax(logits, -1, out=logits)
+        ctx.mark_dirty(logits)
         ctx.save_for_backward(p)
-        return p, logits.amax(-1) - p.amax(-1).log()
+        return p, top if top is None else top.sub_(p.amax(-1).log_())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dp, dlse):
         (p,) = ctx.saved_tensors
-        return aten._softmax_backward_data(dp, p, -1, p.dtype).addcmul_(p, dlse[..., None])
+        torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+        return dp if dlse is None else dp.addcmul_(p, dlse[..., None]), None
 
 
-def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted, p=None):
-    """Its gradients. Without p, by chunks of the batch and of the longer one of queries and keys."""
+def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted):
+    """Its gradients, by chunks of the batch and of the longer one of queries and keys."""
     (B, H, Q, _), K = q.shape, k.shape[2]
-    size = CHUNK if p is None and q.device.type == "cpu" else B * H * Q * K
+    size = CHUNK if q.device.type == "cpu" else B * H * Q * K
     rows, tokens = max(1, size // (H * Q * K)), max(1, size // (H * min(Q, K)))
-    delta, everything = (g * out).sum(-1).to(key_bias), slice(None)
-    delta = delta if dlse is None else delta.sub_(dlse)
-    dq, dk, dv = (key_bias.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted[:3], strict=True))
-    dbias = torch.zeros_like(key_bias)
+    delta, everything = (g * out).sum(-1).to(lse).sub_(dlse), slice(None)
+    dq, dk, dv = (lse.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted[:3], strict=True))
+    dbias = lse.new_zeros(key_bias.shape)
     for b, start in itertools.product(range(0, B, rows), range(0, max(Q, K), tokens)):
         some = slice(start, start + tokens)
         i, n = (some, everything) if Q >= K else (everything, some)
@@ -108,17 +106,14 @@ def plain_backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted, p=None)
         def part(x, tokens, b=b):
             return x[b : b + rows, :, tokens].flatten(0, 1)
 
-        if p is None:
-            logits = torch.baddbmm(part(key_bias, n)[:, None], part(q, i).to(lse), part(k, n).to(lse).mT)
-            weights = logits.sub_(part(lse, i)[..., None]).exp_()
-            weights = weights.tril_(start if Q >= K else -start) if causal else weights
-        else:
-            weights = p.flatten(0, 1)
-        S = torch.baddbmm(part(delta, i)[..., None], part(g, i).to(delta), part(v, n).to(delta).mT, beta=-1).mul_(weights)
+        logits = torch.baddbmm(part(key_bias, n)[:, None], part(q, i).to(lse), part(k, n).to(lse).mT)
+        weights = logits.sub_(part(lse, i)[..., None]).exp_()
+        weights = weights.tril_(start if Q >= K else -start) if causal else weights
+        S = torch.baddbmm(part(delta, i)[..., None], part(g, i).to(lse), part(v, n).to(lse).mT, beta=-1).mul_(weights)
         for grad, t, left, x, s in ((dq, i, S, k, n), (dk, n, S.mT, q, i), (dv, n, weights.mT, g, i)):
             if grad is not None:  # beta = 0 does not read what stands there
                 target = grad[b : b + rows].flatten(0, 1)[:, t]
-                target.baddbmm_(left, part(x, s).to(delta), beta=0.0 if t is some or not start else 1.0)
+                target.baddbmm_(left, part(x, s).to(lse), beta=0.0 if t is some or not start else 1.0)
         dbias[b : b + rows, :, n] += S.sum(-2).unflatten(0, (-1, H))
     grads = zip((dq, dk, dv, dbias), (q, k, v, key_bias), strict=True)
     return [x if x is None else x.to(y.dtype) for x, y in grads]
@@ -206,7 +201,7 @@ def _trial(device, dtype):
 def forward(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """`flash`, without gradients."""
     fused = backend(v.device.type, v.dtype) == "fused"
-    return KERNELS[v.device.type].forward(q, k, v, key_bias, causal) if fused else plain(q, k, v, key_bias, causal)[:2]
+    return (KERNELS[v.device.type].forward if fused else plain)(q, k, v, key_bias, causal)[:2]
 
 
 def backward(g, dlse, q, k, v, key_bias, out, lse, causal, wanted):
@@ -221,18 +216,14 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, ctx.causal, mass = inputs
-        small = of_size(*tensors[:2], SMALL)
-        out, lse, *p = plain(*inputs) if small else forward(*tensors, ctx.causal)
-        ctx.save_for_backward(*tensors, out, lse, *p)
-        return out, lse
+        output = forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, dlse):
-        *tensors, p = (*ctx.saved_tensors, None)[:7]
-        run = backward if p is None else functools.partial(plain_backward, p=p)
-        return *run(g, dlse, *tensors, ctx.causal, ctx.needs_input_grad[:4]), None, None
+        return *backward(g, dlse, *ctx.saved_tensors, ctx.causal, ctx.needs_input_grad), None
 
 
 # The same for torch.compile, each one node of its graph, which is fused or plain when it runs.

@@ -8,5 +8,4 @@ from models.features import flash
 @pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch):
     """The sizes of these tests are far below the limit."""
-    monkeypatch.setattr(flash, "TINY", 0)
     monkeypatch.setattr(flash, "SMALL", 0)
