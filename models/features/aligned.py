@@ -11,8 +11,9 @@ vary the less the closer to zero q' and k' are. With G the learned geometry (the
     aq = scale^1/2 w G T^-T                       feature bias = b - aq.mq
     ak = scale^1/2 w      x = G T (k - mk)        key bias = scale mq.k - scale |x|^2 / 2
 
-The key bias needs x in any case, and w does not learn: ak.x spares the gradient of M vectors G^T w. b are log importance weights, where w is not drawn from N(0, I). Means and T come from data, once (`calibrate`); the
-kernel is the same for any values of them. The paper of no method has this: it is this suite's own.
+b are log importance weights, where w is not drawn from N(0, I). The key bias needs x in any case, and w does not learn:
+ak.x spares the gradient of M vectors G^T w. Means and T come from data, once (`calibrate`); the kernel is the same for
+any values of them. The paper of no method has this: it is this suite's own.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.features.flash import NEVER, flash
+from models.features.flash import NEVER, Part, flash
 
 GROWTH = 60.0  # exp(GROWTH) times a sum over features stays far below the largest fp32 number
 CACHE = 2**18  # numbers in a chunk of weights on features: 1 MB in fp32, the second-level cache of one core
@@ -35,12 +35,10 @@ def state_of(ak_HMD: Tensor, x_BHND: Tensor, v_BHND: Tensor, key_bias_BHN: Tenso
     return State(L_BHM, Y_BHMD)
 
 
-def read(
-    q_BHND: Tensor, aq_HMD: Tensor, state: State, feature_bias_HM: Tensor, *, mass: bool = True
-) -> tuple[Tensor, Tensor | None]:
+def read(q_BHND: Tensor, aq_HMD: Tensor, state: State, feature_bias_HM: Tensor, mass: bool = True) -> Part:
     """Queries attend to features: the part of the keys in `state`, with logits aq_j.q_i + L_j + feature_bias_j."""
-    aq_BHMD = aq_HMD.expand(len(q_BHND), -1, -1, -1)
-    return flash(q_BHND, aq_BHMD, state.Y_BHMD, state.L_BHM + feature_bias_HM, mass=mass)
+    B, L_BHM = len(q_BHND), state.L_BHM + feature_bias_HM
+    return flash(q_BHND, aq_HMD.expand(B, -1, -1, -1), state.Y_BHMD, L_BHM, mass=mass)
 
 
 def joined(one: State, other: State) -> State:

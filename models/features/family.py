@@ -90,10 +90,7 @@ class FeatureAttention(AttentionBase):
                 blocks = functools.partial(self.by_blocks, scale=scale, causal=causal)
                 return packed(blocks, mask_BN, q_BHND, k_BHND, v_BHND).to(v_BHND.dtype)
             maps = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale)
-            key_bias_BHN = maps.key_bias_BHN
-            if mask_BN is not None:
-                key_bias_BHN = key_bias_BHN.masked_fill(~mask_BN[:, None], NEVER)
-            state = state_of(maps.ak_HMD, maps.x_BHND, v_BHND, key_bias_BHN)
+            state = state_of(maps.ak_HMD, maps.x_BHND, v_BHND, hidden(maps.key_bias_BHN, mask_BN))
             out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
             return (out_BHND if mask_BN is None else out_BHND.masked_fill(~real_rows(mask_BN), 0)).to(v_BHND.dtype)
 
@@ -101,9 +98,7 @@ class FeatureAttention(AttentionBase):
         """The causal form and the hybrids, by blocks of real tokens, which come first."""
         (B, _, N, _), window, sinks = q_BHND.shape, self.config.window, self.config.sinks
         maps, L = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale), min(window or BLOCK.get(q_BHND.device.type, LEAF), N)
-        dead_BHN = torch.zeros_like(maps.key_bias_BHN)
-        if mask_BN is not None:
-            dead_BHN = dead_BHN.masked_fill(~mask_BN[:, None], NEVER)
+        dead_BHN = hidden(torch.zeros_like(maps.key_bias_BHN), mask_BN)
         q, k, v, x = (fold(t, L) for t in (q_BHND, k_BHND, v_BHND, maps.x_BHND))
         dead, key_bias = fold(dead_BHN, L, NEVER), fold(maps.key_bias_BHN, L) + fold(dead_BHN, L, NEVER)
         reach, parts, far = min(window, 1), [], None
@@ -135,10 +130,9 @@ class FeatureAttention(AttentionBase):
         with torch.autocast(q.device.type, enabled=False):
             maps = self.maps(k, scale)
             if not window:
-                key_bias_BH1 = maps.key_bias_BHN.masked_fill(~real_B[:, None, None], NEVER)
-                new = state_of(maps.ak_HMD, maps.x_BHND, v, key_bias_BH1)
+                new = state_of(maps.ak_HMD, maps.x_BHND, v, hidden(maps.key_bias_BHN, real_B[:, None]))
                 state = new if state is None else joined(state, new)
-                out, _ = read(q, maps.aq_HMD, state, maps.feature_bias_HM)
+                out, _ = read(q, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
                 real_B = state.L_BHM.amax((1, 2)) > NEVER / 2  # before the first real token there is nothing to see
             else:
                 before = memory.empty(maps, v, window, sinks) if state is None else state
@@ -156,9 +150,7 @@ class FeatureAttention(AttentionBase):
             return
         scale = self.head_dim**-0.5 if scale is None else scale
         q, k = (x.to(wide(x.dtype)) for x in (q_BHND, k_BHND))
-        maps, dead_BHN = self.maps(k, scale), torch.zeros_like(k[..., 0])
-        if mask_BN is not None:
-            dead_BHN = dead_BHN.masked_fill(~mask_BN[:, None], NEVER)
+        maps, dead_BHN = self.maps(k, scale), hidden(torch.zeros_like(k[..., 0]), mask_BN)
         state = state_of(maps.ak_HMD, maps.x_BHND, k, maps.key_bias_BHN + dead_BHN)
         estimated = read(q, maps.aq_HMD, state, maps.feature_bias_HM)[1] + self.log_norm(q, scale)
         gap_BHN, real_BHN = flash(scale * q, k, k, dead_BHN)[1] - estimated, dead_BHN == 0
@@ -189,6 +181,11 @@ class FeatureAttention(AttentionBase):
         size = self.heads, pool * self.config.num_features, self.feature_dim
         key = {"seed": self.seed, "layer": self.layer, "redraw": redraw}
         return gaussian(*size, orthogonal=self.config.orthogonal, **key)
+
+
+def hidden(bias_BHN: torch.Tensor, mask_BN: torch.Tensor | None) -> torch.Tensor:
+    """Biases of keys, NEVER at padding."""
+    return bias_BHN if mask_BN is None else bias_BHN.masked_fill(~mask_BN[:, None], NEVER)
 
 
 def naive_phi(w_HMD, x_BHND):

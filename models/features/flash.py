@@ -31,20 +31,19 @@ from models.base import wide
 NEVER = -1e30  # bias of a key that nothing may look at: finite, and exp(NEVER - any logit) is exactly 0
 SMALL = 2**23  # numbers in p, (B, H, Q, K), up to which a CPU is fastest with `plain`, p kept for the backward pass
 CHUNK = 2**19  # numbers of p that a CPU computes again at a time, for the sake of its cache
+Part = tuple[Tensor, Tensor | None]  # out (B, H, Q, D), and lse (B, H, Q) where it is asked for
 aten = torch.ops.aten
 
 
 class Kernels(NamedTuple):
     """A forward and a backward pass, as `forward` and `backward` describe them."""
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
+    forward: Callable[..., Part]
     backward: Callable[..., list[Tensor | None]]
 
 
-def flash(
-    q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, key_bias_BHK: Tensor, *, causal: bool = False, mass: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse), (B, H, Q, D) and (B, H, Q), as above; causal (Q = K): over n <= i. Without `mass`, lse may be None.
+def flash(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, key_bias_BHK: Tensor, *, causal=False, mass=True) -> Part:
+    """(out, lse) as above; causal (Q = K): over n <= i. Without `mass`, lse may be None.
 
     Computes in fp32 at least, but on a GPU in bf16 where v is: a CPU without instructions for bf16 takes four times as
     long in it. Never follows autocast; lse is in fp32 at least. Batch or heads may be expanded. Differentiable once,
@@ -72,8 +71,8 @@ def plain(q, k, v, key_bias, causal, mass=True):
 
 
 class _Softmax(torch.autograd.Function):
-    """p in the place of the logits, and lse, with dlogits = p (dp - p.dp + dlse) in the place of dp. What amax has for a
-    gradient counts its ties in int64."""
+    """p in the place of the logits, and lse; dlogits = p (dp - p.dp + dlse) in the place of dp. amax is kept out of
+    PyTorch's gradients, which count its ties in int64."""
 
     @staticmethod
     def forward(ctx, logits, mass):
