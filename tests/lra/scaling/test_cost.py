@@ -112,7 +112,8 @@ def test_fit_finds_prices_that_are_there_and_none_below_zero():
 
 def test_calibration_is_what_predictions_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibration, "attention_names", lambda: ["constant", "softmax"])
-    monkeypatch.setattr(calibration, "MEMORY", 2)
+    for number, value in (("FITTED", 2), ("HELD_OUT", 1), ("ROUNDS", 1)):
+        monkeypatch.setattr(calibration, number, value)
     assert main(["cost", "--calibrate", f"--results={tmp_path}"]) == 0
     machine = Machine.read(tmp_path)
     report = json.loads((tmp_path / "bench" / "cost.json").read_text())

@@ -2,12 +2,13 @@
 every attention. (`run_all.sh` trains the 25 cells of the smoke table.)"""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from lra.__main__ import main
 from lra.records.cells import build
-from lra.registry import attention_names, task_names
+from lra.registry import attention_names, load_task, task_names
 from tests.conftest import Lab
 
 STEPS = 2
@@ -17,11 +18,26 @@ SMALL = ("train.batch=4", "encoder.width=16", "encoder.ffn=16")  # what is teste
 CELLS = [(t, a) for t in task_names() for a in attention_names() if t == "listops" or a == "softmax"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """A laboratory in which these cells of the smoke preset were trained for two steps."""
+    """A laboratory in which these cells of the smoke preset, with fewer examples, were trained for two steps."""
     folder = tmp_path_factory.mktemp("grid")
     lab = Lab(folder / "data", folder / "results", folder / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        for task in task_names():
+            few(task, patch)
+        yield trained(lab)
+
+
+def few(task, patch):
+    """The smoke preset of a task with a hundred examples."""
+    recipes = load_task(task).RECIPES
+    data = replace(recipes["smoke"].data, train=60, val=20, test=20)
+    patch.setitem(recipes, "smoke", replace(recipes["smoke"], data=data))
+
+
+def trained(lab):
+    """The laboratory, once its data are prepared and its cells trained."""
     for task in task_names():
         assert main(["prepare", task, "--preset=smoke", "--data", str(lab.data), "--workers=1"]) == 0
         for attention in (a for t, a in CELLS if t == task):
@@ -31,7 +47,7 @@ def grid(tmp_path_factory):
     return lab
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def records(grid):
     """The grid's records by (task, attention)."""
     found = [json.loads(path.read_text()) for path in grid.records()]
