@@ -6,6 +6,7 @@ Nothing here unpickles or executes what it reads. Raw data that cannot be read a
 import ast
 import bz2
 import codecs
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -85,13 +86,18 @@ def source_sha256(module: ModuleType, shared: str = "") -> str:
     file = Path(module.__file__)
     files = sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
     for path in files if shared else ():  # the list grows while it is read
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(shared):
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                places = [importlib.util.find_spec(name) for name in names if name.count(".") == shared.count(".") + 1]
-                files += [Path(place.origin) for place in places if place and Path(place.origin) not in files]
+        names = [name for name in imported(path.read_bytes()) if name.startswith(shared)]
+        places = [importlib.util.find_spec(name) for name in names if name.count(".") == shared.count(".") + 1]
+        files += [Path(place.origin) for place in places if place and Path(place.origin) not in files]
     lines = "".join(f"{path.name} {sha256_file(path)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@functools.cache
+def imported(source: bytes) -> list[str]:
+    """What `from a import b` names in a source: a and a.b, of each."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+    return [f"{n.module}{name}" for n in nodes for name in ("", *(f".{alias.name}" for alias in n.names))]
 
 
 @contextmanager

@@ -30,9 +30,11 @@ def grid(tmp_path_factory):
 
 
 def few(task, patch):
-    """The smoke preset of a task with a hundred examples."""
+    """The smoke preset of a task with a hundred examples, and of retrieval with the files of one package."""
     recipes = load_task(task).RECIPES
-    data = replace(recipes["smoke"].data, train=60, val=20, test=20)
+    data = recipes["smoke"].data
+    options = {name: "scikit-learn" if name == "packages" else value for name, value in data.options.items()}
+    data = replace(data, train=60, val=20, test=20, options=options)
     patch.setitem(recipes, "smoke", replace(recipes["smoke"], data=data))
 
 
