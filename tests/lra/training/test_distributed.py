@@ -30,17 +30,27 @@ atexit.register(threads)
 """
 
 
-# Two ranks without torchrun, from one process that has imported everything.
+# Two ranks without torchrun, from one process that has imported everything: first each fits projections to its own
+# shard, then as they are.
 FORKED = """
-import os, socket, lra.training.commands
-with socket.create_server(("127.0.0.1", 0)) as free:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-for rank in ("0", "1"):
-    if not os.fork():
-        os.environ["RANK"] = rank
-        break
+import os, shutil, socket, lra.training.commands, lra.training.distributed as distributed
+codes = []
+for alone in (True, False):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    for rank in ("0", "1"):
+        if not os.fork():
+            os.environ["RANK"] = rank
+            if alone:
+                distributed.World.broadcast_buffers = lambda *_: None
+            break
+    else:
+        codes.append(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+        shutil.rmtree("RUNS") if alone else None
+        continue
+    break
 else:
-    sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+    sys.exit(f"exit codes {codes}")
 """
 
 
@@ -50,11 +60,11 @@ def torchrun(lab, tmp_path):
     script = tmp_path / "main.py"
     started = []
 
-    def run(*options, extra="", forked=False, **cell):
+    def run(*options, extra="", torchrun=True, **cell):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         env["PYTHONWARNINGS"] = "error::FutureWarning"
-        script.write_text(lab.driver(FORKED + extra if forked else extra)[2])
-        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (not forked)
+        script.write_text(lab.driver(extra)[2])
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * torchrun
         words = [sys.executable, *ranks, str(script), *lab.words(*options, **cell)]
         pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(subprocess.Popen(words, env=env, cwd=ROOT, **pipes))
@@ -66,15 +76,11 @@ def torchrun(lab, tmp_path):
             process.kill()
 
 
-def finished(process):
-    out, _ = process.communicate(timeout=80)
-    assert process.returncode == 0, out
-    return out
-
-
 def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
     extra = THREADS_AT_EXIT.replace("FOLDER", str(tmp_path)) if Path("/proc/self/task").exists() else ""
-    out = finished(torchrun(*EXACT, "--set=train.accumulate=2", attention="performer", extra=extra))
+    process = torchrun(*EXACT, "--set=train.accumulate=2", attention="performer", extra=extra)
+    out, _ = process.communicate(timeout=80)
+    assert process.returncode == 0, out
     assert [path.read_text() for path in tmp_path.glob("threads*")] == ["1", "1"] * bool(extra)
     (path,) = lab.records()
     two = json.loads(path.read_text())
@@ -93,26 +99,16 @@ def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
     assert one["cost"].keys() == two["cost"].keys()
 
 
-def test_projections_fitted_to_data_and_redrawn_every_step_stay_equal_on_all_ranks(lab, torchrun):
+def test_projections_redrawn_every_step_are_equal_on_all_ranks_or_stop_the_run(lab, torchrun):
     # The checksum of weights and projections is compared at steps 0, 4 and 8.
-    finished(torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", forked=True))
+    fitted = {"attention": "optimal", "extra": FORKED.replace("RUNS", str(lab.runs)), "torchrun": False}
+    process = torchrun(*EXACT, "--set=attention.redraw_every=1", **fitted)
+    out, _ = process.communicate(timeout=80)
+    assert "exit codes [1, 0]" in out and "weights or projections differ between ranks" in out, out
     (path,) = lab.records()
     assert json.loads(path.read_text())["status"] == "ok"
-    assert (
-        int(
-            load_file(lab.folder("model.safetensors") / "model.safetensors")["encoder.blocks.0.mixer.attention.redraws"]
-        )
-        > 0
-    )
-
-
-def test_projections_that_differ_stop_the_run(lab, torchrun):
-    # Each rank fits to its own shard.
-    alone = "import os, lra.training.distributed as d; d.World.broadcast_buffers = lambda *_: None"
-    process = torchrun(*EXACT, "--set=attention.redraw_every=1", attention="optimal", extra=alone, forked=True)
-    out, _ = process.communicate(timeout=80)
-    assert process.returncode != 0 and "weights or projections differ between ranks" in out
-    assert not lab.records()
+    weights = load_file(lab.folder("model.safetensors") / "model.safetensors")
+    assert weights["encoder.blocks.0.mixer.attention.redraws"] > 0
 
 
 def test_shares_make_up_the_batch_and_one_process_gets_all_of_it():
