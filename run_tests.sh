@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source lra/environment.sh
-exec "$PY" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
+exec "$PY" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = Path(__file__).resolve().parent / "plugins"
 
 
+LONG = ("test_contract", "test_train", "test_faults", "test_grid", "test_cost", "test_distributed", "test_cluster")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: begun last, one would keep its process busy while the others have nothing to do."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     """One thread and a fixed seed in every test, whatever the one before it did."""

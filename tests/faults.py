@@ -44,7 +44,7 @@ from lra.training.train import CHECKPOINTS, WEIGHTS
 from tests.conftest import Lab, plug_in, timeless
 
 # Random features, redrawn as it goes, with dropout: whatever a checkpoint forgets shows in the losses.
-RUN = ("--threads=1", "--steps=36", "--set=train.eval_every=3", "--set=attention.redraw_every=7")
+RUN = ("--threads=1", "--steps=24", "--set=train.eval_every=3", "--set=attention.redraw_every=7")
 CELL = {"attention": "performer"}
 LIMIT = 60  # seconds a process may take before it is taken for hung
 
