@@ -18,7 +18,6 @@ from lra.registry import attention_names, task_names
 from tasks.image.cifar import CLASSES
 from tasks.store.prepared import load
 from tests.conftest import ROOT
-from tests.lra.builders import put
 
 
 def commands(of, prefix=""):
@@ -175,11 +174,11 @@ def test_folders_that_cannot_be_read_are_one_line(words, kind, plugins, tmp_path
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_that_cannot_spell_a_table_gets_one(encoding, monkeypatch, tmp_path):
-    put(tmp_path)
+def test_a_terminal_that_cannot_spell_a_table_gets_one(encoding, monkeypatch, lab):
+    lab.train()
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    assert main(["table", f"--results={tmp_path}"]) == 0
+    assert main(["table", f"--results={lab.results}"]) == 0
     sys.stdout.flush()
     shown = raw.getvalue().decode(encoding)
     assert "softmax" in shown and ("±" in shown) == (encoding == "cp1252") and ("?" in shown) == (encoding == "ascii")
