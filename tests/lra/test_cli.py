@@ -198,7 +198,7 @@ print(*sorted(name for name in sys.modules if name == "torch" or name.endswith("
         ("[]", "lra.options"),
     ):
         command = [sys.executable, "-c", code.replace("{called}", called)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
         assert done.stdout.split() == expected.split()
 
 
@@ -522,7 +522,7 @@ def test_table_of_an_unknown_preset_or_into_a_text_without_markers_is_one_line(l
 
 def test_module_runs_from_the_repository_and_its_exit_code_is_the_shells(tmp_path):
     command = [sys.executable, "-m", "lra", "train", "listops", "--attention=softmax", f"--data={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: no prepared data in ")

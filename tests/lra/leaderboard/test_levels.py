@@ -129,7 +129,7 @@ def test_sizes_beyond_memory_are_refused_before_anything_is_built(lab):
 
 def test_verification_loads_torch_for_the_model_alone():
     code = "import sys, lra.leaderboard.levels; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0
 
 
 # The cell

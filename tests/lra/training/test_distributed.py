@@ -79,7 +79,7 @@ def torchrun(lab, tmp_path):
 def test_two_ranks_train_what_one_does(lab, torchrun, tmp_path):
     extra = THREADS_AT_EXIT.replace("FOLDER", str(tmp_path)) if Path("/proc/self/task").exists() else ""
     process = torchrun(*EXACT, "--set=train.accumulate=2", attention="performer", extra=extra)
-    out, _ = process.communicate(timeout=80)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert [path.read_text() for path in tmp_path.glob("threads*")] == ["1", "1"] * bool(extra)
     (path,) = lab.records()
@@ -103,7 +103,7 @@ def test_projections_redrawn_every_step_are_equal_on_all_ranks_or_stop_the_run(l
     # The checksum of weights and projections is compared at steps 0, 4 and 8.
     fitted = {"attention": "optimal", "extra": FORKED.replace("RUNS", str(lab.runs)), "torchrun": False}
     process = torchrun(*EXACT, "--set=attention.redraw_every=1", **fitted)
-    out, _ = process.communicate(timeout=80)
+    out, _ = process.communicate(timeout=300)
     assert "exit codes [1, 0]" in out and "weights or projections differ between ranks" in out, out
     (path,) = lab.records()
     assert json.loads(path.read_text())["status"] == "ok"

@@ -112,7 +112,7 @@ def test_sweep_lists_changed_cells_and_again_runs_them(lab, plugin, capsys, monk
 def test_new_file_makes_the_commit_dirty_and_new_results_do_not(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
-        subprocess.run([*git, *words], check=True, timeout=60)
+        subprocess.run([*git, *words], check=True, timeout=300)
     (tmp_path / "lra" / "records").mkdir(parents=True)
     monkeypatch.setattr(lra.records.record, "__file__", str(tmp_path / "lra" / "records" / "record.py"))
     for folder in ("results", "data", "runs"):

@@ -225,7 +225,7 @@ def test_sigterm_after_the_last_step_ends_with_85_too(lab, undisturbed, monkeypa
 def test_killed_by_sigkill_after_the_first_checkpoint_and_resumed_is_bitwise_the_same(lab, undisturbed):
     """tests/faults.py kills at any moment."""
     command = lab.driver(KILL) + lab.words("--threads=1", *REDRAWN, attention="performer")
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list(lab.runs.rglob("checkpoint.safetensors"))
     assert lab.train(*REDRAWN, attention="performer")["training"]["resumed"] == 1

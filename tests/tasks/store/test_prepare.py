@@ -150,7 +150,7 @@ numpy.save = save
 
 def test_the_same_command_after_sigkill_makes_the_same_data(lab, task, tmp_path):
     words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
-    killed = subprocess.run([*lab.driver(DIE), *words], cwd=ROOT, timeout=60)
+    killed = subprocess.run([*lab.driver(DIE), *words], cwd=ROOT, timeout=300)
     folder = tmp_path / "tiny" / "smoke"
     assert killed.returncode == -signal.SIGKILL and not folder.exists() and hidden(folder) == [".smoke.new"]
     assert main(words) == 0
@@ -163,7 +163,7 @@ def test_two_processes_at_once_make_the_data_once(lab, tmp_path):
     slow = "import time, numpy; save = numpy.save; numpy.save = lambda *a: (time.sleep(0.1), save(*a))"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     running = [subprocess.Popen([*lab.driver(slow), *words], **pipes) for _ in range(2)]
-    said = [process.communicate(timeout=60) for process in running]
+    said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert sorted("reused" in out for out, _ in said) == [False, True]
     assert sorted(p.name for p in (tmp_path / "tiny").iterdir()) == ["smoke", "smoke.lock"]
@@ -178,7 +178,7 @@ def test_a_disk_that_is_really_full_is_one_line_and_leaves_nothing(lab, tmp_path
         pytest.skip("this system lets no user mount a tmpfs")
     words = ["prepare", "tiny", "--preset=smoke", "--workers=1", "--data", str(tmp_path)]
     script = f"{mount} && {shlex.join([*lab.driver(), *words])}; echo $?; ls -A {tmp_path}/tiny"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/tiny/smoke: cannot be written (") and "free space" in line
     assert done.stdout.split() == ["2"]
