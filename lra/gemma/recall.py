@@ -27,7 +27,7 @@ def layout(length: int, passage: int, distances: Sequence[int]) -> dict[int, int
     Raises UsageError for a passage or a distance that does not fit into `length` tokens.
     """
     if not SKIPPED < passage <= (length - 1) // 2:
-        fit = f"{SKIPPED + 1} to {(length - 1) // 2} tokens stand twice in a block of {length}"
+        fit = f"it needs more than {SKIPPED} tokens, and room for two in a block of {length}"
         raise UsageError(f"--passage {passage}: {fit}: use another one or another --length")
     left, first = np.arange(length) > 0, {}
     for d in sorted(distances, reverse=True):
