@@ -34,6 +34,7 @@ from transformers.masking_utils import flash_attention_mask
 from models.base import AttentionBase
 
 NAME = "lra"
+CHUNK = 256  # queries of a layer with a window whose logits exist at a time
 BEFORE = "_lra_before"  # attribute of a model: the attention it had before `attach`, and the hook on its decoder
 Tap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], None]
 
@@ -248,6 +249,14 @@ def exact(q_BHLD, k_BHSD, v_BHSD, mask_BS, scale: float, window: int | None, sof
     L, S = q_BHLD.shape[2], k_BHSD.shape[2]
     if mask_BS is None and softcap is None and (window is None or window >= S) and L in (1, S):
         return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, scale=scale, is_causal=L == S)
+    if window is not None and window < S and L > CHUNK:  # a chunk of queries sees few keys
+        parts = []
+        for start in range(0, L, CHUNK):
+            near = slice(max(0, S - L + start - window + 1), S - L + min(start + CHUNK, L))
+            mask = None if mask_BS is None else mask_BS[:, near]
+            q, k, v = q_BHLD[:, :, start : start + CHUNK], k_BHSD[:, :, near], v_BHSD[:, :, near]
+            parts.append(exact(q, k, v, mask, scale, window, softcap))
+        return torch.cat(parts, 2)
     key_S = torch.arange(S, device=q_BHLD.device)
     query_L1 = key_S[S - L :, None]
     seen = key_S <= query_L1
