@@ -34,7 +34,7 @@ from models.gemma.loss import Head
 SIZES = {"length": (128, 512), "calibration": (8, 4), "validation": (16, 4), "eval_blocks": (64, 16)}
 SIZES |= {"tokens": (16_384, 40_960), "batch": (8, 2)}
 RECALL = {"length": (384, 2048), "eval_blocks": (24, 24), "passage": (32, 64)}
-RECALL |= {"distances": ("32,64,128,256", "128,256,512,768,1024,1280,1536,1792")}
+RECALL |= {"distances": ("32,64,128,256", "128,384,640,1024,1408,1792")}
 RECIPE = "train batch lr lr_kernel warmstart evaluations checkpoint_every recompute tokens".split()
 ELSEWHERE = ("run", "data", "results", "runs", "threads", "device")  # arguments that decide no result
 

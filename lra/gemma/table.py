@@ -149,8 +149,9 @@ def recall(records: Sequence[Record]) -> list[Block]:
         blocks.append(Heading(setting))
         for name, cell in (("accuracy", found), ("loss", loss), ("recovered", share)):
             header = f"{name} at distance", *(f"{d:,}" for d in parts), "seeds"
-            lines = ((x, [cell(part, x) for part in parts.values()]) for x in sorted(rows, key=order))
-            blocks.append(Grid(header, tuple((titled(x), *cells, seeds(rows[x])) for x, cells in lines)))
+            shown = [x for x in sorted(rows, key=order) if cell is not share or x[0] not in ("softmax", *FLOORS)]
+            cells = {x: [cell(part, x) for part in parts.values()] for x in shown}
+            blocks += [Grid(header, tuple((titled(x), *cells[x], seeds(rows[x])) for x in shown))] if shown else []
         said = [(f"{d:,}", sentence.text) for d, part in parts.items() for sentence in sight(part)]
         for text, ds in grouped(said, lambda pair: pair[1]).items():
             blocks.append(Text(f"At {', '.join(d for d, _ in ds)}: {text}"))
