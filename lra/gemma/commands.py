@@ -163,10 +163,10 @@ class Setting:
         blocks = {"calibration": self.blocks("calibration"), "test": test}
         experiments = self.experiments(kind, blocks, [{}])
         model, on = self.base.model.requires_grad_(False), (test, self.args.precision, self.device)
-        head = Head.of(model, self.args.precision)
+        head, known = Head.of(model, self.args.precision), {}
         exact = cache(lambda: references(model, head, *on) if kind == "swap" else None)
         for experiment in tqdm(experiments, desc=kind, unit="experiment", disable=None):
-            report(self.measure(experiment, lambda: evaluate(model, head, "test", *on, exact())))
+            report(self.measure(experiment, lambda: evaluate(model, head, "test", *on, exact(), known)))
 
     def train(self, kind: str, changes: Sequence[dict[str, Any]]) -> int:
         """Finetune each experiment from the base model's own weights; `changes` are made to the recipe."""

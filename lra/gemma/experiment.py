@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -164,26 +165,30 @@ def hidden(model: torch.nn.Module, tokens_BN: torch.Tensor, precision: str) -> t
         return model.model(input_ids=tokens_BN[:, :-1], use_cache=False).last_hidden_state
 
 
-def scored(model, blocks: Blocks, precision: str, device: torch.device) -> Iterator[tuple]:
+def scored(model, blocks: Blocks, precision: str, device: torch.device, known: dict | None = None) -> Iterator[tuple]:
     """Of every block, one at a time: hidden states (T, E) of the tokens whose successor counts, these (T), and where in
-    `scored` they are (T)."""
-    for row, keep in zip(blocks.tokens, blocks.scored, strict=True):
+    `scored` they are (T). `known`: kept over the methods that are put into the same layers of one base model."""
+    for i, (row, keep) in enumerate(zip(blocks.tokens, blocks.scored, strict=True)):
         tokens_BN = torch.from_numpy(row).long().to(device)[None]
         place_T = torch.from_numpy(keep.nonzero()[0]).to(device)
-        yield hidden(model, tokens_BN, precision)[0][place_T], tokens_BN[0, 1:][place_T], place_T
+        with nullcontext() if known is None else bridge.below_known(model, known, i):
+            h_BNE = hidden(model, tokens_BN, precision)
+        yield h_BNE[0][place_T], tokens_BN[0, 1:][place_T], place_T
 
 
 @torch.no_grad()
-def evaluate(model, head: Head, split: str, blocks: Blocks, precision: str, device, against=None) -> dict[str, Any]:
+def evaluate(
+    model, head: Head, split: str, blocks: Blocks, precision: str, device, against=None, known: dict | None = None
+) -> dict[str, Any]:
     """The `result` of a record: `counts` of all tokens that count, and where blocks have parts, of each of them.
-    Divergences are `against` References, if given.
+    Divergences are `against` References, if given. `known`: see `scored`.
 
     The model is left in the mode it was in. Raises Diverged when a logit is not finite, naming the split.
     """
     training = model.training
     model.eval()
     rows, failed = {part: [] for part in ("", *blocks.parts)}, 0
-    for i, (h_TE, target_T, place_T) in enumerate(scored(model, blocks, precision, device)):
+    for i, (h_TE, target_T, place_T) in enumerate(scored(model, blocks, precision, device, known)):
         loss_T, correct_T, kl_T = score(h_TE, head, target_T, against[i] if against else None)
         failed += int((~loss_T.isfinite()).sum())
         for part, part_rows in rows.items():

@@ -102,20 +102,39 @@ def test_the_identity_of_an_experiment_depends_on_the_distances(blocks):
     assert len({digest(x) for x in (one, blocks(), blocks("random"), blocks(distances=(23,)), other)}) == 5
 
 
-def test_a_window_cannot_know_the_first_occurrence_and_exact_attention_can():
+@pytest.fixture
+def tiny():
+    """A model of two layers, not trained."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     small = dataclasses.replace(weights.TINY, width=16, ffn=24, layers=2, heads=2, head_dim=8, max_len=LENGTH)
     model = transformers.Gemma3ForCausalLM(weights.tiny_config(small)).eval().requires_grad_(False)
-    base = weights.Base(model, weights.encode_bytes, BOS, "tiny", "here", "0" * 64)
-    made = repeated(base, ["abcdefghijklmn " * 30] * 2, "text", PASSAGE, (90,), length=LENGTH, blocks=2)
+    return weights.Base(model, weights.encode_bytes, BOS, "tiny", "here", "0" * 64)
+
+
+def test_a_window_cannot_know_the_first_occurrence_and_exact_attention_can(tiny):
+    model = tiny.model
+    made = repeated(tiny, ["abcdefghijklmn " * 30] * 2, "text", PASSAGE, (90,), length=LENGTH, blocks=2)
     changed = dataclasses.replace(made, tokens=made.tokens.copy())
     changed.tokens[:, 1 : 1 + PASSAGE] += 1
     for name, differs in (("local,window=7,sinks=1", False), ("local,window=7", False), ("softmax", True)):
-        plug_in(base, method(name, 7, LENGTH, layers=(0, 1)), seed=0, length=LENGTH)
+        plug_in(tiny, method(name, 7, LENGTH, layers=(0, 1)), seed=0, length=LENGTH)
         losses = [evaluate(model, Head.of(model, "fp32"), "test", b, "fp32", "cpu")["loss"] for b in (made, changed)]
         assert (losses[0] != losses[1]) == differs, name
         bridge.detach(model)
+
+
+def test_layers_below_the_first_replaced_one_run_once_and_scores_stay_what_they_are(tiny):
+    made = repeated(tiny, ["abcdefghijklmn " * 30] * 2, "text", PASSAGE, (90,), length=LENGTH, blocks=2)
+    runs, known, scores = [], {}, []
+    tiny.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    for name in ("constant", "softmax"):
+        for kept in (known, None):
+            plug_in(tiny, method(name, 7, LENGTH, layers=(1,)), seed=0, length=LENGTH)
+            head = Head.of(tiny.model, "fp32")
+            scores.append(evaluate(tiny.model, head, "test", made, "fp32", "cpu", known=kept))
+            bridge.detach(tiny.model)
+    assert len(runs) == 2 + 2 * 2 and scores[0] == scores[1] != scores[2] == scores[3]
 
 
 @pytest.mark.parametrize(
