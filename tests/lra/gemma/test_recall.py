@@ -53,7 +53,7 @@ def test_passages_stand_twice_at_their_distances_and_nothing_else_is_touched(blo
 
 
 def test_blocks_share_no_document_with_each_other_nor_with_calibration():
-    texts = [chr(40 + i) * 37 for i in range(200)]
+    texts = [chr(40 + i) * (300 if i % 2 else 37) for i in range(200)]  # longer than a block, or not
     splits = split(Documents(texts, None, "letters", "local", "", {}))
     base = weights.Base(None, encode, BOS, "letters", "here", "0" * 64)
     test = repeated(base, splits["test"], "text", PASSAGE, (23,), length=LENGTH, blocks=4)
