@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lra.gemma.data import Blocks, documents, pack, split
 from lra.gemma.experiment import Experiment, Method, evaluate, method, plug_in, references, spectra
 from lra.gemma.finetune import Finetuner, trainable, with_adapter
+from lra.gemma.recall import layout, repeated
 from lra.gemma.weights import load as load_base
 from lra.machine import PeakMemory, pick_device, set_threads
 from lra.options import STOPPED, UsageError
@@ -32,6 +33,8 @@ from models.gemma.loss import Head
 # What options default to: for tiny, for others.
 SIZES = {"length": (128, 512), "calibration": (8, 4), "validation": (16, 4), "eval_blocks": (64, 16)}
 SIZES |= {"tokens": (16_384, 40_960), "batch": (8, 2)}
+RECALL = {"length": (384, 2048), "eval_blocks": (24, 24), "passage": (32, 64)}
+RECALL |= {"distances": ("32,64,128,256", "128,384,640,1024,1408,1792")}
 RECIPE = "train batch lr lr_kernel warmstart evaluations checkpoint_every recompute tokens".split()
 ELSEWHERE = ("run", "data", "results", "runs", "threads", "device")  # arguments that decide no result
 
@@ -39,14 +42,15 @@ ELSEWHERE = ("run", "data", "results", "runs", "threads", "device")  # arguments
 def swap(args: Namespace) -> None:
     """`gemma swap`: every experiment that was asked for, without training."""
     setting = Setting(args)
-    blocks = {"calibration": setting.blocks("calibration"), "test": setting.blocks("test")}
-    experiments = setting.experiments("swap", blocks, [{}])
-    test = blocks["test"], args.precision, setting.device
-    model = setting.base.model.requires_grad_(False)
-    head = Head.of(model, args.precision)
-    exact = cache(lambda: references(model, head, *test))
-    for experiment in tqdm(experiments, desc="swap", unit="experiment", disable=None):
-        report(setting.measure(experiment, lambda: evaluate(model, head, "test", *test, exact())))
+    setting.score("swap", setting.blocks("test"))
+
+
+def recall(args: Namespace) -> None:
+    """`gemma recall`: the same on passages that stand twice."""
+    setting = Setting(args)
+    sizes = {"length": args.length, "blocks": args.eval_blocks}
+    what = args.kind, args.passage, setting.distances
+    setting.score("recall", repeated(setting.base, setting.splits["test"], *what, **sizes))
 
 
 def finetune(args: Namespace) -> int:
@@ -100,7 +104,7 @@ class Setting:
     """
 
     def __init__(self, args: Namespace):
-        for name, sizes in SIZES.items():
+        for name, sizes in (SIZES | (RECALL if hasattr(args, "passage") else {})).items():
             if getattr(args, name, 0) is None:  # an option of this command, and not given
                 setattr(args, name, sizes[args.model != "tiny"])
         if hasattr(args, "features"):
@@ -108,6 +112,9 @@ class Setting:
             for spec, m in product(args.attention, self.features):
                 method(spec, m, args.length, layers=())
         self.recipe = recipe(args) if hasattr(args, "train") else {}
+        if hasattr(args, "passage"):
+            self.distances = [int(d) for d in args.distances.split(",")]
+            layout(args.length, args.passage, self.distances)
         words = ["python", "-m", "lra", "gemma", args.run.rpartition(":")[2]]
         self.command = command_of(words, args, ELSEWHERE, eval_blocks="eval")
         self.args, self.device = args, pick_device(args.device)
@@ -151,6 +158,16 @@ class Setting:
             bridge.detach(self.base.model)
         return list(chosen.values())
 
+    def score(self, kind: str, test: Blocks) -> None:
+        """Every experiment that was asked for, without training; for swap with divergences from the exact model."""
+        blocks = {"calibration": self.blocks("calibration"), "test": test}
+        experiments = self.experiments(kind, blocks, [{}])
+        model, on = self.base.model.requires_grad_(False), (test, self.args.precision, self.device)
+        head, known = Head.of(model, self.args.precision), {}
+        exact = cache(lambda: references(model, head, *on) if kind == "swap" else None)
+        for experiment in tqdm(experiments, desc=kind, unit="experiment", disable=None):
+            report(self.measure(experiment, lambda: evaluate(model, head, "test", *on, exact(), known)))
+
     def train(self, kind: str, changes: Sequence[dict[str, Any]]) -> int:
         """Finetune each experiment from the base model's own weights; `changes` are made to the recipe."""
         a = self.args
@@ -185,7 +202,7 @@ class Setting:
             except Diverged as error:
                 measured, status = None, f"failed: {error}"
             cost = {"device": self.device.type}
-            if experiment.kind == "swap":
+            if experiment.kind != "anisotropy":
                 cost = {"wall_s": round(time.perf_counter() - clocks[1], 3), "peak_bytes": memory.read()} | cost
             facts = {"device": self.device, "command": self.command, "clocks": clocks, "status": status}
             sections = experiment.sections({"optimizer": None, "steps": 0}, cost)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,23 +40,22 @@ class Documents:
 class Blocks:
     """Token ids (n, length), and for each block, which starts with BOS, the number of the document it starts with.
 
-    Blocks with different numbers share no document: they are independent.
+    Blocks with different numbers share no document: they are independent. `scored` (n, length - 1)
+    says which next tokens count. `parts`: what is counted apart in every block, name to (start, end) in `scored`.
+    `about`: what a record says besides.
     """
 
     tokens: np.ndarray
     document: np.ndarray
-    bos: int
-
-    @property
-    def scored(self) -> np.ndarray:
-        """(n, length - 1) bool: which next tokens are scored. The BOS of a document within a block is not."""
-        return self.tokens[:, 1:] != self.bos
+    scored: np.ndarray
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
-        """Of the contents."""
-        shape = repr(self.tokens.shape).encode()
-        return hashlib.sha256(shape + self.tokens.astype("<i4").tobytes()).hexdigest()
+        """Of the tokens, and of the parts if there are any."""
+        shape, parts = repr(self.tokens.shape), repr(sorted(self.parts.items())) if self.parts else ""
+        return hashlib.sha256((shape + parts).encode() + self.tokens.astype("<i4").tobytes()).hexdigest()
 
 
 def documents(path: Path | None) -> Documents:
@@ -117,26 +117,32 @@ def split(documents: Documents) -> dict[str, list[str]]:
     return {name: [texts[i] for i in sorted(pool, key=rank.__getitem__)] for name, pool in pools.items()}
 
 
-def pack(texts: Sequence[str], encode: Encode, bos: int, *, length: int, blocks: int, what: str) -> Blocks:
+def pack(
+    texts: Sequence[str], encode: Encode, bos: int, *, length: int, blocks: int, what: str, joint: str | None = None
+) -> Blocks:
     """The first `blocks` blocks of `length` tokens: BOS before each document, and at the start of each block.
 
     * A document that starts a block and does not fit goes on in the next blocks.
     * A document that starts within a block is cut at the end of the block.
 
-    Documents are tokenised as they are needed. Raises UsageError when there are too few.
+    With `joint`, the documents of a block are one text: `joint` is between them and no BOS, the last one is cut, and
+    no two blocks share one. Every next token counts but a BOS. Documents are tokenised as they are needed. Raises
+    UsageError when there are too few.
     """
+    between = [bos] if joint is None else encode([joint])[0]
     rows, owners, row = [], [], []
     for start in range(0, len(texts), 64):
         for number, ids in enumerate(encode(list(texts[start : start + 64])), start):
             if not row:
                 owner = number
-            whole = not row
-            row += [bos, *ids]
+            whole = not row and joint is None
+            row += [*(between if row else [bos]), *ids]
             while len(row) >= length:
                 rows.append(row[:length])
                 owners.append(owner)
                 if len(rows) == blocks:
-                    return Blocks(np.array(rows, np.int32), np.array(owners, np.int64), bos)
+                    tokens = np.array(rows, np.int32)
+                    return Blocks(tokens, np.array(owners, np.int64), tokens[:, 1:] != bos)
                 rest = row[length:]
                 row = [bos, *rest] if whole and rest else []
     present = f"the text has {len(rows):,} blocks of {length} tokens for {what}"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -50,7 +51,7 @@ class Method:
 class Experiment:
     """One record, but for its result. `blocks` are those of the splits it reads."""
 
-    kind: str  # swap, finetune, stability or anisotropy
+    kind: str  # swap, recall, finetune, stability or anisotropy
     base: Base
     documents: Documents
     blocks: dict[str, Blocks]
@@ -103,7 +104,7 @@ class Experiment:
         own = sum(p.numel() for k in kernels for p in k.parameters())
         encoder = {"base": base.name, "weights_source": base.source, "weights_sha256": base.sha256}
         task = {"name": f"gemma-{self.kind}", "version": VERSION, "preset": base.name, "protocol": "open"}
-        splits = {name: {"n": len(b.tokens), "sha256": b.sha256} for name, b in self.blocks.items()}
+        splits = {name: {"n": len(b.tokens), "sha256": b.sha256} | b.about for name, b in self.blocks.items()}
         data = {"source": docs.source, "revision": docs.revision, "files": docs.files, "splits": splits}
         model = {"attention": m.attention, "attention_config": m.config}
         model |= {"encoder": encoder | {"layers": list(m.layers), "keeps_window": m.keeps_window}}
@@ -164,36 +165,51 @@ def hidden(model: torch.nn.Module, tokens_BN: torch.Tensor, precision: str) -> t
         return model.model(input_ids=tokens_BN[:, :-1], use_cache=False).last_hidden_state
 
 
-def scored(model, blocks: Blocks, precision: str, device: torch.device) -> Iterator[tuple]:
-    """Of every block, one at a time: hidden states (T, E) of the tokens whose successor counts, and these (T)."""
-    for row, keep in zip(blocks.tokens, blocks.scored, strict=True):
+def scored(model, blocks: Blocks, precision: str, device: torch.device, known: dict | None = None) -> Iterator[tuple]:
+    """Of every block, one at a time: hidden states (T, E) of the tokens whose successor counts, these (T), and where in
+    `scored` they are (T). `known`: kept over the methods that are put into the same layers of one base model."""
+    for i, (row, keep) in enumerate(zip(blocks.tokens, blocks.scored, strict=True)):
         tokens_BN = torch.from_numpy(row).long().to(device)[None]
-        scored_N = torch.from_numpy(keep).to(device)
-        yield hidden(model, tokens_BN, precision)[0][scored_N], tokens_BN[0, 1:][scored_N]
+        place_T = torch.from_numpy(keep.nonzero()[0]).to(device)
+        with nullcontext() if known is None else bridge.below_known(model, known, i):
+            h_BNE = hidden(model, tokens_BN, precision)
+        yield h_BNE[0][place_T], tokens_BN[0, 1:][place_T], place_T
 
 
 @torch.no_grad()
-def evaluate(model, head: Head, split: str, blocks: Blocks, precision: str, device, against=None) -> dict[str, Any]:
-    """The `result` of a record: totals, and of each block [first document, tokens, correct, sum of losses in nats, sum
-    of divergences], which intervals are made of. Divergences are `against` References, if given.
+def evaluate(
+    model, head: Head, split: str, blocks: Blocks, precision: str, device, against=None, known: dict | None = None
+) -> dict[str, Any]:
+    """The `result` of a record: `counts` of all tokens that count, and where blocks have parts, of each of them.
+    Divergences are `against` References, if given. `known`: see `scored`.
 
     The model is left in the mode it was in. Raises Diverged when a logit is not finite, naming the split.
     """
     training = model.training
     model.eval()
-    rows, failed = [], 0
-    for i, (h_TE, target_T) in enumerate(scored(model, blocks, precision, device)):
+    rows, failed = {part: [] for part in ("", *blocks.parts)}, 0
+    for i, (h_TE, target_T, place_T) in enumerate(scored(model, blocks, precision, device, known)):
         loss_T, correct_T, kl_T = score(h_TE, head, target_T, against[i] if against else None)
         failed += int((~loss_T.isfinite()).sum())
-        sums = [x_T.double().sum().item() for x_T in (loss_T, kl_T) if x_T is not None]
-        rows.append([len(target_T), int(correct_T.sum()), *sums])
+        for part, part_rows in rows.items():
+            start, end = blocks.parts.get(part, (0, blocks.tokens.shape[1]))
+            in_T = (place_T >= start) & (place_T < end)
+            sums = [x_T[in_T].double().sum().item() for x_T in (loss_T, kl_T) if x_T is not None]
+            part_rows.append([int(in_T.sum()), int(correct_T[in_T].sum()), *sums])
     model.train(training)
+    if failed:
+        raise Diverged(f"logits of {failed} of {blocks.scored.sum()} {split} tokens are not finite")
+    result, *parts = (counts(part_rows, blocks.document) for part_rows in rows.values())
+    return result | ({"parts": dict(zip(blocks.parts, parts, strict=True))} if parts else {})
+
+
+def counts(rows: list[list], document: np.ndarray) -> dict[str, Any]:
+    """Totals, and of each block [first document, tokens, correct, sum of losses in nats, sum of divergences], which
+    intervals are made of. `rows`: without the document."""
     n, correct, *sums = (np.array(column) for column in zip(*rows, strict=True))
     total = int(n.sum())
-    if failed:
-        raise Diverged(f"logits of {failed} of {total} {split} tokens are not finite")
     loss, kl = ([finite(float(x.sum() / total)) for x in sums] + [None])[:2]
-    columns = blocks.document.tolist(), n.tolist(), correct.tolist(), *(map(finite, x.round(4).tolist()) for x in sums)
+    columns = document.tolist(), n.tolist(), correct.tolist(), *(map(finite, x.round(4).tolist()) for x in sums)
     facts = {"n_correct": int(correct.sum()), "n_test": total, "loss": loss, "kl": kl}
     return facts | {"blocks": list(map(list, zip(*columns, strict=True)))}
 
@@ -204,7 +220,7 @@ def references(model, head: Head, blocks: Blocks, precision: str, device) -> lis
     if head.softcap is not None:
         return None
     with bridge.exact_attention(model):
-        return [reference(h_TE, head) for h_TE, _ in scored(model, blocks, precision, device)]
+        return [reference(h_TE, head) for h_TE, *_ in scored(model, blocks, precision, device)]
 
 
 def spectra(model: torch.nn.Module, tokens_BN: torch.Tensor) -> list[dict[str, Any]]:

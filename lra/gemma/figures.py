@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from lra.figures import style
 from lra.figures.style import label_ends
+from lra.gemma.rows import FLOORS, Rows, baseline, by_distance, by_setting, grouped, label_of, order, titled, without
 from lra.gemma.stats import Record, above, accuracy, gap, recovered, spike_rate, validation
-from lra.gemma.table import FLOORS, Rows, baseline, by_kind, by_setting, grouped, label_of, order, titled, without
+from lra.gemma.table import by_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +26,13 @@ BASELINES = ("softmax", *FLOORS)
 
 
 def show(args: Namespace) -> None:
-    """`gemma plot`: write DIR/gemma/figures/*.svg and *.png, one of each kind of record, and name them."""
+    """`gemma plot`: write DIR/gemma/figures/*.svg and *.png, those of each kind of record, and name them."""
     for kind, records in by_kind(args.results).items():
         shown = [r for r in records if r["result"] or kind == "stability"]  # which marks runs that diverged
-        if shown:
+        for name in [name for name in PANELS if shown and name.partition("-")[0] == kind]:
             with style.drawing():
-                figure = figure_of(kind, shown)
-            print(*style.save(figure, args.results / "gemma" / "figures" / kind), sep="\n")
+                figure = figure_of(name, shown)
+            print(*style.save(figure, args.results / "gemma" / "figures" / name), sep="\n")
 
 
 def features(runs: Sequence[Record]) -> int | None:
@@ -42,8 +43,9 @@ def features(runs: Sequence[Record]) -> int | None:
 def figure_of(kind: str, records: Sequence[Record]) -> Figure:
     """A panel for each setting, with what it says as title, the setting, and a name at the end of each line."""
     settings = by_setting(records, "lr") if kind == "stability" else by_setting(records)
-    height = (4.2 if kind == "anisotropy" else 3.4) * len(settings)
-    figure, grid = style.subplots(len(settings), 1, width=10.0, height=height, squeeze=False)
+    heights = [{"anisotropy": 4.2, "recall": 1.4 + 0.22 * len(rows)}.get(kind, 3.4) for rows in settings.values()]
+    size = {"width": 10.0, "height": sum(heights), "height_ratios": heights}
+    figure, grid = style.subplots(len(settings), 1, squeeze=False, **size)
     for (axes,), (setting, rows) in zip(grid, settings.items(), strict=True):
         sizes = {features(runs) for runs in rows.values()} - {None}
         if len(sizes) == 1:  # then it is said once
@@ -150,6 +152,31 @@ def swap(axes: Axes, rows: Rows) -> Panel:
     return _recovery(rows), lines
 
 
+def recall(axes: Axes, rows: Rows) -> Panel:
+    """Accuracy of every row at every distance, as a map."""
+    parts, labels = by_distance(rows), sorted(rows, key=order)
+    cells = [[100 * statistics.fmean(map(accuracy, part[label])) for part in parts.values()] for label in labels]
+    axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=130)  # so that ink is readable on every cell
+    for i, values in enumerate(cells):
+        for j, value in enumerate(values):
+            axes.text(j + 0.5, i + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=6)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    names = [style.short(titled(label), NAME) for label in labels]
+    axes.set_yticks([i + 0.5 for i in range(len(labels))], names, fontsize=6)
+    axes.set_xticks([j + 0.5 for j in range(len(parts))], [f"{d:,}" for d in parts])
+    axes.set(xlabel="tokens between the two occurrences (numbers: accuracy over the second, %)")
+    far = max(parts)
+    return f"{far:,} tokens away: {_recovery(parts[far])}", []
+
+
+def recall_features(axes: Axes, rows: Rows) -> Panel:
+    """The panel of swap at the longest distance."""
+    far, part = max(by_distance(rows).items())
+    says, lines = swap(axes, part)
+    return f"{far:,} tokens away: {says}", lines
+
+
 def stability(axes: Axes, rows: Rows) -> Panel:
     """Accuracy (lines) and loss spikes per 100 steps (numbers) at each learning rate; whose depends least and most."""
     lines, losses = [], {}
@@ -202,3 +229,4 @@ def anisotropy(axes: Axes, rows: Rows) -> Panel:
 
 
 PANELS = {"swap": swap, "finetune": finetune, "stability": stability, "anisotropy": anisotropy}
+PANELS |= {"recall": recall, "recall-features": recall_features}

@@ -11,7 +11,7 @@ MODEL = option("--model", "tiny, gemma-3-270m (PyPI, 253 MB), a hub id, or a fol
 BASE = (
     MODEL,
     option("--text", "text file or folder of *.txt files (default: IMDb reviews)", Path),
-    option("--length", "tokens per sequence (default: tiny 128, others 512)", at_least(2)),
+    option("--length", "tokens per sequence (default: tiny 128, others 512; recall: 384, 2048)", at_least(2)),
     option("--calibration", "sequences to calibrate on (default: tiny 8, others 4)", at_least(1)),
     option("--precision", "bf16: autocast, and a bf16 output layer", ("fp32", "bf16"), "fp32"),
     THREADS,
@@ -25,7 +25,7 @@ METHOD = (
     option("--ignore-softcap", "replace capped logits (Gemma 2) by uncapped ones", bool),
     option("--seeds", "seeds 0..N-1", at_least(1), 1),
 )
-SCORE = option("--eval", "test sequences (default: tiny 64, others 16)", at_least(2), dest="eval_blocks")
+SCORE = option("--eval", "test sequences (default: tiny 64, others 16; recall: 24)", at_least(2), dest="eval_blocks")
 ADAPTER = option("--adapter", "adapter.safetensors of a finetuned run", Path, required=True)
 TRAINED = ("kernel", "kernel+qk", "kernel+qkvo", "all")
 TRAIN = (
@@ -41,13 +41,26 @@ TRAIN = (
     option("--checkpoint-every", "steps between checkpoints", at_least(1), 20),
     option("--recompute", "recompute activations in the backward pass, to save memory", bool),
 )
+REPEATED = (
+    option(
+        "--kind", "what is repeated, and what is between: the documents, or random tokens", ("text", "random"), "text"
+    ),
+    option("--passage", "tokens of a repeated passage (default: tiny 32, others 64)", at_least(1)),
+    option(
+        "--distances",
+        "tokens from a passage to its repetition, each in every sequence: 128,1792",
+        numbers(int, 1, True),
+    ),
+)
 LRS = "1e-5,1e-4,1e-3,3e-3,1e-2"
 RATES = option("--lrs", "peak learning rates of both groups", numbers(float, TINY, True), LRS)
 FINETUNED = (*BASE, *METHOD, SCORE, *TRAIN)
 LOST = "exchange the attention without training, and measure what is lost"
+FOUND = "exchange the attention without training, and measure what is found again of passages that stand twice"
 SPIKES = "finetune at several learning rates and count loss spikes"
 COMMANDS = {
     "gemma swap": Command("lra.gemma.commands:swap", (*BASE, *METHOD, SCORE), LOST),
+    "gemma recall": Command("lra.gemma.commands:recall", (*BASE, *METHOD, SCORE, *REPEATED), FOUND),
     "gemma finetune": Command("lra.gemma.commands:finetune", FINETUNED, "exchange the attention and finetune"),
     "gemma stability": Command("lra.gemma.commands:stability", (*FINETUNED, RATES), SPIKES),
     "gemma anisotropy": Command("lra.gemma.commands:anisotropy", BASE, "spectra of real queries and keys"),

@@ -87,10 +87,11 @@ def recovered(exact, floor, runs) -> Uncertain | None:
 def above(floor: Sequence[Record], rows: Sequence[Sequence[Record]]) -> list[bool]:
     """Which rows are significantly above the floor: paired by document, Holm over the rows.
 
-    A row and the floor both have several runs, or both have one; else it is not tested. One run beside several shows
-    none of its noise.
+    A row and a trained floor both have several runs, or both have one; else it is not tested. One run beside several
+    shows none of its noise. A floor without training has none: it draws nothing.
     """
-    gaps = [gap(runs, floor) if (len(runs) == 1) == (len(floor) == 1) else None for runs in rows]
+    still = not floor[0]["training"]["recipe"]
+    gaps = [gap(runs, floor) if still or (len(runs) == 1) == (len(floor) == 1) else None for runs in rows]
     adjusted = iter(holm([g.p_value for g in gaps if g]))
     return [g is not None and next(adjusted) < ALPHA and g.value > 0 for g in gaps]
 

@@ -1,14 +1,13 @@
-"""Tables of the Gemma track: a pure function of its records; and which records share a table and a row. No torch."""
+"""Tables of the Gemma track: a pure function of its records. No torch."""
 
 from __future__ import annotations
 
-import re
 import statistics
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from lra.gemma.rows import FLOORS, Label, Rows, baseline, by_distance, by_setting, grouped, label_of, order, titled
 from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, gap, recovered, score, spike_rate, validation
 from lra.options import UsageError
 from lra.records.markup import MISSING, Block, Grid, Heading, Text, markdown
@@ -16,12 +15,6 @@ from lra.records.record import iterate_records
 from lra.records.stats import Uncertain
 from tasks.store.files import atomic_path
 
-Label = tuple[str, str]  # of a row: attention, options
-Rows = dict[Label, list[Record]]
-DEFAULTS = {("orthogonal", True), ("redraw_every", 0), ("pool", 8)}  # which records name all the same
-NAMES = {"num_features": "M"}
-FLOORS = ("constant", "local")  # averaging; a window of near keys, with or without the first tokens
-RECIPE = ("lr", "lr_kernel", "batch", "warmstart", "transfer_tokens")  # of finetuning
 LEGEND = (
     "Next-token accuracy in percent on the test blocks [95% interval] (number of seeds). Intervals are clustered by "
     "document and hold, where there are several seeds, the noise of training (Student's t), in gaps and shares that of "
@@ -31,6 +24,14 @@ LEGEND = (
     "told apart from exact. Where exact attention or a floor was trained in several ways, its row of least validation "
     "loss is the one compared with. KL: from the exact model's predictions, nats per token. tokens/s: of training "
     "steps by the clock of the run, which may have shared the machine. MB: peak memory of training."
+)
+LEGEND_RECALL = (
+    "Passages that stand twice in a block. Only the second occurrence counts, without its first tokens: who sees the "
+    "first occurrence knows it. Of each distance between the two, in tokens: accuracy in percent [95% interval], "
+    "clustered by block; with several seeds it holds the noise of random draws. loss: nats per token. recovered: "
+    "(method − floor) / (exact − floor) in percent. The floor is the best row of constant and local at that distance. "
+    "The share is left out where the floor is not told apart from exact. text: documents of the test split, joined. "
+    "random: tokens that occur in them, each equally likely."
 )
 LEGEND_STABILITY = (
     f"Test accuracy in percent / loss spikes per 100 steps (a loss {SPIKE:g} median absolute deviations above the "
@@ -72,89 +73,6 @@ def by_kind(results: Path) -> dict[str, list[Record]]:
     return {kind: records for kind, records in kinds.items() if records}
 
 
-# Which records share a table and a row
-
-
-def grouped(records: Sequence, key: Callable) -> dict:
-    """Records by key, in the order of the keys."""
-    groups = defaultdict(list)
-    for r in records:
-        groups[key(r)].append(r)
-    return dict(sorted(groups.items()))
-
-
-def by_setting(records: Sequence[Record], *joined: str) -> dict[str, Rows]:
-    """Records by setting, then by row; rows that differ in the options `joined` alone are one."""
-    settings = grouped(records, setting_of)
-    return {name: grouped(runs, lambda r, runs=runs: row_of(r, runs, *joined)) for name, runs in settings.items()}
-
-
-def setting_of(r: Record) -> str:
-    """What the runs of one table share: model, text, length, layers, precision; of training, tokens and parameters."""
-    e, recipe = r["model"]["encoder"], r["training"]["recipe"]
-    first, last = e["layers"][0], e["layers"][-1]
-    whole = e["layers"] == list(range(first, last + 1))
-    layers = f"{first} to {last}" if whole and last > first + 1 else ",".join(map(str, e["layers"]))
-    text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]})"
-    parts = [e["base"], text, f"{r['task']['seq_len']} tokens", f"layers {layers}", r["training"]["precision"]]
-    if recipe:
-        parts += [f"{recipe['tokens']:,} training tokens", f"train {recipe['train']}"]
-    return ", ".join(parts)
-
-
-def row_of(r: Record, among: Sequence[Record], *joined: str) -> Label:
-    """(attention, options). Options are those not at their defaults, and the parts of the recipe in which the runs of
-    this attention in the setting differ; `joined` ones are left out."""
-
-    def recipe(run):
-        shown = {k: run["training"]["recipe"].get(k) for k in RECIPE}
-        return shown | {"window": "kept" if run["model"]["encoder"]["keeps_window"] else "ignored"}
-
-    own, name = recipe(r), r["model"]["attention"]
-    others = [recipe(x) for x in among if x["model"]["attention"] == name]
-    differ = {k: v for k, v in own.items() if any(x[k] != v for x in others) and v not in (None, "none")}
-    options = {k: v for k, v in r["model"]["attention_config"].items() if (k, v) not in DEFAULTS} | differ
-    return without((name, ", ".join(f"{NAMES.get(k, k)}={v}" for k, v in options.items())), *joined)
-
-
-def without(label: Label, *options: str) -> Label:
-    """A row's name without the options that begin with one of `options`."""
-    return label[0], ", ".join(p for p in label[1].split(", ") if not p.startswith(options))
-
-
-def titled(label: Label) -> str:
-    """The name of a row."""
-    return label[0] + (f" ({label[1]})" if label[1] else "")
-
-
-def order(label: Label) -> tuple:
-    """Exact, constant, then by name; M = 64 before 256."""
-    numbers = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", label[1])]
-    return {"softmax": 0, "constant": 1}.get(label[0], 2), label[0], numbers
-
-
-def baseline(rows: Rows, *names: str) -> list[Record]:
-    """The runs that methods are compared with, of the attentions of these names; [] where there are none.
-
-    Failed runs are left out, and softmax without its windows. Of several rows it is the best one: of finetuned rows
-    that of least validation loss, of others that of most accuracy. A method must not look good because the learning
-    rate of its baseline was bad, or because a better floor was left out.
-    """
-
-    def loss(runs):
-        trained = runs[0]["training"]["recipe"]
-        return statistics.fmean(r["result"]["curve"][-1][2] if trained else -accuracy(r) for r in runs)
-
-    ended = [[r for r in runs if r["result"]] for label, runs in rows.items() if label[0] in names]
-    usable = [x for x in ended if x and ("softmax" not in names or x[0]["model"]["encoder"]["keeps_window"])]
-    return min(usable, key=loss, default=[])
-
-
-def label_of(rows: Rows, runs: Sequence[Record]) -> Label:
-    """The row that holds the first of the runs."""
-    return next(label for label, others in rows.items() if runs[0] in others)
-
-
 # Tables
 
 
@@ -181,6 +99,16 @@ def sight(rows: Rows) -> list[Block]:
     return [Text("No row of local: what near keys and the first token bring alone is not known here.")]
 
 
+def share(rows: Rows, label: Label) -> str:
+    """The cell of what a row recovers of the distance between the best floor and exact attention."""
+    exact, floor = baseline(rows, "softmax"), baseline(rows, *FLOORS)
+    done = [r for r in rows.get(label, []) if r["result"]]
+    if not (exact and floor and done) or label[0] in ("softmax", *FLOORS):
+        return MISSING
+    found = recovered(exact, floor, done)
+    return percent(found, 0) if found else MISSING
+
+
 def line(label: Label, runs: Sequence[Record], rows: Rows) -> list[str]:
     """Cells of one row."""
     name, trained = titled(label), runs[0]["training"]["recipe"]
@@ -188,11 +116,10 @@ def line(label: Label, runs: Sequence[Record], rows: Rows) -> list[str]:
     if not done:
         return [name, runs[0]["status"], *[MISSING] * (6 if trained else 4)]
     failed = f", {len(runs) - len(done)} failed" if len(done) < len(runs) else ""
-    exact, floor = baseline(rows, "softmax"), baseline(rows, *FLOORS)
-    share = recovered(exact, floor, done) if exact and floor and label[0] not in ("softmax", *FLOORS) else None
+    exact = baseline(rows, "softmax")
     cells = [name, f"{percent(score(done))} ({len(done)}{failed})"]
     cells.append(percent(gap(exact, done)) if exact and exact != done else MISSING)
-    cells.append(percent(share, 0) if share else MISSING)
+    cells.append(share(rows, label))
     cells.append(f"{statistics.fmean(r['result']['loss'] for r in done):.3f}")
     if not trained:
         kl = [r["result"]["kl"] for r in done if r["result"]["kl"] is not None]
@@ -201,6 +128,34 @@ def line(label: Label, runs: Sequence[Record], rows: Rows) -> list[str]:
     cells.append(f"{100 * statistics.fmean(c[3] / c[4] for c in first):.1f}")
     rate, peak = (statistics.median(r["cost"].get(key) or 0 for r in done) for key in ("tokens_per_s", "peak_bytes"))
     return [*cells, f"{rate:,.0f}", f"{peak / 1e6:,.0f}"]
+
+
+def recall(records: Sequence[Record]) -> list[Block]:
+    """Accuracy, loss and share recovered at each distance."""
+
+    def loss(part, label):
+        return f"{statistics.fmean(r['result']['loss'] for r in part[label]):.2f}" if label in part else MISSING
+
+    def found(part, label):
+        return percent(score(part[label])) if label in part else MISSING
+
+    def seeds(runs):
+        failed = [r["status"] for r in runs if not r["result"]]
+        return f"{len(runs)}, {len(failed)} {failed[0]}" if failed else str(len(runs))
+
+    blocks: list[Block] = [Text(LEGEND_RECALL)]
+    for setting, rows in by_setting(records).items():
+        parts = by_distance(rows)
+        blocks.append(Heading(setting))
+        for name, cell in (("accuracy", found), ("loss", loss), ("recovered", share)):
+            header = f"{name} at distance", *(f"{d:,}" for d in parts), "seeds"
+            shown = [x for x in sorted(rows, key=order) if cell is not share or x[0] not in ("softmax", *FLOORS)]
+            cells = {x: [cell(part, x) for part in parts.values()] for x in shown}
+            blocks += [Grid(header, tuple((titled(x), *cells[x], seeds(rows[x])) for x in shown))] if shown else []
+        said = [(f"{d:,}", sentence.text) for d, part in parts.items() for sentence in sight(part)]
+        for text, ds in grouped(said, lambda pair: pair[1]).items():
+            blocks.append(Text(f"At {', '.join(d for d, _ in ds)}: {text}"))
+    return blocks
 
 
 def curves(rows: Rows) -> list[Block]:
@@ -243,7 +198,7 @@ def anisotropy(records: Sequence[Record]) -> list[Block]:
     header = ("layer", "q²", "k²", "largest", "condition", "pair")
     header += ("aligned q²", "aligned largest", "above 1/2", "aligned pair", "optimal")
     blocks: list[Block] = [Text(LEGEND_ANISOTROPY)]
-    for r in records:
+    for setting, ((r,),) in ((name, rows.values()) for name, rows in by_setting(records).items()):
         rows = []
         for x in r["result"]["layers"]:
             best = [v for v in x["aligned_log10_optimal"] if v is not None]
@@ -252,7 +207,7 @@ def anisotropy(records: Sequence[Record]) -> list[Block]:
             raw = f"{x['q_norm2']:.0f}", f"{x['k_norm2']:.0f}", f"{max(x['top']):.3g}", f"{max(x['condition']):.2g}"
             aligned = f"{x['aligned_norm2']:.1f}", f"{max(x['aligned_top']):.3g}", str(max(x["aligned_above_half"]))
             rows.append((str(x["layer"]), *raw, pair, *aligned, aligned_pair, optimal))
-        blocks += [Heading(setting_of(r)), Grid(header, tuple(rows))]
+        blocks += [Heading(setting), Grid(header, tuple(rows))]
     return blocks
 
 
@@ -261,4 +216,4 @@ def percent(e: Uncertain, digits: int = 1) -> str:
     return f"{100 * e.value:z.{digits}f} [{100 * e.low:z.{digits}f}, {100 * e.high:z.{digits}f}]"
 
 
-MAKERS = {"swap": scores, "finetune": scores, "stability": stability, "anisotropy": anisotropy}
+MAKERS = {"swap": scores, "recall": recall, "finetune": scores, "stability": stability, "anisotropy": anisotropy}

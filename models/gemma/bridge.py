@@ -34,6 +34,7 @@ from transformers.masking_utils import flash_attention_mask
 from models.base import AttentionBase
 
 NAME = "lra"
+CHUNK = 256  # queries of a layer with a window whose logits exist at a time
 BEFORE = "_lra_before"  # attribute of a model: the attention it had before `attach`, and the hook on its decoder
 Tap = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], None]
 
@@ -53,8 +54,7 @@ def text_layers(model: nn.Module) -> nn.ModuleList:
     layers = getattr(getattr(model, "model", None), "layers", None)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if layers is None or not re.fullmatch(r"gemma\d?(_text)?", kind):
-        way_out = "give a Gemma 1, 2 or 3 text model"
-        raise ValueError(f"model type {kind!r} has no Gemma text layers to plug into: {way_out}")
+        raise ValueError(f"model type {kind!r} has no Gemma text layers to plug into: use a Gemma 1, 2 or 3 text model")
     return layers
 
 
@@ -158,6 +158,22 @@ def exact_attention(model: nn.Module) -> Iterator[None]:
             socket.exact = value
 
 
+@contextmanager
+def below_known(model: nn.Module, known: dict, key: Any) -> Iterator[None]:
+    """While entered, the layers below the first socket run once for a key, whatever is in the sockets; `known` has what
+    they gave. A key stands for one input."""
+    below = text_layers(model)[: min(sockets(model), default=0)]
+    for layer in below if key in known else ():
+        layer.forward = lambda hidden_BNE, **_: known[key]
+    for layer in () if key in known else below[-1:]:
+        layer.forward = lambda *x, run=layer.forward, **more: known.setdefault(key, run(*x, **more))
+    try:
+        yield
+    finally:
+        for layer in below:
+            vars(layer).pop("forward", None)
+
+
 def calibrate(model: nn.Module, tokens_BN: torch.Tensor) -> None:
     """Fit every kernel to its layer's queries and keys in the exact model on these tokens."""
 
@@ -248,6 +264,13 @@ def exact(q_BHLD, k_BHSD, v_BHSD, mask_BS, scale: float, window: int | None, sof
     L, S = q_BHLD.shape[2], k_BHSD.shape[2]
     if mask_BS is None and softcap is None and (window is None or window >= S) and L in (1, S):
         return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, scale=scale, is_causal=L == S)
+    if window is not None and window < S and L > CHUNK:  # a chunk of queries sees few keys
+        parts = []
+        for start in range(0, L, CHUNK):
+            near = slice(max(0, S - L + start - window + 1), S - L + min(start + CHUNK, L))
+            q, k, v = q_BHLD[:, :, start : start + CHUNK], k_BHSD[:, :, near], v_BHSD[:, :, near]
+            parts.append(exact(q, k, v, None if mask_BS is None else mask_BS[:, near], scale, window, softcap))
+        return torch.cat(parts, 2)
     key_S = torch.arange(S, device=q_BHLD.device)
     query_L1 = key_S[S - L :, None]
     seen = key_S <= query_L1

@@ -118,7 +118,8 @@ def score(
     for h_TE, target_T1 in zip(hidden_TE.split(chunk), targets_T[:, None].split(chunk), strict=True):
         z_TV = head.logits(h_TE).float()
         log_z_T = z_TV.logsumexp(-1)
-        loss_T = (log_z_T - z_TV.gather(1, target_T1)[:, 0]).where(z_TV.isfinite().all(-1), torch.nan)
+        finite_T = log_z_T.isfinite() & z_TV.amin(-1).isfinite()  # log Z shows NaN and inf, the least logit -inf
+        loss_T = (log_z_T - z_TV.gather(1, target_T1)[:, 0]).where(finite_T, torch.nan)
         parts.append((log_z_T, loss_T, z_TV.argmax(-1) == target_T1[:, 0]))
     log_z_T, loss_T, correct_T = map(torch.cat, zip(*parts, strict=True))
     if against is None:

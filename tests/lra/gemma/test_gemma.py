@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from lra.__main__ import main
-from lra.gemma import stats, table, weights
+from lra.gemma import rows, stats, table, weights
 from lra.gemma.data import documents, pack, split
 from lra.gemma.finetune import Finetuner
 from lra.options import BUSY, STOPPED
@@ -72,6 +72,7 @@ def done(tmp_path_factory, within):
     folder = tmp_path_factory.mktemp("done")
     places = within(folder)
     run("swap", *places, "--attention=softmax", "--attention=constant")
+    run("recall", *places, *TWICE, "--attention=softmax", "--attention=local,window=3", "--attention=performer")
     run("finetune", *places, *TRAIN, "--attention=softmax", "--attention=constant", "--seeds=2")
     run("stability", *places, *TRAIN, "--attention=constant", "--lrs=1e-3,1e-1")
     run("anisotropy", *[p for p in places if not p.startswith("--eval")])
@@ -85,6 +86,7 @@ def adapter(done):
     return path
 
 
+TWICE = ["--length=64", "--passage=20", "--distances=43", "--features=5", "--seeds=2", "--kind=random"]
 TRAIN = ["--tokens=640", "--batch=2", "--evaluations=2", "--checkpoint-every=3", "--lr=1e-3"]
 
 
@@ -202,6 +204,20 @@ def test_swap_with_softmax_is_the_exact_model_and_runs_once(done, within):
     assert before == [p.stat().st_mtime_ns for p in done.rglob("seed0.json")]
 
 
+def test_recall_counts_each_distance_apart_and_says_what_was_repeated(done):
+    found = records(done, "recall")
+    assert set(found) == {("softmax", 0), ("local", 0), ("performer", 0), ("performer", 1)}
+    for record in found.values():
+        test, (part,) = record["data"]["splits"]["test"], record["result"]["parts"].values()
+        about = {"kind": "random", "passage": 20, "skipped": 16, "first": {"43": 1}}
+        assert test == test | about and set(record["result"]["parts"]) == {"43"}
+        assert part["n_test"] == record["result"]["n_test"] == 5 * 4 and len({b[0] for b in part["blocks"]}) == 5
+    lines = table.render(done / "results")["recall"].splitlines()
+    (row,) = [x for x in lines if x.startswith("| performer (M=5)") and "[" in x and x.endswith("| 2 |")][:1]
+    mean = np.mean([found["performer", s]["result"]["n_correct"] / 20 for s in (0, 1)])
+    assert f"| {100 * mean:.1f} [" in row and any("64 tokens, layers 0 to 2" in x and "20 tokens" in x for x in lines)
+
+
 def test_finetuning_learns_leaves_the_base_model_alone_and_is_repeatable(done, places, tmp_path):
     """In `done` softmax is trained first and constant after it; here it is the other way round."""
     first = records(done, "finetune")
@@ -286,12 +302,12 @@ def test_a_row_is_named_by_its_options_even_where_no_other_row_has_its_method():
     moved = record("constant", {"warmstart": "transfer", "transfer_tokens": 7})
     faster = record("performer", {"lr": 1e-3}, num_features=64, redraw_every=0)
     among = [aligned, plain, constant, moved]
-    assert table.row_of(aligned, among) == ("darkformer", "M=256, init=aligned")
-    assert table.row_of(plain, among) == ("performer", "M=64")
-    assert table.row_of(constant, among) == ("constant", "")
-    assert table.row_of(moved, among) == ("constant", "warmstart=transfer, transfer_tokens=7")
-    assert table.row_of(plain, [plain, faster]) == ("performer", "M=64, lr=0.0001")
-    assert table.row_of(faster, [plain, faster]) == ("performer", "M=64, lr=0.001")
+    assert rows.row_of(aligned, among) == ("darkformer", "M=256, init=aligned")
+    assert rows.row_of(plain, among) == ("performer", "M=64")
+    assert rows.row_of(constant, among) == ("constant", "")
+    assert rows.row_of(moved, among) == ("constant", "warmstart=transfer, transfer_tokens=7")
+    assert rows.row_of(plain, [plain, faster]) == ("performer", "M=64, lr=0.0001")
+    assert rows.row_of(faster, [plain, faster]) == ("performer", "M=64, lr=0.001")
 
 
 def test_methods_are_compared_with_the_baseline_that_validates_best():
@@ -304,16 +320,16 @@ def test_methods_are_compared_with_the_baseline_that_validates_best():
     good, spoilt, seed = record("softmax", 3.5), record("softmax", 3.8), record("softmax", 3.6)
     control = record("softmax", 1.0, keeps=False)
     trained = {("softmax", "lr=1"): [spoilt], ("softmax", ""): [good, seed], ("softmax", "window"): [control]}
-    assert table.baseline(trained, "softmax") == [good, seed] and table.baseline(trained, "constant") == []
+    assert rows.baseline(trained, "softmax") == [good, seed] and rows.baseline(trained, "constant") == []
     crashed = {"result": None} | {k: good[k] for k in ("model", "training")}
-    assert table.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
+    assert rows.baseline({("softmax", ""): [crashed], ("softmax", "lr=1"): [spoilt]}, "softmax") == [spoilt]
     average, window, sink = (
         record(name, 0, curve=False) | {"result": {"n_correct": n, "n_test": 10}}
         for name, n in (("constant", 3), ("local", 5), ("local", 6))
     )
     floors = {("constant", ""): [average], ("local", "window=3"): [window], ("local", "window=3, sinks=1"): [sink]}
-    assert table.baseline(floors, *table.FLOORS) == [sink]
-    assert table.label_of(floors, [sink]) == ("local", "window=3, sinks=1")
+    assert rows.baseline(floors, *rows.FLOORS) == [sink]
+    assert rows.label_of(floors, [sink]) == ("local", "window=3, sinks=1")
 
 
 def test_the_share_recovered_begins_at_the_best_floor_and_a_blind_setting_is_named(places, tmp_path):
@@ -321,7 +337,8 @@ def test_the_share_recovered_begins_at_the_best_floor_and_a_blind_setting_is_nam
     run("swap", *places, *words, "--features=8")
     results = tmp_path / "results"
     lines = table.render(results)["swap"]
-    assert "| local (window=1) | " in lines and "No row of local" not in lines
+    names = [line.split(" ")[1] for line in lines.splitlines() if " [" in line and line.startswith("| ")]
+    assert names == ["softmax", "constant", "local", "performer"] and "No row of local" not in lines
     found = records(tmp_path, "swap")
     exact, performer = ([found[name, 0]] for name in ("softmax", "performer"))
     best = max(([found[name, 0]] for name in ("constant", "local")), key=lambda runs: stats.accuracy(runs[0]))
@@ -336,11 +353,11 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(done, caps
     results = done / "results"
     run("table", f"--results={results}")
     made = {p.stem: p.read_text() for p in (results / "gemma").glob("*.md")}
-    assert set(made) == {"swap", "finetune", "stability", "anisotropy"} and made == table.render(results)
+    assert set(made) == {"swap", "recall", "finetune", "stability", "anisotropy"} and made == table.render(results)
     assert "constant is not told apart from exact attention" in made["swap"] and "tokens/s |" in made["finetune"]
     run("plot", f"--results={results}")
     drawn = {p.name for p in (results / "gemma" / "figures").iterdir()}
-    assert drawn == {f"{kind}.{form}" for kind in made for form in ("svg", "png")}
+    assert drawn == {f"{kind}.{form}" for kind in (*made, "recall-features") for form in ("svg", "png")}
     found = records(done, "finetune")
     mean = np.mean([found["constant", s]["result"]["n_correct"] for s in (0, 1)])
     assert f"| constant | {100 * mean / found['constant', 0]['result']['n_test']:.1f} [" in made["finetune"]
@@ -349,9 +366,10 @@ def test_tables_come_from_the_records_alone_and_leave_the_arena_alone(done, caps
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def block_records(*rows):
+def block_records(*rows, **recipe):
     """Records of runs whose blocks are (document, tokens, correct)."""
-    return [{"result": {"blocks": r, "n_test": sum(b[1] for b in r), "n_correct": sum(b[2] for b in r)}} for r in rows]
+    results = [{"blocks": r, "n_test": sum(b[1] for b in r), "n_correct": sum(b[2] for b in r)} for r in rows]
+    return [{"result": result, "training": {"recipe": recipe}} for result in results]
 
 
 def test_intervals_count_documents_not_tokens():
@@ -375,7 +393,7 @@ def test_share_recovered_is_zero_for_constant_one_for_exact_and_none_without_a_d
 
 def runs_of(accuracies, documents):
     """Records of one run per accuracy, on documents of 100 tokens that are easier or harder by as much as given."""
-    return block_records(*([[d, 100, 100 * (p + x)] for d, x in enumerate(documents)] for p in accuracies))
+    return block_records(*([[d, 100, 100 * (p + x)] for d, x in enumerate(documents)] for p in accuracies), lr=1)
 
 
 def test_gaps_and_shares_hold_the_noise_of_training_of_every_method():
@@ -417,6 +435,8 @@ def test_rows_above_averaging_are_tested_with_holm_and_only_where_both_sides_sho
     )
     assert stats.above(constant, [high, equal, wild, high[:1]]) == [True, False, False, False]
     assert stats.above(constant[:1], [high[:1], high]) == [True, False]
+    untrained = [r | {"training": {"recipe": {}}} for r in constant[:1]]  # draws nothing: one run is all there is
+    assert stats.above(untrained, [high[:1], high, equal]) == [True, True, False]
     slight = runs_of((0.309, 0.310), hard + 0.01 * np.array([1, -1] * 6))
     assert stats.gap(slight, constant).p_value > 0.05 / 40
     assert not any(stats.above(constant, [slight] * 40))
@@ -590,12 +610,15 @@ def test_bad_input_is_one_line_and_writes_nothing(places, tmp_path, error_line, 
         (["finetune", "--tokens=60"], "less than one step"),
         (["stability", "--lrs=1e-3,0"], "--lrs: must be different numbers"),
         (["stability", "--lrs=fast"], "--lrs: must be different numbers"),
+        (["recall", "--passage=32", "--distances=32"], "--passage 32: it needs more than 16"),
+        (["recall", "--length=64", "--passage=20", "--distances=44"], "--distances 44: passages of 20"),
+        (["recall", "--length=64", "--attention=performer,window=3,sinks=4"], "sinks must be at most the window, 3"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_before_a_model_is_loaded(places, monkeypatch, capsys, words, message):
     monkeypatch.setattr("lra.gemma.commands.load_base", lambda *_: pytest.fail("loaded"))
     try:
-        code = main(["gemma", words[0], *places, *TRAIN, "--attention=softmax", *words[1:]])
+        code = main(["gemma", words[0], *places, *TRAIN * (words[0] != "recall"), "--attention=softmax", *words[1:]])
     except SystemExit as stopped:  # of the parser
         code = stopped.code
     assert code == 2 and message in capsys.readouterr().err

@@ -61,10 +61,11 @@ def prompt(length=17):
 @pytest.mark.parametrize("layers", ["all", "full", "0,2"])
 @pytest.mark.parametrize("kind", ["gemma1", "gemma2", "gemma3"])
 @torch.no_grad()
-def test_softmax_bridge_is_eager_gemma_with_left_padding_windows_and_soft_cap(kind, layers):
+def test_softmax_bridge_is_eager_gemma_with_left_padding_windows_and_soft_cap(kind, layers, monkeypatch):
     model = gemma(kind)
     ids, mask = prompt()
-    for given in (None, mask):
+    for given, chunk in ((None, bridge.CHUNK), (None, 5), (mask, bridge.CHUNK), (mask, 5)):
+        monkeypatch.setattr(bridge, "CHUNK", chunk)
         model.set_attn_implementation("eager")
         expected = model(ids, attention_mask=given).logits
         plug(model, layers=layers)

@@ -58,8 +58,9 @@ def test_scores_equal_the_plain_form_and_divergence_needs_no_second_logits():
 
 def test_a_position_with_a_logit_that_is_not_finite_has_no_loss():
     hidden, head, targets = inputs()
-    head.weight_VE[(targets[0] + 1) % V, 0] = -torch.inf  # not the target of the first position
-    assert score(hidden.abs(), head, targets)[0].isnan().all()
+    for value in (-torch.inf, torch.inf, torch.nan):
+        head.weight_VE[(targets[0] + 1) % V, 0] = value  # not the target of the first position
+        assert score(hidden.abs(), head, targets)[0].isnan().all()
 
 
 def test_a_capped_head_has_no_such_shortcut():
