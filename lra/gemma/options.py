@@ -23,7 +23,7 @@ METHOD = (
     option("--features", "random features M a head, or its like: 64,256", numbers(int, 1, True), "256"),
     option("--window", "of replaced layers; auto: only exact ones keep it", ("auto", "keep", "ignore"), "auto"),
     option("--ignore-softcap", "replace capped logits (Gemma 2) by uncapped ones", bool),
-    option("--seeds", "seeds 0..N-1", at_least(1), 1),
+    option("--seeds", "seeds 0..N-1", at_least(1, 10**6), 1),
 )
 SCORE = option("--eval", "test sequences (default: tiny 64, others 16; recall: 24)", at_least(2), dest="eval_blocks")
 ADAPTER = option("--adapter", "adapter.safetensors of a finetuned run", Path, required=True)

@@ -49,7 +49,8 @@ def setting_of(r: Record) -> str:
     first, last = e["layers"][0], e["layers"][-1]
     whole = e["layers"] == list(range(first, last + 1))
     layers = f"{first} to {last}" if whole and last > first + 1 else ",".join(map(str, e["layers"]))
-    text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]})"
+    shared = ", films in several splits" if r["task"]["version"] == 1 and r["data"]["source"] == "embedded" else ""
+    text = f"{r['task']['dataset']} ({r['data']['splits']['test']['sha256'][:8]}{shared})"
     parts = [e["base"], text, f"{r['task']['seq_len']} tokens", f"layers {layers}", r["training"]["precision"]]
     if "passage" in (about := r["data"]["splits"]["test"]):
         passages = f"passages of {about['passage']} tokens without their first {about['skipped']}"

@@ -19,7 +19,7 @@ def size(text: str) -> int:
 GRID = (
     option("--tasks", "comma-separated names", default="all"),
     option("--attentions", "comma-separated names", default="all"),
-    option("--seeds", "seeds 0..N-1 of each cell", at_least(1), 1),
+    option("--seeds", "seeds 0..N-1 of each cell", at_least(1, 10**6), 1),
     option("--jobs", "runs at a time, sharing the threads; 0 = one per CPU core, 1 on a GPU", at_least(0), 0),
     option("--memory", "bytes all runs together may hold, such as 6G (default: what is free)", size),
 )

@@ -37,7 +37,7 @@ COMMANDS = {
         (
             TASK,
             option("--attention", "a name of `list attentions`, or package.module:Class", required=True),
-            option("--seed", "of initialisation, batches, dropout and projections", at_least(0), 0),
+            option("--seed", "of initialisation, batches, dropout and projections", at_least(0, 10**6), 0),
             PRESET,
             option("--again", "train anew what has a record; the old record is kept beside it", bool),
             *TRAINING,

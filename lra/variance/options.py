@@ -29,7 +29,7 @@ MEASURE = (
     option("--draws", "independent draws of the projections per point", at_least(2), 16),
     option("--schemes", "comma-separated names; a wrong one lists them", default="all"),
     option("--target-norm", "of cooled schemes: mean |q|^2 + |k|^2 after scaling", numbers(float, 1e-12), 4.0),
-    option("--seed", "of data and projections", at_least(0), 0),
+    option("--seed", "of data and projections", at_least(0, 10**6), 0),
     THREADS,
     option("--name", "of the files bench/NAME.*, figures/NAME-*", default="variance"),
     option("--redraw", "measure nothing: draw the figures of bench/NAME.json again", bool),

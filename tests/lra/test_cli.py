@@ -99,6 +99,7 @@ def test_incomplete_or_mistyped_commands_end_with_exit_code_2(words, capsys):
         ["prepare", "tiny", "--preset=smoke", "--workers=-1"],
         ["train", "tiny", "--attention=softmax", "--preset=smoke", "--threads=-1"],
         ["train", "tiny", "--attention=softmax", "--preset=smoke", "--seed=-1"],
+        ["train", "tiny", "--attention=softmax", "--preset=smoke", "--seed=1000001"],  # no record may have it
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--jobs=-1"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=-1"],
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--memory=0"],
@@ -107,7 +108,7 @@ def test_incomplete_or_mistyped_commands_end_with_exit_code_2(words, capsys):
         ["sweep", "--tasks=tiny", "--attentions=softmax", "--preset=smoke", "--seeds=-1"],
     ],
 )
-def test_negative_numbers_are_refused(words, plugins, capsys, tmp_path, monkeypatch):
+def test_numbers_out_of_range_are_refused(words, plugins, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import lra.scaling.sweep
 
