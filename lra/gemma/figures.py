@@ -86,11 +86,11 @@ def _recovery(rows: Rows) -> str:
         return "no exact attention or no floor to compare with"
     label = label_of(rows, floor)
     name = "averaging (constant)" if label[0] == "constant" else titled(label)
+    if recovered(exact, floor, exact) is None:
+        return f"{name} is not told apart from exact attention: this setting cannot see far attention"
     others = {label: runs for label, runs in rows.items() if label[0] not in BASELINES}
     shares = {label: recovered(exact, floor, runs) for label, runs in others.items()}
     known = {label: share for label, share in shares.items() if share}
-    if not known:
-        return f"{name} is not told apart from exact attention: this setting cannot see far attention"
     higher = above(floor, [others[label] for label in known])
     better = {label: share.value for (label, share), yes in zip(known.items(), higher, strict=True) if yes}
     if not better:
