@@ -14,7 +14,7 @@ from lra.options import PRESETS, unknown
 from lra.records import measured
 from lra.records.markup import flat
 from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, Report, iterate_records, report_skipped
-from lra.records.stats import DESIGN_EFFECT, Uncertain, over_seeds, proportion, wilson
+from lra.records.stats import Uncertain, design_effect, over_seeds, proportion, wilson
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 Row = tuple[int, str, tuple[str, ...]]  # order, attention, what differs from the defaults
@@ -49,7 +49,7 @@ class Column:
     @property
     def effect(self) -> float:
         """The design effect of its test examples: n of them tell as much as n / effect independent ones."""
-        return DESIGN_EFFECT.get((self.task, self.version, self.dataset), 1.0)
+        return design_effect(self.task, self.version, self.dataset)
 
     @property
     def parts(self) -> list[str]:

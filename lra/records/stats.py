@@ -43,7 +43,7 @@ import numpy as np
 ALPHA = 0.05  # level of every test
 # (task, version, data set) whose test examples share documents, and how many times the binomial variance a share of
 # right answers has there: the median over the 27 runs of preset small. Records do not say which examples share.
-DESIGN_EFFECT = {("retrieval", 1, "Python imports (substitute for AAN)"): 1.49}
+DESIGN_EFFECTS = {("retrieval", 1, "Python imports (substitute for AAN)"): 1.49}
 
 
 # A value between the limits of an interval; accuracies are fractions, not percent.
@@ -94,6 +94,12 @@ class Uncertain:
             return 0.0
         test, training = (quantile(k, level) if v else 0.0 for v, k in ((a, self.freedom), (b, self.seeds_freedom)))
         return (test * a + training * b) / math.sqrt(a + b)
+
+
+def design_effect(task: str, version: int, dataset: str) -> float:
+    """How many times the binomial variance a share of right test answers has: n tell as much as n / effect independent
+    ones (Kish 1965, Survey Sampling). 1 where examples share nothing."""
+    return DESIGN_EFFECTS.get((task, version, dataset), 1.0)
 
 
 def quantile(freedom: float = math.inf, level: float = ALPHA) -> float:

@@ -15,7 +15,7 @@ from lra import registry
 from lra.machine import pick_device, set_threads
 from lra.options import STOPPED, UsageError
 from lra.records.record import Execution, predictions_path, read_record, record_path
-from lra.records.stats import DESIGN_EFFECT, wilson
+from lra.records.stats import design_effect, wilson
 from lra.training import config, distributed
 from lra.training.evaluate import Where
 from lra.training.train import WEIGHTS, Interrupted, check_unfinished, run_folder
@@ -150,8 +150,7 @@ def outcome(record: dict[str, Any], path: Path) -> str:
     if not record["result"]:
         return record["status"]
     n_correct, n = record["result"]["n_correct"], record["result"]["n_test"]
-    task = record["task"]
-    effect = DESIGN_EFFECT.get((task["name"], task["version"], task["dataset"]), 1.0)
+    effect = design_effect(*(record["task"][key] for key in ("name", "version", "dataset")))
     low, high = wilson(n_correct / effect, n / effect)
     floors = ", ".join(f"{name} {100 * floor:.1f}" for name, floor in record["data"]["floors"].items())
     line = f"test {share(n_correct, n)}, 95% interval [{100 * low:.1f}, {100 * high:.1f}]; floors: {floors}"

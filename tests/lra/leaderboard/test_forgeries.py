@@ -573,8 +573,8 @@ FORGERIES = {
     "C4: a substitute under the name of the real set": (relabelled, "task or substitute differ"),
     "C5: a baseline lowered by copies": (baseline(lowered), "its curve is that of records/listops/softmax"),
     # these are well made, are taken in, and change nothing of the owner's
-    "C5: a baseline lowered, with a curve of its own": (baseline(lowered, hidden=True), "", "apart"),
-    "C5: a failure that nobody saw": (failure(failure=lambda f: evidence(f, 2)), "", "apart"),
+    "C5: a baseline lowered, with a curve of its own": (baseline(lowered, hidden=True), ", by eve</td>", "apart"),
+    "C5: a failure that nobody saw": (failure(failure=lambda f: evidence(f, 2)), ", by eve</td>", "apart"),
     # in the owner's folder: rejected at V1, V2 or V3
     "C5: one curve under three of the owner's seeds": (mine(as_first, seeds=(1, 2)), "its curve is that of", 1),
     "C6 c, d: a badge in a file": (mine(claimed), "result.n_correct is", 1),
@@ -636,43 +636,49 @@ def test_a_forgery_is_refused_or_stands_apart(name, forger, capsys):
     edit, reason, *how = FORGERIES[name]
     edit(forger)
     capsys.readouterr()
-    {"apart": stands_apart, "": is_refused}.get(how[0] if how else "", is_rejected)(forger, reason, capsys, *how)
+    seen = {"apart": stands_apart, "": is_refused}.get(how[0] if how else "", is_rejected)
+    said = seen(forger, capsys, *how)
+    assert said and all(reason in text for text in said), said
 
 
-def is_refused(forger, reason, capsys):
-    """`submit` says why, and leaves nothing behind."""
+def is_refused(forger, capsys):
+    """`submit` says why in one line, which is returned, and leaves nothing behind."""
     before = same_files(forger.owner.results)
     assert submitted(forger) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert " is refused: " in line and reason in line and len(line) < 1200, line
+    assert " is refused: " in line and len(line) < 1200, line
     assert same_files(forger.owner.results) == before
+    return [line]
 
 
-def stands_apart(forger, reason, capsys, how):
-    """`submit` takes it in; the table of the owner stays, and the page has it in a section of its own."""
+def stands_apart(forger, capsys, how):
+    """`submit` takes it in; the table of the owner stays, and the page has it in a section of its own: returned."""
     before = table(forger)
     assert submitted(forger) == 0
     assert table(forger) == before
     results = forger.owner.results
     assert main(["leaderboard", "build", f"--results={results}", f"--data={forger.owner.data}"]) == 0
     above, below = (results / "index.html").read_text().split('<h2 id="others">')
-    assert ", by eve</td>" in below and "counter/eve" in below and "by eve" not in above and "counter/eve" not in above
+    assert "counter/eve" in below and "by eve" not in above and "counter/eve" not in above
+    return [below]
 
 
-def is_rejected(forger, reason, capsys, level):
-    """`verify` says why and writes nothing; at V1, tables leave it out and name it."""
+def is_rejected(forger, capsys, level):
+    """`verify` says why and writes nothing; at V1, tables leave it out and say why. Returns what they say."""
     results = forger.owner.results
     before = same_files(results)
     first = [str(forger.owner.records()[0])] * (level > 1)  # beyond V1, the others say nothing of it
     assert main(["leaderboard", "verify", *first, f"--level={level}", *forger.owner.places]) == 1
-    out = capsys.readouterr().out
-    assert "rejected: " in out and reason in out, out
+    said = [capsys.readouterr().out]
+    assert "rejected: " in said[0], said
     assert same_files(results) == before
     if level == 1:
         assert main(["table", f"--results={results}", "--format=csv"]) == 1
         shown = capsys.readouterr()
         rejected = sum(v.rejected for v in judge(Places(results)).values())
-        assert len(shown.out.splitlines()) == 1 + 3 - rejected and reason in shown.err
+        assert len(shown.out.splitlines()) == 1 + 3 - rejected
+        said.append(shown.err)
+    return said
 
 
 def test_a_checkpoint_that_is_not_at_hand_leaves_v2_to_the_start_and_says_so(owner, tmp_path):

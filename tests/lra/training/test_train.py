@@ -411,11 +411,11 @@ def test_update_that_breaks_the_weights_after_the_last_loss_fails_the_run(lab):
 
 
 def test_logit_that_is_not_finite_in_the_test_alone_fails_the_run(lab, monkeypatch):
-    def test(trainer, original=Trainer.test):
+    def spoilt(trainer, original=Trainer.test):
         trainer.best["head.out.bias"][1] = float("inf")
         return original(trainer)
 
-    monkeypatch.setattr(Trainer, "test", test)
+    monkeypatch.setattr(Trainer, "test", spoilt)
     assert lab.train()["status"] == "failed: logits of 23 of 23 test examples are not finite"
 
 
