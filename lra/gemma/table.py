@@ -7,7 +7,19 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from lra.gemma.rows import FLOORS, Label, Rows, baseline, by_distance, by_setting, grouped, label_of, order, titled
+from lra.gemma.rows import (
+    FLOORS,
+    Label,
+    Rows,
+    baseline,
+    by_distance,
+    by_setting,
+    grouped,
+    label_of,
+    order,
+    setting_of,
+    titled,
+)
 from lra.gemma.stats import SPIKE, WINDOW, Record, accuracy, gap, recovered, score, spike_rate, validation
 from lra.options import UsageError
 from lra.records.markup import MISSING, Block, Grid, Heading, Text, markdown
@@ -198,7 +210,7 @@ def anisotropy(records: Sequence[Record]) -> list[Block]:
     header = ("layer", "q²", "k²", "largest", "condition", "pair")
     header += ("aligned q²", "aligned largest", "above 1/2", "aligned pair", "optimal")
     blocks: list[Block] = [Text(LEGEND_ANISOTROPY)]
-    for setting, ((r,),) in ((name, rows.values()) for name, rows in by_setting(records).items()):
+    for r in records:
         rows = []
         for x in r["result"]["layers"]:
             best = [v for v in x["aligned_log10_optimal"] if v is not None]
@@ -207,7 +219,7 @@ def anisotropy(records: Sequence[Record]) -> list[Block]:
             raw = f"{x['q_norm2']:.0f}", f"{x['k_norm2']:.0f}", f"{max(x['top']):.3g}", f"{max(x['condition']):.2g}"
             aligned = f"{x['aligned_norm2']:.1f}", f"{max(x['aligned_top']):.3g}", str(max(x["aligned_above_half"]))
             rows.append((str(x["layer"]), *raw, pair, *aligned, aligned_pair, optimal))
-        blocks += [Heading(setting), Grid(header, tuple(rows))]
+        blocks += [Heading(setting_of(r)), Grid(header, tuple(rows))]
     return blocks
 
 
