@@ -147,31 +147,27 @@ READERS = ["table", "compare", "plot", "cards", "leaderboard verify", "leaderboa
 READERS += ["gemma table", "gemma plot"]
 
 
+@pytest.fixture
+def no_folders(tmp_path):
+    """Paths of nothing, of a file, and of a link to itself."""
+    absent, file, loop = (tmp_path / name for name in ("absent", "file", "loop"))
+    file.write_text("")
+    loop.symlink_to(loop)
+    return absent, file, loop
+
+
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("kind", ["absent", "file", "loop"])
-def test_results_that_are_no_folder_are_named_and_nothing_is_made(name, kind, tmp_path, capsys):
-    path = tmp_path / kind
-    if kind == "file":
-        path.write_text("x")
-    elif kind == "loop":
-        path.symlink_to(path)
-    with pytest.raises(SystemExit) as ended:
-        main([*name.split(), f"--results={path}"])
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and f"--results: {path}: there is no such folder" in line
-    assert path.is_symlink() or path.exists() == (kind == "file")
+def test_results_that_are_no_folder_are_named_and_nothing_is_made(name, no_folders, tmp_path, error_line):
+    for path in no_folders:
+        assert f"--results: {path}: there is no such folder" in error_line(*name.split(), f"--results={path}")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}
 
 
-@pytest.mark.parametrize("kind", ["absent", "file", "loop"])
 @pytest.mark.parametrize("words", ["train tiny --attention=softmax --data", "tensorboard --runs", "gemma swap --text"])
-def test_folders_that_cannot_be_read_are_one_line(words, kind, plugins, tmp_path, error_line, tiny_data):
-    path = tmp_path / kind
-    if kind == "file":
-        path.write_text("")
-    elif kind == "loop":
-        path.symlink_to(path)
+def test_folders_that_cannot_be_read_are_one_line(words, no_folders, plugins, error_line, tiny_data):
     more = ["--attention=softmax", "--model=tiny", f"--data={tiny_data}"] if "gemma" in words else []
-    assert str(path) in error_line(*words.split(), path, *more)
+    for path in no_folders:
+        assert str(path) in error_line(*words.split(), path, *more)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -448,13 +444,13 @@ def test_record_that_is_none_is_one_line_in_evaluate_and_table(kind, broken_reco
     assert str(path) in skipped_line(path.parents[4], capsys)
 
 
-@pytest.mark.parametrize("section", ["task", "data", "model", "training"])
-def test_record_whose_sections_are_empty_is_one_line(section, lab, error_line, capsys):
+def test_record_whose_sections_are_empty_is_one_line(lab, error_line, capsys):
     record = lab.train()
-    path = lab.records()[0]
-    path.write_text(json.dumps(record | {section: {}}))
-    assert str(path) in error_line("evaluate", path, *lab.places)
-    assert str(path) in skipped_line(lab.results, capsys)
+    (path,) = lab.records()
+    for section in ("task", "data", "model", "training"):
+        path.write_text(json.dumps(record | {section: {}}))
+        assert str(path) in error_line("evaluate", path, *lab.places), section
+        assert str(path) in skipped_line(lab.results, capsys), section
 
 
 def test_record_that_does_not_exist_is_one_line(error_line, lab, tmp_path):

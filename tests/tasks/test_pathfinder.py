@@ -145,24 +145,10 @@ def test_an_image_depends_on_seed_and_index_alone():
     assert not np.array_equal(generate(150, seed=6)[0], images)
 
 
-@pytest.mark.parametrize(
-    ("size", "length", "matched", "digest"),
-    [
-        (32, 14, False, "8d5cd1e481b9762b"),
-        (32, 9, False, "0b2d2c39863207f3"),
-        (32, 6, False, "07cdfc0c89db8064"),
-        (32, 3, True, "45ed2d4caab8bfe8"),
-        (64, 6, False, "af808e0c72f16041"),
-        (64, 9, False, "93d09c95da0ba5e6"),
-        (64, 14, False, "bfcdf7b54a5c6cd6"),
-        (128, 6, False, "596f79eb8307e213"),
-        (128, 9, False, "326d894722d88850"),
-        (128, 14, False, "3eb2009986f4e1e1"),
-    ],
-)
-def test_bytes_of_a_seed_never_change(size, length, matched, digest):
-    images, labels = generate(8, seed=0, size=size, contour_length=length, matched=matched)
-    assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == digest
+def test_bytes_of_a_seed_never_change_with_matched_discs_either():
+    """tests/tasks/test_fidelity.py holds the hashes of every published size and length."""
+    images, labels = generate(8, seed=0, size=32, contour_length=3, matched=True)
+    assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == "45ed2d4caab8bfe8"
 
 
 @pytest.mark.parametrize("bad", [dict(size=31), dict(size=16), dict(contour_length=12)])

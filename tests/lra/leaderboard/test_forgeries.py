@@ -4,10 +4,14 @@ A forgery starts from valid runs: a guest's seeds 3 to 5 of a cell that the owne
 knows the rules: hashes and counts are made to fit what was changed, where the row does not say `raw`.
 """
 
+import copy
+import functools
 import gzip
 import hashlib
 import json
+import operator
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from lra.__main__ import main
 from lra.leaderboard.consistency import Places, manifest
 from lra.leaderboard.levels import judge, verify
 from lra.records.record import LARGEST, labels_path, predictions_path
+from lra.records.schema import Rejected, check
 from lra.training import checkpoint
 from lra.training.trainer import MIDDLE, WEIGHTS
 from tasks.store.prepared import data_identity
@@ -423,6 +428,22 @@ def their_answers(f, record, answers):
     return answers
 
 
+MALFORMED = {  # field: values that no record may have there
+    "result.n_correct": (-1, "20"),
+    "result.curve": ([[4, "val", -0.5, 1, 13]],),
+    "result.probe.losses": ([],),
+    "training.seed": (False,),
+    "training.optimizer": ("SGD",),
+    "task.preset": ("huge",),
+    "task.name": ("../../../etc",),
+    "task.dataset": ("<script>alert(1)</script>",),
+    "model.attention": ("../softmax", "perf\u043ermer"),
+    "data.floors": ({"<b>": 0.5, "majority": 0.5},),
+    "env.cpu": ("<img src=x onerror=alert(1)>", "CPU \u202etxt.exe", "\x1b[2J"),
+    "cost.wall_s": (-1.0,),
+    "cost.peak_bytes": (10**15,),
+    "started": ("2026-01-01T00:00:00",),
+}
 # name: (edit, what the reason holds)
 FORGERIES = {
     # counts and sizes
@@ -430,9 +451,6 @@ FORGERIES = {
     "the test size": (field("result", "n_test", to=24), "result.n_test is 24"),
     "validation count": (field("result", "val_n_correct", to=lambda v: v - 1), "result.val_n_correct is"),
     "validation size": (field("result", "n_val", to=14), "result.n_val is 14"),
-    "a negative count": (field("result", "n_correct", to=-1), "result.n_correct must be"),
-    "a text for a number": (field("result", "n_correct", to="20"), "result.n_correct must be"),
-    "a truth value for a number": (field("training", "seed", to=False), "training.seed must be"),
     "more test examples than the preset": (field("data", "splits", "test", "n", to=24), "at most 23"),
     "sequences beyond the preset": (field("data", "splits", "test", "max_length", to=42), "max_length"),
     # seeds
@@ -453,7 +471,6 @@ FORGERIES = {
     "parameters to softmax": (field("model", "n_params_ratio_to_softmax", to=0.5), "model.n_params_ratio_to_softmax"),
     "exactness": (field("model", "exact", to=True), "model.exact is True"),
     "initial weights": (field("model", "init_sha256", to=OTHER), "model.init_sha256 is"),
-    "another optimizer": (field("training", "optimizer", to="SGD"), "training.optimizer must be"),
     "processes that do not share a batch": (field("training", "world_size", to=3), "training.world_size is 3"),
     "a processor that is no GPU": (field("cost", "device", to="cuda"), "env.gpu is None"),
     "the protocol": (field("task", "protocol", to="open"), "task.protocol is open"),
@@ -477,7 +494,6 @@ FORGERIES = {
     "more right than there are": (curve(lambda c: c[1].__setitem__(3, 14)), "result.curve: val at step 4"),
     "a loss that so many errors exceed": (curve(lambda c: c[0].__setitem__(2, 0.001)), "result.curve: train at step 4"),
     "no loss": (curve(lambda c: c[1].__setitem__(2, None)), "at loss None"),
-    "a negative loss": (curve(lambda c: c[1].__setitem__(2, -0.5)), "result.curve[1] must be"),
     # answers
     "a flipped answer, raw": (
         lambda f: f.write(answers=f.answers ^ (np.arange(23) == 3)), "does not match the sha256 in its record"
@@ -500,7 +516,6 @@ FORGERIES = {
     "a split's hash": (field("data", "splits", "train", "sha256", to=OTHER), "hashes of the splits differ"),
     "the length": (field("task", "seq_len", to=4096), "task.seq_len is 4096"),
     "the preset": (field("task", "preset", to="paper"), "training.recipe is"),
-    "a preset there is not": (field("task", "preset", to="huge"), "task.preset must be"),
     "the version": (field("task", "version", to=2), "task.version is 2"),
     "a lower floor": (field("data", "floors", "majority", to=0.01), "the share of no class"),
     "another floor beside it": (
@@ -510,7 +525,6 @@ FORGERIES = {
     "speed": (field("cost", "steps_per_s", to=1e6), "cost.steps_per_s"),
     "tokens": (field("cost", "tokens_per_s", to=1e12), "cost.tokens_per_s"),
     "no time at all": (field("cost", "wall_s", to=0.0), "cost.steps_per_s"),
-    "negative time": (field("cost", "wall_s", to=-1.0), "cost.wall_s must be"),
     "a training longer than the run": (
         lambda f: (
             f.record["cost"].update(wall_s=9e4, steps_per_s=round(12 / 9e4, 4), tokens_per_s=0.02), f.write()
@@ -519,9 +533,7 @@ FORGERIES = {
     ),
     "an end before the start": (field("ended", to="2001-01-01T00:00:00+00:00"), "between started and ended"),
     "no such day": (field("started", to="2026-02-31T00:00:00+00:00"), "is no time"),
-    "memory beyond any machine": (field("cost", "peak_bytes", to=10**15), "cost.peak_bytes must be"),
     # form
-    "no probe": (field("result", "probe", "losses", to=[]), "result.probe.losses must be"),
     "an added field": (field("suite", "bonus", to=1), "suite.bonus"),
     "a missing field": (text('"torch":', '"tarch":'), "unknown field 'env.tarch'"),
     "another schema": (field("schema", to="lra-record/2"), "not a record of schema"),
@@ -538,17 +550,7 @@ FORGERIES = {
     "a link for a record": (linked, "no regular file"),
     "a link for answers": (linked_answers, "no regular file"),
     "a pipe for a record": (piped, "no regular file"),
-    # names
-    "a path as a task": (field("task", "name", to="../../../etc"), "task.name must be"),
-    "a path as an attention": (field("model", "attention", to="../softmax"), "model.attention must be"),
     "a module of the standard library": (field("task", "name", to="antigravity"), "unknown task 'antigravity'"),
-    "script as a data set": (field("task", "dataset", to="<script>alert(1)</script>"), "task.dataset must be"),
-    "script as a processor": (field("env", "cpu", to="<img src=x onerror=alert(1)>"), "env.cpu must be"),
-    "script as a floor": (field("data", "floors", to={"<b>": 0.5, "majority": 0.5}), "data.floors must be"),
-    "text that turns around": (field("env", "cpu", to="CPU \u202etxt.exe"), "env.cpu must be"),
-    "a letter that looks like another": (field("model", "attention", to="perf\u043ermer"), "model.attention must be"),
-    "control characters": (field("env", "cpu", to="\x1b[2J"), "env.cpu must be"),
-    "a time without a zone": (field("started", to="2026-01-01T00:00:00"), "started must be"),
     # runs that are one run
     "the owner's files as somebody else's": (copied_by_another, "its curve is that of records/tiny/performer"),
     "those, begun at another time": (copied_with_another_start, "its curve is that of records/tiny/performer"),
@@ -615,6 +617,17 @@ def submitted(forger):
     """`leaderboard submit` of all files of the forger; returns its exit code."""
     files = sorted(map(str, forger.inbox.glob("*.json")))
     return main(["leaderboard", "submit", *files, "--by=eve", *forger.owner.places])
+
+
+def test_a_value_that_no_record_may_have_is_refused_with_its_field(forger):
+    check(forger.record)
+    for name, values in MALFORMED.items():
+        *keys, last = name.split(".")
+        for value in values:
+            record = copy.deepcopy(forger.record)
+            functools.reduce(operator.getitem, keys, record)[last] = value
+            with pytest.raises(Rejected, match=rf"{re.escape(name)}(\[0\])? must be"):
+                check(record)
 
 
 def test_what_the_forger_starts_from_is_valid_and_stands_apart(forger, capsys):

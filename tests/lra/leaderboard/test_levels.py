@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -125,11 +124,6 @@ def test_sizes_beyond_memory_are_refused_before_anything_is_built(lab):
     path = lab.records()[0]
     found = verify(path, 1, Places(lab.results, lab.data))
     assert found.rejected and "exceed the" in found.reason
-
-
-def test_verification_loads_torch_for_the_model_alone():
-    code = "import sys, lra.leaderboard.levels; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0
 
 
 # The cell

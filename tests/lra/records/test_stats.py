@@ -1,5 +1,6 @@
 """Intervals against hand-computed values, published examples and scipy; how often they hold the truth."""
 
+import itertools
 import math
 from functools import cache
 
@@ -188,13 +189,11 @@ def coverage(m, ratio, other, draws=40_000):
 
 
 @pytest.mark.parametrize("m", BOUNDS)
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 1, 2, 4, 8])
-@pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_gaps_are_held_as_often_as_said_and_not_without_the_noise_of_one_method(m, ratio, share):
-    both, one = coverage(m, ratio, ratio * share)
-    assert BOUNDS[m][0] <= both <= BOUNDS[m][1]
-    if share == 1 and ratio >= 4 and m > 2:
-        assert one < 0.935
+def test_gaps_are_held_as_often_as_said_and_not_without_the_noise_of_one_method(m):
+    for ratio, share in itertools.product((0.25, 0.5, 1, 2, 4, 8), (0, 0.5, 1)):
+        both, one = coverage(m, ratio, ratio * share)
+        assert BOUNDS[m][0] <= both <= BOUNDS[m][1], (ratio, share)
+        assert share < 1 or ratio < 4 or m == 2 or one < 0.935, ratio
 
 
 def test_a_whole_table_of_equal_methods_claims_a_difference_in_at_most_one_case_of_twenty():

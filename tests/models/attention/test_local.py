@@ -4,31 +4,11 @@ import pytest
 import torch
 
 from tests.models.cases import Case, Setting, assert_same, inputs, run
-from tests.models.contract import CHECKS, failures
 
 N = 13
 SETTING = Setting((2, 3, N, 5), True)
 SLOPES = torch.tensor([0.5, 0.25, 0.125]).double()
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
-
-
-@CAUSAL
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 2},
-        {"window": 5},
-        {"window": 1, "sinks": 1},
-        {"window": 2, "sinks": 3},
-        {"window": 2, "shape": "blocks"},
-        {"window": 3, "sinks": 2, "shape": "blocks"},
-    ],
-    ids=str,
-)
-def test_the_contract_holds_for_windows_shorter_than_the_sequence(options, causal):
-    case = Case("local", options, causal)
-    assert failures(case, [name for name in CHECKS if name != "compiled_equals_eager"]) == {}
 
 
 @CAUSAL

@@ -6,13 +6,10 @@ import torch.nn.functional as F
 
 from lra.registry import build_attention
 from models.attention.reformer import MOST_BUCKETS, naive_reformer
-from tests.models.cases import Case
-from tests.models.contract import CHECKS, failures
 
 B, H, N, D = 2, 3, 61, 5
 SHAPE = {"heads": H, "head_dim": D, "max_len": N}
 SMALL = {"num_keys": 12, "rounds": 2, "buckets": 6}  # chunk 3 against 61 tokens: the hashes decide
-SLOW = {"compiled_equals_eager"}  # with the default options, in test_contract.py
 
 
 def qkv(*, dtype=torch.float64, strength=1.0, seed=0):
@@ -31,13 +28,6 @@ def exact(q, k, v, causal=False, scale=D**-0.5):
     others = n[None] < n[:, None] if causal else n[None] != n[:, None]
     others[0, 0] |= causal  # the first has only itself
     return F.scaled_dot_product_attention(s, F.normalize(s, dim=-1), v, attn_mask=others, scale=scale)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_contract_holds_where_the_hashes_decide(causal):
-    """At the contract's sizes the default window holds whole rows; here it is two tokens wide."""
-    case = Case("reformer", {"num_keys": 8, "rounds": 2, "buckets": 2}, causal)
-    assert failures(case, set(CHECKS) - SLOW) == {}
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -163,14 +163,13 @@ def test_truncated_parquet_is_a_one_line_error(tmp_path, keep):
     one_line(caught)
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-@pytest.mark.parametrize("rest", ["", "\n", "\r\n\r\n"])
 @pytest.mark.parametrize("text", ['a, ""b""\nc', "x" * 131_073, "y" * 3_000_000, "\r\n\u2028\x1f\U0001f600", " ", "NA"])
-def test_read_table_of_csv_keeps_the_text_as_it_is(tmp_path, mark, rest, text):
+def test_read_table_of_csv_keeps_the_text_as_it_is(tmp_path, text):
     path = tmp_path / "a.csv"
-    path.write_text(f'{mark}text,label,more\n"{text}",1,\nd,0,{rest}', newline="", encoding="utf-8")
-    expected = {"text": [text.replace('""', '"'), "d"], "label": ["1", "0"]}
-    assert files.read_table(path, ["text", "label"]) == expected
+    for mark, rest in (("", ""), ("\ufeff", "\n"), ("\ufeff", "\r\n\r\n")):
+        path.write_text(f'{mark}text,label,more\n"{text}",1,\nd,0,{rest}', newline="", encoding="utf-8")
+        expected = {"text": [text.replace('""', '"'), "d"], "label": ["1", "0"]}
+        assert files.read_table(path, ["text", "label"]) == expected
 
 
 @pytest.mark.parametrize(
