@@ -185,18 +185,22 @@ def declared_cost_is_the_cost(case: Case) -> None:
     assert not case.cls.linear_memory or sizes[1] < 2.2 * sizes[0], f"linear_memory, but state_bytes {sizes}"
 
 
+GENERATED = ("softmax", "performer", "linear")  # PyTorch's fused operator, the family's own, a recurrence in chunks
+
+
 @check(applies=lambda case: combined(case) or not case.options)
 def compiled_equals_eager(case: Case) -> None:
-    """Inductor in the form that the trainer compiles, which needs a C++ compiler and seconds; its graphs, forward and
-    backward, at several options together, since each option on its own would be minutes; the forward graph of a
-    causal form."""
+    """Inductor, as the trainer compiles, for GENERATED and whatever comes from outside: its C++ needs a compiler and
+    up to a minute. For the others, and where options are combined, the graphs that Inductor would be given, forward
+    and backward; the forward graph of a causal form."""
     attention, (q, k, v), mask = (case.build(PADDED, torch.float32), inputs(PADDED, torch.float32), PADDED.mask())
     torch._dynamo.reset()
     with warnings.catch_warnings():
         # PyTorch's own compiler uses torch.jit, and looks for gradients of intermediate results.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-        backend = "aot_eager" if case.options else "eager" if case.causal else "inductor"
+        backend = "inductor" if case.name in GENERATED or ":" in case.name else "aot_eager_decomp_partition"
+        backend = "eager" if case.causal else "aot_eager" if case.options else backend
         compiled = torch.compile(attention, backend=backend)(q, k, v, mask)
         got = outputs_and_gradients(compiled, mask, q=q, k=k, v=v, **dict(attention.named_parameters()))
     assert_same(got, run(attention, q, k, v, mask), 1e-5)
