@@ -56,7 +56,7 @@ def test_steps_pass_over_padding_wherever_it_stands(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_steps_stay_close_in_half_precision_over_long_sums(name, half):
-    setting = Setting((1, 1, 2048, 5), False)
+    setting = Setting((1, 1, 701, 5), False)  # 701 values around 100 sum to more than 65,504, the largest of fp16
     attention = Case(name, causal=True).build(setting, torch.float32, trained=False)
     q, k, v = (x.detach() for x in inputs(setting, half))
     wanted, state = attention(q.float(), k.float(), v.float() + 100), None
