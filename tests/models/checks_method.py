@@ -188,7 +188,7 @@ def declared_cost_is_the_cost(case: Case) -> None:
 GENERATED = ("softmax", "performer", "linear")  # PyTorch's fused operator, the family's own, a recurrence in chunks
 
 
-@check(applies=lambda case: combined(case) or not case.options)
+@check(applies=lambda case: not case.options or (combined(case) and not case.causal))
 def compiled_equals_eager(case: Case) -> None:
     """Inductor, as the trainer compiles, for GENERATED and whatever comes from outside: its C++ needs a compiler and
     up to a minute. For the others, and where options are combined, the graphs that Inductor would be given, forward
