@@ -88,18 +88,24 @@ def by_onednn(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
-def half_square(x: torch.Tensor) -> torch.Tensor:
-    """|x|^2 / 2 over the last axis; for all but small x without a tensor of squares in either direction."""
-    return x.square().sum(-1) / 2 if torch.compiler.is_compiling() or x.numel() < 2**16 else _HalfSquare.apply(x)
+def half_square(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, and |x|^2 / 2 over its last axis. What is computed from this x gives its gradient a place: for all but small x
+    there is no tensor of squares in either direction."""
+    small = torch.compiler.is_compiling() or x.numel() < 2**16
+    return (x, x.square().sum(-1) / 2) if small else _HalfSquare.apply(x)
 
 
 class _HalfSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
-        return torch.linalg.vector_norm(x, dim=-1).square_().div_(2)
+        return x, torch.linalg.vector_norm(x, dim=-1).square_().div_(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return ctx.saved_tensors[0] * g[..., None]
+    def backward(ctx, dx, g):
+        (x,) = ctx.saved_tensors
+        if dx is None or g is None:
+            return dx if g is None else x * g[..., None]
+        return dx.addcmul_(x, g[..., None])  # in place: products alone read this x, and their gradients are new

@@ -28,11 +28,11 @@ class Attention(FeatureAttention):
         self.w_HMD = nn.Parameter(self.gaussian())
 
     def maps(self, k_BHND, scale):
-        a_HMD = scale**0.5 * self.w_HMD.to(k_BHND.dtype)
-        return Maps(a_HMD, a_HMD, k_BHND, -scale * half_square(k_BHND), a_HMD.new_zeros(a_HMD.shape[:2]))
+        a_HMD, (x_BHND, square_BHN) = scale**0.5 * self.w_HMD.to(k_BHND.dtype), half_square(k_BHND)
+        return Maps(a_HMD, a_HMD, x_BHND, -scale * square_BHN, a_HMD.new_zeros(a_HMD.shape[:2]))
 
     def log_norm(self, q_BHND, scale):
-        return -scale * half_square(q_BHND) - math.log(self.config.num_features)
+        return -scale * half_square(q_BHND)[1] - math.log(self.config.num_features)
 
 
 def naive_lfk(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):

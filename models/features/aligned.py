@@ -105,12 +105,12 @@ class AlignedAttention(FeatureAttention):
 
     def maps(self, k_BHND, scale):
         dtype = k_BHND.dtype
-        ak_HMD, x_BHND = scale**0.5 * self.w_HMD.to(dtype), self.aligned(k_BHND, "k")
+        ak_HMD, (x_BHND, square_BHN) = scale**0.5 * self.w_HMD.to(dtype), half_square(self.aligned(k_BHND, "k"))
         aq_HMD = ak_HMD if self.G_HDD is None else ak_HMD @ self.G_HDD.to(dtype)
         if self.transforms:
             aq_HMD = aq_HMD @ self.Tq_HDD.to(dtype)
         bias_HM = aq_HMD.new_zeros(aq_HMD.shape[:2]) if self.b_HM is None else self.b_HM.to(dtype)
-        key_bias_BHN = -scale * half_square(x_BHND)
+        key_bias_BHN = -scale * square_BHN
         if self.centres:
             mean_q_HD1 = self.mean_q_HD.to(dtype)[..., None]
             key_bias_BHN = key_bias_BHN + scale * (k_BHND @ mean_q_HD1)[..., 0]
@@ -120,7 +120,7 @@ class AlignedAttention(FeatureAttention):
         return Maps(aq_HMD, ak_HMD, x_BHND, key_bias_BHN, bias_HM)
 
     def log_norm(self, q_BHND, scale):
-        log_BHN = -scale * half_square(self.aligned(q_BHND, "q")) - math.log(self.config.num_features)
+        log_BHN = -scale * half_square(self.aligned(q_BHND, "q"))[1] - math.log(self.config.num_features)
         if self.centres:
             mean_q_HD, mean_k_HD = (x.to(q_BHND.dtype) for x in (self.mean_q_HD, self.mean_k_HD))
             log_BHN = log_BHN + scale * ((q_BHND - mean_q_HD[:, None]) @ mean_k_HD[..., None])[..., 0]

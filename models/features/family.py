@@ -26,7 +26,7 @@ import torch
 from models.base import AttentionBase, naive_average, option, packed, real_rows, require, wide
 from models.features import memory
 from models.features.blocks import fold, inside, joined, merge, near, read, state_of, sums, unfold
-from models.features.flash import NEVER, flash
+from models.features.flash import NEVER, flash, in_memory, weights
 from models.features.projections import gaussian
 
 BLOCK = {"cpu": 128}  # tokens of a block of the causal form without a window
@@ -90,8 +90,14 @@ class FeatureAttention(AttentionBase):
                 blocks = functools.partial(self.by_blocks, scale=scale, causal=causal)
                 return packed(blocks, mask_BN, q_BHND, k_BHND, v_BHND).to(v_BHND.dtype)
             maps = self.maps(k_BHND.to(wide(k_BHND.dtype)), scale)
-            state = state_of(maps.ak_HMD, maps.x_BHND, v_BHND, hidden(maps.key_bias_BHN, mask_BN))
-            out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
+            key_bias_BHN = hidden(maps.key_bias_BHN, mask_BN)
+            if q_BHND.shape[2] <= q_BHND.shape[3] and in_memory(q_BHND, maps.aq_HMD[None]):  # P p has few columns
+                p_BHMN, L_BHM = weights(maps.ak_HMD, maps.x_BHND, key_bias_BHN)
+                P_BHNM, _ = weights(q_BHND, maps.aq_HMD, L_BHM + maps.feature_bias_HM, mass=False)
+                out_BHND = P_BHNM @ p_BHMN @ v_BHND.to(P_BHNM)
+            else:
+                state = state_of(maps.ak_HMD, maps.x_BHND, v_BHND, key_bias_BHN)
+                out_BHND, _ = read(q_BHND, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
             return (out_BHND if mask_BN is None else out_BHND.masked_fill(~real_rows(mask_BN), 0)).to(v_BHND.dtype)
 
     def by_blocks(self, q_BHND, k_BHND, v_BHND, mask_BN, *, scale, causal):

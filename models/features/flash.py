@@ -57,17 +57,27 @@ def flash(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, key_bias_BHK: Tensor, 
     inputs = q_BHQD.to(work), k_BHKD.to(work), v_BHKD.to(work), key_bias_BHK.to(wide(work))
     if torch.compiler.is_compiling():
         return _forward_op(*inputs, causal)
-    small = device == "cpu" and q_BHQD.shape[:3].numel() * k_BHKD.shape[2] <= SMALL
-    return plain(*inputs, causal, mass) if small else _Flash.apply(*inputs, causal)
+    return plain(*inputs, causal, mass) if in_memory(q_BHQD, k_BHKD) else _Flash.apply(*inputs, causal)
+
+
+def in_memory(q_BHQD: Tensor, k_BHKD: Tensor) -> bool:
+    """Whether `flash` runs `plain` because the matrix p is small."""
+    small = q_BHQD.shape[:3].numel() * k_BHKD.shape[2] <= SMALL
+    return small and q_BHQD.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def plain(q, k, v, key_bias, causal, mass=True):
     """The definition, with the matrix p in memory: out and, with `mass`, lse."""
+    p, lse = weights(q, k, key_bias, causal, mass)
+    return (p @ v.to(key_bias)).to(v.dtype), lse
+
+
+def weights(q, k, key_bias, causal=False, mass=True):
+    """p and, with `mass`, lse."""
     logits = (q.to(key_bias) @ k.to(key_bias).mT).add_(key_bias[..., None, :])
     if causal:
         logits = logits.masked_fill_(torch.ones(logits.shape[-2:], dtype=torch.bool).to(q.device).triu(1), -torch.inf)
-    p, lse = _Softmax.apply(logits, mass)
-    return (p @ v.to(key_bias)).to(v.dtype), lse
+    return _Softmax.apply(logits, mass)
 
 
 class _Softmax(torch.autograd.Function):

@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 
 
 PADDED = Setting((2, 3, 7, 5), True)
-SETTINGS = [Setting(PADDED.size, False), PADDED, Setting((1, 1, 1, 5), False), Setting((2, 1, 13, 11), True)]
+SETTINGS = [Setting(PADDED.size, False), PADDED, Setting((1, 1, 1, 5), False), Setting((2, 1, 11, 13), True)]
 
 
 class Case(NamedTuple):

@@ -99,7 +99,12 @@ def test_half_squares_and_their_gradients_are_right_at_zero_too(rows):
     x = normal(rows, 5).requires_grad_()
     with torch.no_grad():
         x[3] = 0
-    g = normal(rows, seed=1)
-    out = half_square(x)
+    g, w = normal(rows, seed=1), normal(5, 3, seed=2)
+    same, out = half_square(x)
     torch.testing.assert_close(out, x.square().sum(-1) / 2)
-    torch.testing.assert_close(torch.autograd.grad((g * out).sum(), x)[0], g[:, None] * x)
+    read = (same @ w).sum()
+    torch.testing.assert_close(torch.autograd.grad((g * out).sum(), x, retain_graph=True)[0], g[:, None] * x)
+    torch.testing.assert_close(
+        torch.autograd.grad((g * out).sum() + read, x, retain_graph=True)[0], g[:, None] * x + w.sum(1)
+    )
+    torch.testing.assert_close(torch.autograd.grad(read, x)[0], w.sum(1).expand(rows, -1))
