@@ -78,20 +78,14 @@ class Encoder(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"encoder width {width} is not a multiple of {heads} heads")
-        self.max_len, self.pooling = max_len, pooling
+        self.positions, self.pooling, self.heads = positions, pooling, heads
         self.embed = nn.Embedding(vocab, width)
-        total_len = max_len + (pooling == "cls")
-        self.positions = positions
         if positions == "learned":
             self.positions_NE = nn.Parameter(torch.randn(max_len, width))
-        elif positions == "sinusoidal":
-            self.register_buffer("positions_NE", sinusoids(max_len, width), persistent=False)
-        elif positions == "rotary":
-            for name, table in zip(("cos_ND", "sin_ND"), rotary(total_len, width // heads), strict=True):
-                self.register_buffer(name, table, persistent=False)
+        self._measure(max_len)
         if pooling == "cls":
             self.cls_E = nn.Parameter(torch.randn(width))
-        attentions = [build_attention(layer, total_len) for layer in range(layers)]
+        attentions = [build_attention(layer, max_len + (pooling == "cls")) for layer in range(layers)]
         for attention in attentions[1:]:
             attention.tie(attentions[0])
         if positions == "alibi":
@@ -101,13 +95,38 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.dropout = Dropout(dropout)
 
+    def _measure(self, max_len: int) -> None:
+        """Positions of up to `max_len` tokens, as far as they are computed."""
+        self.max_len, (_, width), tables = max_len, self.embed.weight.shape, {}
+        if self.positions == "sinusoidal":
+            tables["positions_NE"] = sinusoids(max_len, width)
+        elif self.positions == "rotary":
+            tables["cos_ND"], tables["sin_ND"] = rotary(max_len + (self.pooling == "cls"), width // self.heads)
+        for name, table in tables.items():
+            self.register_buffer(name, table.to(self.embed.weight.device), persistent=False)
+
+    def lengthen(self, max_len: int) -> None:
+        """Take up to `max_len` tokens from now on, with the weights as they are. ValueError where these end at the
+        length that they were made for."""
+        if self.positions == "learned":
+            raise ValueError(f"learned positions end at {self.max_len:,} tokens")
+        if any(attention.fixed_length for attention in self.attentions):
+            raise ValueError(f"the attention has a fixed length of {self.max_len:,} tokens")
+        self._measure(max_len)
+
     @property
     def attentions(self) -> list[nn.Module]:
         """The attention of each layer."""
         return [block.mixer.attention for block in self.blocks]
 
-    def forward(self, tokens_BN: torch.Tensor, mask_BN: torch.Tensor | None = None) -> torch.Tensor:
-        """Pooled features (B, E). `mask_BN` is True at real tokens; None means no padding."""
+    def forward(
+        self, tokens_BN: torch.Tensor, mask_BN: torch.Tensor | None = None, asked_BK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pooled features (B, E). `mask_BN` is True at real tokens; None means no padding.
+
+        With `asked_BK`, places of K tokens: logits of what stands there, (B, K, vocab), by the embeddings themselves,
+        logit_v = x . e_v / sqrt(E)  (tied as in arXiv 1608.05859), so that masked reconstruction adds no parameter.
+        """
         B, N = tokens_BN.shape
         if N > self.max_len:
             raise ValueError(f"sequence of {N} tokens exceeds the model's max_len {self.max_len}")
@@ -124,6 +143,10 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x_BNE = block(x_BNE, mask_BN, rotation)
         x_BNE = self.norm(x_BNE)
+        if asked_BK is not None:
+            places_BK1 = asked_BK[..., None] + (self.pooling == "cls")
+            x_BKE = x_BNE.gather(1, places_BK1.expand(-1, -1, x_BNE.shape[-1]))
+            return F.linear(x_BKE, self.embed.weight) * x_BNE.shape[-1] ** -0.5
         return x_BNE[:, 0] if self.pooling == "cls" else masked_mean(x_BNE, mask_BN)
 
 

@@ -38,8 +38,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, tokens_BTN: torch.Tensor, mask_BTN: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, C); `mask_BTN` True at real tokens, None = no padding."""
+    def forward(
+        self, tokens_BTN: torch.Tensor, mask_BTN: torch.Tensor | None = None, asked_BTK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (B, C); `mask_BTN` True at real tokens, None = no padding. With `asked_BTK`, places of tokens: logits
+        of what stands there, (B, T K, vocab), and no head."""
         B, T, _ = tokens_BTN.shape
-        mask = None if mask_BTN is None else mask_BTN.flatten(0, 1)
-        return self.head(self.encoder(tokens_BTN.flatten(0, 1), mask).view(B, T, -1))
+        rows = [part if part is None else part.flatten(0, 1) for part in (tokens_BTN, mask_BTN, asked_BTK)]
+        out = self.encoder(*rows)
+        return self.head(out.view(B, T, -1)) if asked_BTK is None else out.view(B, -1, out.shape[-1])

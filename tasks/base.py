@@ -17,6 +17,10 @@ and may export
     members(data)     patterns of the raw files in such an archive: the last parts of their paths
     export(splits, folder) -> list[Path]    writes the files that the task was published as
     decode(tokens) -> str                   spells a sequence of symbols
+    longer(data, test, factor) -> Split     test examples of `factor` times the length, of a generated task; `data` and
+                    `test` are those of the run that is tested, and none of its train may be among them
+    groups(split) -> (name, values)         a whole number for each example, such as how many pairs it has: records
+                    hold the accuracy of each
 
 tasks/store/prepared.py checks what `build` returns, and writes it once as memory-mapped arrays with a manifest.
 Training reads only those. Token id 0 is padding in every task and never a symbol.
@@ -184,9 +188,10 @@ class Built:
 class Batch:
     """One batch as the model sees it. T = towers, N = longest sequence of the batch, rounded up."""
 
-    tokens_BTN: torch.Tensor  # int64, 0 = padding
+    tokens_BTN: torch.Tensor  # int64, 0 = padding, and a masked token
     mask_BTN: torch.Tensor | None  # bool, True = real token; None when nothing is padded
-    labels_B: torch.Tensor  # int64
+    labels_B: torch.Tensor  # int64; with places to ask, what stood there, (B, T K), below 0 where nothing is asked
+    asked_BTK: torch.Tensor | None = None  # int64, K places of each sequence that were masked; None: classify
 
 
 def majority(train_labels: np.ndarray, test_labels: np.ndarray) -> float:

@@ -109,8 +109,7 @@ def _split(rng: np.random.Generator, name: str, data: Data, counts: np.ndarray, 
             m = min(_CHUNK, n - start)
             drawn = _pairs(rng, m, P, data.options, held, name)
             key, value = KEY + drawn[0], VALUE + drawn[1]
-            tokens = rng.choice([BLANK, VALUE], (m, 2 * P + filler + 1)).astype(np.uint16)
-            tokens[tokens == VALUE] += rng.integers(0, values, (tokens == VALUE).sum(), np.uint16)
+            tokens = _filler(rng, (m, 2 * P + filler + 1), values)
             # The items that are pairs, of P + filler; each pair ahead moves a token on by one.
             row, place = np.arange(m)[:, None], np.sort(rng.random((m, P + filler)).argsort(1)[:, :P], 1) + np.arange(P)
             tokens[row, place], tokens[row, place + 1] = key, value
@@ -119,6 +118,33 @@ def _split(rng: np.random.Generator, name: str, data: Data, counts: np.ndarray, 
             labels.append(np.take_along_axis(value, drawn[2], 1)[:, 0] - VALUE)
     order, labels = rng.permutation(count), np.concatenate(labels)
     return Split.of([sequences[i] for i in order], labels[order])
+
+
+def _filler(rng: np.random.Generator, shape: int | tuple[int, ...], values: int) -> np.ndarray:
+    """Blanks and values without a key, at even chances."""
+    tokens = rng.choice([BLANK, VALUE], shape).astype(np.uint16)
+    tokens[tokens == VALUE] += rng.integers(0, values, (tokens == VALUE).sum(), np.uint16)
+    return tokens
+
+
+def longer(data: Data, test: Split, factor: int) -> Split:
+    """Each example of `test` with so much more filler at random places that it is `factor` times as long. Its pairs and
+    query, which train does not have, stay; the same things stand farther back, among more."""
+    rng, sequences = np.random.default_rng([data.seed, factor]), []
+    for i in range(len(test.labels)):
+        tokens = test.sequence(i)
+        # Where a pair, a lone token or the query begins: nothing comes between a key and its value.
+        begins = np.flatnonzero(np.append(True, tokens[:-1] < KEY))
+        extra = (factor - 1) * len(tokens)
+        old = np.sort(rng.choice(len(begins) - 1 + extra, len(begins) - 1, replace=False))
+        places = np.repeat(begins, np.diff([-1, *old, len(begins) - 1 + extra]) - 1)
+        sequences.append(np.insert(tokens, places, _filler(rng, extra, data.options["values"])))
+    return Split.of(sequences, test.labels)
+
+
+def groups(split: Split) -> tuple[str, np.ndarray]:
+    """How many pairs each example has; the query is a key, too."""
+    return "pairs", np.add.reduceat(split.tokens >= KEY, split.offsets[:-1], dtype=np.int64) - 1
 
 
 def _pairs(rng: np.random.Generator, n: int, P: int, options: dict, held: set[bytes], name: str) -> list[np.ndarray]:

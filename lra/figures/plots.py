@@ -22,10 +22,11 @@ from lra.figures.style import color, drawing, label_ends, listed, short
 from lra.options import PRESETS
 from lra.records import measured
 from lra.records.cells import Cell, Column, Row, Table, row_name
+from lra.records.columns import fields
 from lra.records.markup import flat
 from lra.records.measured import BASELINE, Curves
 from lra.records.significance import compare_all
-from lra.records.stats import ALPHA, average, holm, mean_sd
+from lra.records.stats import ALPHA, Uncertain, average, holm, mean_sd, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,8 @@ def draw(results: Path, tables: Sequence[Table], everything: bool = False) -> li
     methods, else style.SERIES of them."""
     figures, written, lengths = {}, [], measured.attention(results)
     for table in (t for t in tables if t.preset in PRESETS):  # a name of a record becomes no name of a file
-        for make in (bubble, accuracy, curves):
+        own = [groups] * any(e.groups[0] for e in table.entries) + [field] * bool(fields(table))
+        for make in (bubble, accuracy, curves, *own):
             figures[f"{table.preset}-{make.__name__}"] = partial(make, table, shown_rows(table, everything))
     figures["lengths"] = partial(scaling, {name: lengths[name] for name in style.selection(list(lengths), everything)})
     with drawing():
@@ -63,13 +65,13 @@ def _more(table: Table, rows: Rows) -> str:
     return f" ({len(rows)} of {every} methods; all of them: plot --all)" if len(rows) < every else ""
 
 
-def panels(table: Table, height: float) -> tuple[Figure, list[tuple[Column, Axes]]]:
+def panels(shown: Sequence[Column], height: float, width: float = 3.1) -> tuple[Figure, list[tuple[Column, Axes]]]:
     """A figure with one panel per column of the table, at most three beside each other."""
-    figure, places = style.grid(len(table.columns), 3.1, height)
-    for column, place in zip(table.columns, places, strict=True):
+    figure, places = style.grid(len(shown), width, height)
+    for column, place in zip(shown, places, strict=True):
         task, *rest = map(flat, column.parts)
         place.set_title("\n".join([task, *textwrap.wrap(", ".join(rest), 34)[:3]]), fontsize=8)
-    return figure, list(zip(table.columns, places))
+    return figure, list(zip(shown, places))
 
 
 def accuracy(table: Table, rows: Rows) -> Figure | None:
@@ -77,7 +79,7 @@ def accuracy(table: Table, rows: Rows) -> Figure | None:
     and a dashed line through the others."""
     if not rows:
         return None
-    figure, places = panels(table, 1.3 + 0.2 * (len(rows) + 2))
+    figure, places = panels(table.columns, 1.3 + 0.2 * (len(rows) + 2))
     for column, axes in places:
         cells = {row: table.cells.get((row, column)) for row in rows}
         heights = {row: cell.estimate.value for row, cell in cells.items() if cell and cell.ok}
@@ -114,7 +116,7 @@ def curves(table: Table, rows: Rows) -> Figure | None:
     """Validation accuracy against step: mean over seeds; softmax and constant with the band of their sd."""
     if not any(e.curve for e in table.entries):
         return None
-    figure, places = panels(table, 2.7)
+    figure, places = panels(table.columns, 2.7)
     lines, gaps = {}, {}
     for column, axes in places:
         ends = []
@@ -142,6 +144,66 @@ def _mean_curve(cell: Cell | None) -> list[tuple[int, float, float]]:
     shared = sorted(set.intersection(*map(set, runs))) if runs else []
     points = [(step, *mean_sd([100 * run[step] for run in runs])) for step in shared]
     return [(step, mean, sd or 0.0) for step, mean, sd in points]
+
+
+def groups(table: Table, rows: Rows) -> Figure | None:
+    """Accuracy on test examples that are alike, such as those of as many pairs: mean over seeds, 95% interval."""
+    names = {e.column: e.groups[0] for e in table.entries if e.groups[0]}
+    figure, places = panels([c for c in table.columns if c in names], 3.4, 4.6)
+    told = []
+    for column, axes in places:
+        said = []
+        for row in rows:
+            cell = table.cells.get((row, column))
+            runs = [e.groups[1] for e in cell.ok if e.groups[1]] if cell else []
+            values = sorted(set.intersection(*map(set, runs))) if runs else []
+            sizes = {value: runs[0][value][1] / column.effect for value in values}
+            means = [over_seeds([run[v][0] / run[v][1] for run in runs], sizes[v]) for v in values]
+            if means:
+                _means(axes, values, means, short(row_name(row)), style.look(row[1]))
+                if row[1] in ("softmax", "constant"):
+                    said.append(f"{row[1]} {100 * means[0].value:.0f} to {100 * means[-1].value:.0f}%")
+        style.log_axes(axes, 2, "linear", xlabel=short(names[column]), ylabel="test accuracy, %")
+        label_ends(axes)
+        every = [value for e in table.entries if e.column == column for value in e.groups[1]]
+        span = f"{min(every)} to {max(every)} {short(names[column])}"
+        told.append(f"{column.task}, {span}: {listed(said or ['no baseline'])}")
+    style.message(figure, f"{table.preset}: {'; '.join(told)}")
+    figure.supxlabel(f"mean over seeds, 95% interval{_more(table, rows)}", fontsize=8)
+    return figure
+
+
+def _means(axes: Axes, xs: Sequence[float], means: Sequence[Uncertain], label: str, look: dict) -> None:
+    """A line through means, with their intervals, in percent."""
+    ys = [100 * mean.value for mean in means]
+    ends = [[100 * (m.value - m.low) for m in means], [100 * (m.high - m.value) for m in means]]
+    axes.errorbar(xs, ys, yerr=ends, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=2, alpha=0.6)
+    axes.plot(xs, ys, label=label, **look)
+
+
+def field(table: Table, rows: Rows) -> Figure | None:
+    """Accuracy by receptive field: local with windows of several sizes, beside softmax and constant."""
+    found = fields(table)
+    figure, places = panels([c for c in table.columns if c in found], 2.9, 3.6)
+    said = []
+    for column, axes in places:
+        cells = found[column]
+        _means(axes, list(cells), [cell.estimate for cell in cells.values()], "local", style.look("local"))
+        for name in ("softmax", "constant"):
+            if (cell := table.cell(name, column)) and cell.ok:
+                band = {"color": color(name), "alpha": 0.15, "linewidth": 0}
+                axes.axhspan(100 * cell.estimate.low, 100 * cell.estimate.high, **band)
+                ys = [100 * cell.estimate.value] * 2
+                axes.plot([min(cells), max(cells)], ys, label=name, color=color(name), linestyle="--")
+                if name == "softmax":
+                    near = [n for n, c in cells.items() if c.estimate.value > cell.estimate.value - 0.01]
+                    said.append(f"{column.task} {f'{near[0]:,}' if near else 'none'} of {column.seq_len:,}")
+        style.log_axes(axes, 2, "linear", xlabel="receptive field, tokens", ylabel="test accuracy, %")
+        label_ends(axes)
+    told = listed(said or ["no softmax"])
+    style.message(figure, f"{table.preset}: fewest tokens with which local is within a point of softmax: {told}")
+    figure.supxlabel("mean over seeds, 95% interval (bands: of softmax and constant)", fontsize=8)
+    return figure
 
 
 def bubble(table: Table, rows: Rows) -> Figure | None:

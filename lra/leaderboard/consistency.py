@@ -16,7 +16,15 @@ import numpy as np
 
 from lra import registry
 from lra.options import UsageError
-from lra.records.record import Execution, cell_digest, predictions_path, read_labels, read_predictions, record_path
+from lra.records.record import (
+    Execution,
+    cell_digest,
+    predictions_path,
+    pretraining_steps,
+    read_labels,
+    read_predictions,
+    record_path,
+)
 from lra.records.schema import Rejected, Unchecked
 from tasks.base import SourceError
 from tasks.store.prepared import SCHEMA as DATA_SCHEMA
@@ -144,14 +152,15 @@ def _clocks(record: dict[str, Any]) -> None:
 def _curve(record: dict[str, Any]) -> None:
     """Validations at the steps of the recipe, up to the end of the run, and every count possible beside its loss."""
     training, splits = record["training"], record["data"]["splits"]
-    recipe, curve = training["recipe"], (record["result"] or record["failure"])["curve"]
+    recipe, curve, turn = training["recipe"], (record["result"] or record["failure"])["curve"], _turn(training)
     n_val = splits["test" if record["data"]["val_rule"] == "legacy" else "val"]["n"]
     end, every = training["steps"], max(1, recipe["eval_every"])
-    most = 2 * -(-end // every)  # two entries for each validation; a failed run may lack those of its last
+    # Two entries for each validation; a failed run may lack those of its last.
+    most = 2 * ((end - 1) // every - turn // every + 1) if end > turn else 0
     if not (most if record["result"] else most - 2) <= len(curve) <= most:
         raise Rejected(f"result.curve has {len(curve)} entries, not two for each validation of the recipe")
-    expected, before = [], 0
-    for step in (*range(every, end, every), end):
+    expected, before = [], turn
+    for step in (*range(turn // every * every + every, end, every), end)[: most // 2]:
         expected += [[step, "train", (step - before) * recipe["batch"]], [step, "val", n_val]]
         before = step
     if [[step, split, n] for step, split, _, _, n in curve] != expected[: len(curve)]:
@@ -160,6 +169,23 @@ def _curve(record: dict[str, Any]) -> None:
         # The true class of a wrong answer has a probability of at most 1/2.
         if loss is None or correct > n or (n - correct) * math.log(2) > n * loss * (1 + 1e-6):
             raise Rejected(f"result.curve: {split} at step {step}: no model has {correct} of {n} right at loss {loss}")
+
+
+def _turn(training: dict[str, Any]) -> int:
+    """The step at which labels begin. Before it, a loss at each step of the curve, and one there."""
+    steps, every = training["recipe"]["steps"], max(1, training["recipe"]["eval_every"])
+    try:
+        turn = pretraining_steps(training["overrides"], steps)
+    except (ValueError, OverflowError):
+        turn = -1
+    if not 0 <= turn < max(1, steps):
+        raise Rejected(f"training.overrides: pretrain.share {training['overrides']['pretrain.share']} is no share")
+    losses, end = training.get("pretrain", []), min(turn, training["steps"])
+    due = [*range(every, end, every), *([turn] * (end == turn > 0))]
+    # A failed run may have ended at one of them, before it was written.
+    if [step for step, _ in losses] not in (due, due[:-1] if training["steps"] in due else due):
+        raise Rejected("training.pretrain: its steps are not those of the recipe")
+    return turn
 
 
 def _selected(record: dict[str, Any]) -> None:
@@ -201,6 +227,10 @@ def _counts(path: Path, record: dict[str, Any], places: Places) -> None:
     labels = np.frombuffer(labels_of(record, places), np.uint8)
     right = int((predictions == labels).sum())
     same("result.n_correct", result["n_correct"], right, "counting predictions against labels")
+    if groups := result.get("groups"):
+        values, rights, sizes = zip(*groups["counts"], strict=True)
+        same("the values of result.groups", list(values), sorted(set(values)), "their order")
+        same("the sums of result.groups", [sum(rights), sum(sizes)], [right, split["n"]], "the test split")
     shares = np.bincount(labels, minlength=classes) / len(labels)
     majority = record["data"]["floors"].get("majority", math.nan)
     if not np.isclose(shares, majority, rtol=0, atol=1e-9).any():

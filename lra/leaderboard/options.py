@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lra.options import DATA, DEVICE, PLACES, PORT, READ, RUNS, TRUST, Command, folder, option
+from lra.options import DATA, DEVICE, PLACES, PORT, READ, RUNS, TRUST, Command, folder, numbers, option
 
 LEVELS = (
     "0 form and identity, 1 agrees with itself, 2 first losses repeated (needs --data), "
@@ -10,6 +10,10 @@ LEVELS = (
 )
 FORMS = "compact: accuracies of the default runs; long: every row, remarks, costs; tex: as long; csv: a line per record"
 TRIED = "CPU threads, e.g. 1,2: one run each, compared; the first becomes the counter-record (default: the record's)"
+LONGER = (
+    "times the length in training, e.g. 2,4: test the weights on longer data of a generated task, drawn anew, and keep "
+    "the counts in RESULTS/longer/ for the table (default: the record's own test split alone)"
+)
 CHECKED = (TRUST, DATA, READ, RUNS, DEVICE)
 
 RECORD = option("record", "its JSON file", Path)
@@ -17,6 +21,7 @@ REFERENCE = option("--reference", "folder of the records beside them", folder, P
 ONLY = option("--preset", "only this preset (default: all)", list)
 FORMAT = option("--format", FORMS, ("compact", "long", "tex", "csv"), "compact")
 WRITE = option("--write", "a file; of a Markdown file, what is between its results markers", Path)
+LENGTHS = option("--lengths", LONGER, numbers(int, 2, several=True), metavar="F[,F...]")
 COUNTER = option("--by", "whose counter-record it becomes: results/counter/BY/", default="rerun")
 THREADS = option("--threads", TRIED, metavar="N[,N...]")
 RAW = option("--data-dir", "folder with raw data, where the record's are local", Path)
@@ -27,7 +32,7 @@ LEVEL = option("--level", LEVELS, range(5), 1, type=int)
 EVERY = option("--level", f"verify every record up to it: {LEVELS}", range(1, 4), 1, type=int)
 
 COMMANDS = {
-    "evaluate": Command("lra.leaderboard.rerun:show", (RECORD, TRUST, *PLACES)),
+    "evaluate": Command("lra.leaderboard.rerun:show", (RECORD, LENGTHS, TRUST, *PLACES)),
     "reproduce": Command("lra.leaderboard.reproduce:reproduce", (RECORD, COUNTER, THREADS, RAW, TRUST, *PLACES)),
     "table": Command("lra.leaderboard.page:show_table", (READ, FORMAT, ONLY, WRITE)),
     "compare": Command("lra.leaderboard.page:compare", (READ, REFERENCE, ONLY)),

@@ -30,6 +30,8 @@ HERE = Path(__file__).parent
 CAPTIONS = {
     "bubble": "Accuracy, speed and peak memory of the methods that have run all tasks.",
     "accuracy": "Test accuracy by task, best first: seeds, mean and 95% interval; floors dashed.",
+    "groups": "Test accuracy by what makes an example hard, such as its number of pairs.",
+    "field": "Test accuracy by how many tokens can reach an output (local), beside softmax and constant.",
     "curves": "Validation accuracy while training: mean over seeds.",
     "lengths": "Time and memory of the attention alone against length; from where a method is not slower than softmax.",
 }

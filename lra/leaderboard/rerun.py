@@ -7,7 +7,7 @@ imported only where the user said --trust.
 import math
 import sys
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,18 @@ import torch
 from lra.leaderboard.consistency import Places, manifest, places, prepared_data, same
 from lra.machine import environment, pick_device
 from lra.options import UsageError
+from lra.records import columns
 from lra.records.record import Execution, read_predictions, read_record, record_path
 from lra.records.schema import Rejected, Unchecked, check
+from lra.registry import load_task, task_names
 from lra.training import checkpoint, config
+from lra.training.commands import share
 from lra.training.config import Run, model_facts, protocol
-from lra.training.evaluate import Counts, Where, evaluate
+from lra.training.evaluate import Counts, Diverged, Where, by_group, evaluate
 from lra.training.train import run_folder
 from lra.training.trainer import MIDDLE, PROBE_BATCH, WEIGHTS, middle_step, probe, validation_split
+from tasks.base import majority
+from tasks.store import prepared as store
 from tasks.store.prepared import Prepared
 
 LARGEST = 2**28  # parameters of a model built to check a record: a gigabyte
@@ -74,13 +79,18 @@ def model_again(record: dict[str, Any], places: Places) -> None:
 def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
     """V2: the probe's losses, on one CPU thread in fp32, from the start and from the checkpoint in the middle. Loss k
     of 20 must agree within a tolerance that grows from 1e-5 to 1e-3 of it. The checkpoint must have the hash of the
-    record, and validate as the curve says. The data are at hand, so floors and revision are compared, too. Returns why
-    only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without the data."""
+    record, and validate as the curve says. The data are at hand, so floors, revision and groups are compared, too.
+    Returns why only the start was repeated; empty if both were. Raises Rejected, or Unchecked or SourceError without
+    the data."""
     prepared = prepared_data(record, places)
     for key in ("floors", "revision"):
         if record["data"][key] != prepared.manifest[key]:
             raise Rejected(f"data.{key} is {record['data'][key]}, and the data say {prepared.manifest[key]}")
     run = run_of(record, places, prepared.manifest)
+    if (record["result"] or {}).get("groups"):
+        predictions = np.frombuffer(read_predictions(path, record), np.uint8)
+        again = by_group(load_task(run.meta.name), prepared.splits["test"], predictions)
+        same("result.groups", record["result"]["groups"], again.get("groups"), "the data")
     recorded = (record["result"] or record["failure"])["probe"]
     if recorded["batch"] != PROBE_BATCH:
         raise Rejected(f"result.probe.batch must be {PROBE_BATCH}")
@@ -91,7 +101,7 @@ def probe_again(path: Path, record: dict[str, Any], places: Places) -> str:
     middle, file = chain["middle"], run_folder(places.runs, run) / MIDDLE
     if not file.exists():
         return f"V2 from the start only: no {file}"
-    same("result.chain.middle.step", middle["step"], middle_step(run.recipe.train), "the run")
+    same("result.chain.middle.step", middle["step"], middle_step(run), "the run")
     tensors, _ = checkpoint.load(file)
     same("result.chain.middle.sha256", middle["sha256"], checkpoint.tensors_sha256(tensors), "the run")
     _repeated("result.chain.middle", middle["losses"], probe(run, prepared, file)["losses"])
@@ -185,7 +195,7 @@ def _affordable(record: dict[str, Any]) -> None:
     groups = {"encoder": e, "attention": options, "train": record["training"]["recipe"]}
     for key, value in record["training"]["overrides"].items():  # from here, overrides and sizes are the same
         group, _, option = key.partition(".")
-        if str(groups[group].get(option)) != value:
+        if group in groups and str(groups[group].get(option)) != value:
             raise Rejected(f"training.overrides: {key}={value} is not what the run used")
     length = max(e["max_len"], record["task"]["seq_len"])
     widest = max([1, *(v for v in options.values() if type(v) in (int, float))])
@@ -195,8 +205,8 @@ def _affordable(record: dict[str, Any]) -> None:
 
 
 def show(args: Namespace) -> int:
-    """`evaluate`: the saved weights of a record, on its test split, against its stored predictions.
-    Exit code 1 where fewer than AGREE of the predictions are the same."""
+    """`evaluate`: the saved weights of a record, on its test split, against its stored predictions; with --lengths, on
+    longer data, too. Exit code 1 where fewer than AGREE of the predictions are the same."""
     record, where = read_record(args.record), places(args)
     try:
         check(record)
@@ -216,4 +226,45 @@ def show(args: Namespace) -> int:
     print(f"test {counts.n_correct}/{counts.n}; {recorded}; {equal}")
     if agree < AGREE:
         print(f"not repeated: below {AGREE:.1%}; weights, code or data are not those of the record", file=sys.stderr)
+    elif args.lengths:
+        evaluate_longer(args, record, found)
     return int(agree < AGREE)
+
+
+def evaluate_longer(args: Namespace, record: dict[str, Any], found: Found) -> None:
+    """`evaluate --lengths`: the weights on longer test data, none of which is in train; counts go to RESULTS/longer/,
+    beside the hash of the weights, so that they speak of no other run. The record stays as it is."""
+    run, prepared, classifier = found
+    task, factors = load_task(run.meta.name), sorted(map(int, args.lengths.split(",")))
+    if not hasattr(task, "longer"):
+        raise UsageError(f"--lengths: {run.meta.name} has no longer data; tasks that have: {', '.join(_lengthened())}")
+    facts = {"schema": columns.SCHEMA, "weights": checkpoint.tensors_sha256(classifier.state_dict())}
+    facts |= {"fixed": "", "points": []}
+    train = prepared.splits["train"]
+    for factor in factors:
+        length = factor * run.recipe.data.seq_len
+        try:
+            classifier.encoder.lengthen(length)
+        except ValueError as error:
+            facts |= {"fixed": str(error), "points": [{"seq_len": f * run.recipe.data.seq_len} for f in factors]}
+            print(f"--lengths {args.lengths}: {error}")
+            break
+        split = task.longer(run.recipe.data, prepared.splits["test"], factor)
+        store.check(run.meta, f"{factor} times longer", split, length)
+        if store.disjoint(prepared.splits | {"test": split}, run.meta.towers)[1]:
+            raise UsageError(f"--lengths {factor}: the longer data of {run.meta.name} hold examples of train or val")
+        try:
+            counts = _evaluated((run, replace(prepared, splits={"test": split}), classifier), record, "test")
+        except Diverged as error:
+            raise UsageError(f"--lengths {factor}: {error}") from None
+        floor = majority(train.labels, split.labels)
+        facts["points"].append({"seq_len": length, "n_correct": counts.n_correct, "n": counts.n, "majority": floor})
+        facts["points"][-1]["sha256"] = store.facts(split)["sha256"]
+        print(f"{length:,} tokens: {share(counts.n_correct, counts.n)}; floor: majority {100 * floor:.1f}")
+    place = _weights(run, places(args))[1].relative_to(args.results / "records")
+    print(f"written: {columns.write_longer(args.results, place, facts)}")
+
+
+def _lengthened() -> list[str]:
+    """Tasks that have longer data."""
+    return [name for name in task_names() if hasattr(load_task(name), "longer")]

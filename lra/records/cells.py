@@ -89,6 +89,10 @@ class Entry:
         self.config = {k: v for name, part in parts.items() for k, v in _flatten(name, part).items()}
         self.open = task["protocol"] != PROTOCOL or self.params_ratio > MAX_PARAMETER_RATIO
         self.seed = int(training["seed"])
+        self.weights = ((result or {}).get("chain") or {}).get("final_sha256")
+        # (name, {value: (n_correct, n)}) of test examples that are alike, such as those of as many pairs
+        groups = (result or {}).get("groups") or {"by": "", "counts": ()}
+        self.groups = str(groups["by"]), {int(value): (int(k), int(n)) for value, k, n in groups["counts"]}
         self.peak_bytes = None if cost.get("peak_bytes") is None else int(cost["peak_bytes"])
         facts = map(str, filter(None, (*hardware, execution.precision, *execution.words)))
         self.machine = ", ".join(dict.fromkeys(facts))  # equal for two runs whose memory may be compared

@@ -76,6 +76,11 @@ def cell_digest(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def pretraining_steps(overrides: dict[str, str], steps: int) -> int:
+    """How many of a run's steps come before its labels: self-pretraining takes `pretrain.share` of them."""
+    return round(float(overrides.get("pretrain.share", 0)) * steps)
+
+
 def record_path(results: Path, task: str, attention: str, digest: str, seed: int) -> Path:
     """Where the record of a run lives. An outside attention `package.module:Class` becomes `package.module-Class`."""
     return Path(results) / "records" / task / attention.replace(":", "-") / digest[:16] / f"seed{seed}.json"

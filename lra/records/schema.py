@@ -133,6 +133,8 @@ RESULT = {
     "n_val": whole(1, EXAMPLES),
     "curve": CURVE,
     "predictions_sha256": SHA256,
+    # Test examples that are alike, such as those of as many pairs: value, n_correct, n.
+    "groups?": {"by": NAME, "counts": Items([whole(0, 10**6), whole(0, EXAMPLES), whole(1, EXAMPLES)], 1, 100)},
     "probe": PROBE,
     "chain?": {"middle": Maybe(MIDDLE), "final_sha256": SHA256},
 }
@@ -179,11 +181,12 @@ RECORD: dict[str, Any] = {
         "optimizer": one_of("AdamW"),
         "recipe": of_dataclass(Optim),
         "budget": whole(0, 10**6),
-        "overrides": Names(matching(rf"(attention|encoder|train)\.{WORD}", "a group.option"), TEXT),
+        "overrides": Names(matching(rf"(attention|encoder|train|pretrain)\.{WORD}", "a group.option"), TEXT),
         "world_size": whole(1, 10**6),
         **dict.fromkeys(("steps", "examples_seen"), whole(1)),
         "selected_step": whole(),
         "resumed": whole(0, 10**6),
+        "pretrain?": Items([whole(1), real()], 0, 20_000),  # step, mean loss since the one before
     },
     "result": Maybe(RESULT),
     "failure?": Maybe({"curve": CURVE, "probe": PROBE}),

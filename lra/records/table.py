@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lra.options import UsageError
-from lra.records import compact, markup, measured
+from lra.records import columns, compact, markup, measured
 from lra.records.cells import TASKS, Cell, Column, Names, Reasons, Row, Table, build, row_name
 from lra.records.markup import MISSING, Block, Bullets, Grid, Heading, Text, flat, refresh_block
 from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Report, report_skipped
@@ -129,7 +129,17 @@ def _preset(table: Table, reproduced: Mapping[Path, object]) -> list[Block]:
         Text(COSTS.format(speed=(SPEED if table.speeds else NO_SPEED).format(preset=flat(table.preset)))),
         Grid(header, costs),
         Text(f"Runs were made on: {machines}."),
+        *_beside(table),
     ]
+
+
+def _beside(table: Table) -> Iterator[Block]:
+    """Length generalisation and receptive fields, where they were measured."""
+    for text, (header, rows) in ((columns.LONGER, columns.longer(table)), (columns.FIELD, columns.receptive(table))):
+        if rows:
+            cells = ((name, *(c if isinstance(c, str) else _cell(c, None) for c in row)) for name, row in rows)
+            yield Text(text)
+            yield Grid(("attention", *header), tuple(cells))
 
 
 def _headers(table: Table) -> dict[Column, str]:

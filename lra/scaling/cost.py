@@ -22,7 +22,7 @@ from lra.scaling import calibration
 from lra.scaling.calibration import Machine, planned_manifest
 from lra.scaling.count import Uncountable, count
 from lra.training import config
-from lra.training.batches import Batches, evaluation_widths
+from lra.training.batches import MASKED, Batches, evaluation_widths
 from lra.training.trainer import PROBE_BATCH, PROBE_STEPS, validation_split
 from tasks.base import SPLITS
 from tasks.store.prepared import Prepared, load
@@ -49,7 +49,7 @@ def predict(run: config.Run, machine: Machine, prepared: Prepared | None = None)
     """Seconds at the mean width of the batches, bytes at the largest. Without data every sequence is taken to be as
     long as the longest. Raises Uncountable.
 
-    seconds = start + (steps + probe) * accumulate * (micro-batch in training)
+    seconds = start + (steps + probe) * accumulate * (micro-batch in training, by shares of pretraining and labels)
                     + (batches of all validations and of the test) * (micro-batch in evaluation)
     """
     optim, towers, splits = run.recipe.train, run.meta.towers, run.manifest["splits"]
@@ -67,6 +67,12 @@ def predict(run: config.Run, machine: Machine, prepared: Prepared | None = None)
     pairs = {(width, training) for training, w in widths.items() for width in (mean[training], int(w.max()))}
     works = {(width, training): count(run, width=width, training=training, **how) for width, training in pairs}
     step, evaluation = (machine.seconds(works[mean[training], training].counts) for training in (True, False))
+    if run.turn:
+        for width in (mean[True], int(trained.max())):
+            asked = max(1, round(MASKED[run.meta.reads] * width))
+            works[width, "pretraining"] = count(run, width=width, asked=asked, **how)
+        share = run.turn / optim.steps
+        step += share * (machine.seconds(works[mean[True], "pretraining"].counts) - step)
     steps = optim.accumulate * (optim.steps + PROBE_STEPS * PROBE_BATCH / optim.batch)
     seconds = machine.start_seconds + steps * step + len(widths[False]) * evaluation
     return Prediction(seconds, machine.bytes(max(work.peak for work in works.values())), optim.accumulate * step)

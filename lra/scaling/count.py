@@ -41,9 +41,9 @@ class Work(NamedTuple):
     peak: float
 
 
-def count(run: Run, *, batch: int, width: int, padded: bool, training: bool = True) -> Work:
+def count(run: Run, *, batch: int, width: int, padded: bool, training: bool = True, asked: int = 0) -> Work:
     """The work of one fp32 step on `batch` examples of `width` tokens, or of their evaluation; `padded`: with a mask.
-    Raises Uncountable."""
+    `asked`: a step of self-pretraining that reconstructs so many tokens of each sequence. Raises Uncountable."""
     why_plain("cpu", torch.float32)  # it tries the kernels of random features once, on numbers
     counter, fake, optim = Counter(), FakeTensorMode(), replace(run.recipe.train, accumulate=1)
     try:
@@ -54,7 +54,9 @@ def count(run: Run, *, batch: int, width: int, padded: bool, training: bool = Tr
         with patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True), fake:
             tokens_BTN = torch.zeros(batch, run.meta.towers, width, dtype=torch.int64)
             mask_BTN = torch.ones(tokens_BTN.shape, dtype=torch.bool) if padded else None
-            zeros = Batch(tokens_BTN, mask_BTN, torch.zeros(batch, dtype=torch.int64))
+            asked_BTK = tokens_BTN[..., :asked] if asked else None
+            labels = torch.zeros(batch, *[run.meta.towers * asked] * (asked > 0), dtype=torch.int64)
+            zeros = Batch(tokens_BTN, mask_BTN, labels, asked_BTK)
             with counter, torch.set_grad_enabled(training):
                 if training:
                     update(model, build_optimizer(model, optim), zeros, optim, "fp32")

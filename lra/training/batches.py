@@ -9,6 +9,9 @@ import torch
 
 from tasks.base import PAD, Batch, Split
 
+# Share of the tokens that self-pretraining masks, by what a task reads (Amos et al., arXiv 2310.02980, appendix).
+MASKED = {"symbols": 0.1, "bytes": 0.15, "pixels": 0.5}
+UNASKED = -100  # the label that no loss counts
 POOL = 32  # batches sorted by length together: enough to bucket well, few enough to stay random
 ROUND = 32  # a batch's length is rounded up to a multiple of this, so that few shapes occur
 
@@ -27,12 +30,13 @@ class Batches:
         self.cap = int(self.lengths.max())
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
-    def batch(self, step: int) -> Batch:
-        """The batch of optimizer step `step` = 0, 1, ..."""
+    def batch(self, step: int, share: float = 0) -> Batch:
+        """The batch of optimizer step `step` = 0, 1, ...; with a `share` of its tokens `masked`, if not 0."""
         epoch, index = divmod(step, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
-        return collate(self.split, self.towers, self._epoch[1][index], self.cap)
+        batch = collate(self.split, self.towers, self._epoch[1][index], self.cap)
+        return masked(batch, share, np.random.default_rng([self.seed, step, 1])) if share else batch
 
     def widths(self) -> np.ndarray:
         """Tokens that each batch of the first epoch is padded to."""
@@ -47,6 +51,21 @@ class Batches:
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             batches += np.split(pool, len(pool) // self.size)
         return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def masked(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
+    """Masked reconstruction in the place of labels: of each sequence, `share` of the real tokens, one at least, take
+    the id of padding, and are asked for. They stay real tokens."""
+    tokens_BTN = batch.tokens_BTN.numpy().copy()
+    real_BTN = tokens_BTN != PAD
+    count_BT1 = np.maximum(1, np.rint(share * real_BTN.sum(-1, keepdims=True))).astype(np.int64)
+    asked_BTK = np.where(real_BTN, rng.random(real_BTN.shape), 1).argsort(-1)[..., : count_BT1.max()]
+    counts_BTK = np.arange(asked_BTK.shape[-1]) < count_BT1
+    there_BTK = np.take_along_axis(tokens_BTN, asked_BTK, -1)
+    np.put_along_axis(tokens_BTN, asked_BTK, np.where(counts_BTK, PAD, there_BTK), -1)
+    labels = np.where(counts_BTK, there_BTK, UNASKED).reshape(len(tokens_BTN), -1)
+    tokens, labels, asked = map(torch.from_numpy, (tokens_BTN, labels, asked_BTK))
+    return Batch(tokens, batch.mask_BTN, labels, asked)
 
 
 def evaluation_batches(split: Split, towers: int, *, size: int) -> Iterator[tuple[np.ndarray, Batch]]:

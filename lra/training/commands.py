@@ -116,7 +116,7 @@ def data(m: dict[str, Any]) -> str:
 def header(run: config.Run) -> str:
     """The resolved configuration."""
     shared = {"encoder": asdict(run.recipe.encoder), "train": asdict(run.recipe.train)}
-    groups = {"attention": run.attention_config} | shared
+    groups = {"attention": run.attention_config} | shared | {"pretrain": {"steps": run.turn} if run.turn else {}}
     name = f"{run.meta.name} / {run.attention} / {run.preset} / seed {run.seed}  (digest {run.digest[:16]})"
     lines = [name, f"  data       {run.manifest['dataset']}, validation {run.val_rule}"]
     lines += [f"  {g:<10} " + " ".join(f"{k}={v}" for k, v in o.items()) for g, o in groups.items() if o]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from lra.options import UsageError, construct, unknown
-from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, cell_digest, read_record
+from lra.records.record import MAX_PARAMETER_RATIO, PROTOCOL, Execution, cell_digest, pretraining_steps, read_record
 from lra.registry import attention_class, attention_module, budget_options, build_attention, load_task
 from lra.training.checkpoint import tensors_sha256
 from models.encoder import Encoder
@@ -23,11 +23,19 @@ from tasks.base import Meta, Optim, Recipe, Stack
 from tasks.store.files import source_sha256
 from tasks.store.prepared import data_identity
 
-GROUPS = ("attention", "encoder", "train")
+GROUPS = ("attention", "encoder", "train", "pretrain")
 AT_LEAST = {  # smallest value that means something, by name of the option
     "train": {"steps": 1, "batch": 1, "accumulate": 1, "eval_every": 1, "warmup": 0, "weight_decay": 0},
     "encoder": {"layers": 1, "width": 1, "heads": 1, "ffn": 1, "max_len": 0},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Self-pretraining (Amos, Berant and Gupta, arXiv 2310.02980), which no preset has: of the same steps, the first
+    reconstruct masked tokens of the training inputs without their labels, each part with a schedule of its own."""
+
+    share: float = 0.0  # of the steps
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,11 @@ class Run:
     def micro_batch(self) -> int:
         """Examples that a process takes at a time, in training and in evaluation."""
         return self.recipe.train.batch // (self.recipe.train.accumulate * self.execution.processes)
+
+    @property
+    def turn(self) -> int:
+        """The step at which labels begin, after self-pretraining; 0 without it."""
+        return pretraining_steps(self.overrides, self.recipe.train.steps)
 
     @property
     def sources(self) -> dict[str, str]:
@@ -97,7 +110,7 @@ def overrides(pairs: list[str], steps: int | None = None) -> dict[str, str]:
         key, equals, value = pair.partition("=")
         group, dot, _ = key.partition(".")
         if not (equals and dot):  # what is no option of train or encoder is the attention's
-            places = {"train": Optim, "encoder": Stack}
+            places = {"train": Optim, "encoder": Stack, "pretrain": Pretrain}
             near = next((name for name, cls in places.items() if key in cls.__annotations__), "attention")
             got = repr(pair) + (f": did you mean {near}.{pair}?" if equals and key.isidentifier() else "")
             raise UsageError(f"--set takes GROUP.OPTION=VALUE with GROUP one of {', '.join(GROUPS)}; got {got}")
@@ -143,7 +156,7 @@ def resolve(
     module = load_task(task)
     recipe = load_preset(module, preset)
     defaults = attention_class(attention).Config(**default_options(attention, recipe))
-    before = {"attention": defaults, "encoder": recipe.encoder, "train": recipe.train}
+    before = {"attention": defaults, "encoder": recipe.encoder, "train": recipe.train, "pretrain": Pretrain()}
     after, changed = {}, {}
     for group, old in before.items():
         values = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{group}.")}
@@ -151,14 +164,14 @@ def resolve(
         # What is set to the value it has anyway is no override, and 2e-3 is 0.002: one run has one digest.
         differ = [option for option in sorted(values) if getattr(new, option) != getattr(old, option)]
         changed |= {f"{group}.{option}": str(getattr(new, option)) for option in differ}
-    options = stored_options(after.pop("attention"))
+    options, pretrain = stored_options(after.pop("attention")), after.pop("pretrain")
     recipe = dataclasses.replace(recipe, **after)
     run = Run(module.META, preset, attention, options, recipe, changed, val_rule, seed, manifest, execution)
-    _check(run)
+    _check(run, pretrain)
     return run
 
 
-def _check(run: Run) -> None:
+def _check(run: Run, pretrain: Pretrain) -> None:
     train, encoder = run.recipe.train, run.recipe.encoder
     for group, bounds in AT_LEAST.items():
         for name, least in bounds.items():
@@ -171,7 +184,11 @@ def _check(run: Run) -> None:
     longest = max(s["max_length"] for s in run.manifest["splits"].values())
     max_len = encoder.max_len or run.recipe.data.seq_len
     longer = f"sequences of {longest} tokens, beyond the model's maximum {max_len}"
+    share, turn = pretrain.share, round(pretrain.share * train.steps)
+    phases = f"pretrain.share {share} makes {turn} of {train.steps} steps pretraining"
     problems = {
+        f"pretrain.share must be at least 0 and below 1; got {share}": not 0 <= share < 1,
+        f"{phases}: both it and the labels need one or more": share and not 0 < turn < train.steps,
         f"train.beta2 must be at least 0 and below 1; got {train.beta2}": not 0 <= train.beta2 < 1,
         f"--seed must be at least 0; got {run.seed}": run.seed < 0,
         f"train.accumulate {parts} does not divide train.batch {batch}": batch % parts,

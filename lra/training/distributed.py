@@ -39,10 +39,11 @@ class World:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def data_parallel(self, model: nn.Module) -> nn.Module:
+    def data_parallel(self, model: nn.Module, unused: bool = False) -> nn.Module:
         """The model with gradients averaged over ranks. All ranks make the same weights and projections, and nothing
-        is sent but by `broadcast_buffers`: so `check_equal` has something to find."""
-        apart = {"init_sync": False, "forward_sync_buffers": False}
+        is sent but by `broadcast_buffers`: so `check_equal` has something to find. `unused`: some steps leave
+        parameters out."""
+        apart = {"init_sync": False, "forward_sync_buffers": False, "find_unused_parameters": unused}
         return model if self.size == 1 else DistributedDataParallel(model, **apart)
 
     def reseed(self, seed: int) -> None:
@@ -52,8 +53,7 @@ class World:
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's examples of a batch that all ranks made: every size-th, padded to the batch's width."""
-        parts = batch.tokens_BTN, batch.mask_BTN, batch.labels_B
-        return Batch(*(part if part is None else part[self.rank :: self.size] for part in parts))
+        return Batch(*(part if part is None else part[self.rank :: self.size] for part in vars(batch).values()))
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""

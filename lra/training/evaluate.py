@@ -6,6 +6,8 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lra.records.record import Execution
-from lra.training.batches import evaluation_batches
+from lra.training.batches import UNASKED, evaluation_batches
 from lra.training.distributed import ALONE, World
 from tasks.base import Batch, Split
 
@@ -50,13 +52,22 @@ class Counts:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
-    parts = batch.tokens_BTN, batch.mask_BTN, batch.labels_B
+    parts = vars(batch).values()
     return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in parts))
 
 
 def autocast(device: torch.device, precision: str):
     """The context a forward pass runs in: bf16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in nats, summed over examples. An example with several answers, logits (B, K, C), has the mean of
+    those that are asked for."""
+    if labels.dim() == 1:
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+    losses_BK = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=UNASKED)
+    return (losses_BK.sum(1) / (labels != UNASKED).sum(1)).sum()
 
 
 @torch.no_grad()
@@ -75,7 +86,7 @@ def evaluate(model: nn.Module, split: Split, towers: int, batch: int, where: Whe
             with autocast(where.device, where.precision):
                 logits_BC = model(part.tokens_BTN, part.mask_BTN)
             examples.append(chosen)
-            losses.append(F.cross_entropy(logits_BC.float(), part.labels_B, reduction="sum"))
+            losses.append(summed_loss(logits_BC, part.labels_B))
             classes.append(logits_BC.argmax(-1).where(logits_BC.isfinite().all(-1), -1))
             bar.update(len(chosen))
     model.train(training)
@@ -86,6 +97,15 @@ def evaluate(model: nn.Module, split: Split, towers: int, batch: int, where: Whe
     if failed := int((predictions < 0).sum()):
         raise Diverged(f"logits of {failed} of {total} {name} examples are not finite")
     return Counts(loss / total, int((predictions == split.labels).sum()), total, predictions.astype(np.uint8))
+
+
+def by_group(task: ModuleType, split: Split, predictions: np.ndarray) -> dict[str, Any]:
+    """The record's `groups`, {"by": name, "counts": [[value, n_correct, n], ...]}, of a task that has them; else {}."""
+    if not hasattr(task, "groups"):
+        return {}
+    (by, values), right = task.groups(split), predictions == split.labels
+    alike = [(int(value), values == value) for value in np.unique(values)]
+    return {"groups": {"by": by, "counts": [[value, int(right[of].sum()), int(of.sum())] for value, of in alike]}}
 
 
 @torch.no_grad()

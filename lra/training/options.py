@@ -10,8 +10,12 @@ SOURCE = (
     option("--source", "embedded, hub or local (default: local with --data-dir, else the preset's)"),
     option("--data-dir", "folder with raw data, or a tar archive of it (.tar, .gz, .bz2, .xz)", Path),
 )
+SETS = (
+    "attention.*, encoder.* or train.*; pretrain.share=S: of the steps, the first S (0 to below 1; 0 if not given) "
+    "reconstruct masked tokens of the training inputs without labels, and the rest learn the labels"
+)
 TRAINING = (
-    option("--set", "attention.*, encoder.* or train.*", list, [], metavar="GROUP.OPTION=VALUE", dest="sets"),
+    option("--set", SETS, list, [], metavar="GROUP.OPTION=VALUE", dest="sets"),
     option("--steps", "optimizer steps; the same as --set train.steps=N (default: the preset's)", int),
     option("--val-rule", "legacy: select on the test split", ("held-out", "legacy"), "held-out"),
     option("--precision", "bf16: autocast; auto: bf16 on cuda, else fp32", ("auto", "fp32", "bf16"), "auto"),

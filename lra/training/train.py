@@ -154,7 +154,7 @@ def fit(training: Training, folder: Path, log: RunLog | None) -> None:
             pending.append(t.step(p.step))
             p.step += 1
             display.step()
-            due = p.step % t.eval_every == 0 or p.step == t.steps
+            due = p.step % t.eval_every == 0 or p.step in (t.turn, t.steps)
             stopping = world.any_stops(stop.requested, p.step)
             saving = due or stopping or p.step % t.save_every == 0
             regular = due or p.step % t.read_every == 0
@@ -194,7 +194,8 @@ def flush(training: Training, pending: list[tuple]) -> dict[str, float]:
 def validate(training: Training, log: RunLog | None, display: Display) -> None:
     """A validation, its scalars and those of speed."""
     p, scalars = training.progress, training.validate()
-    display.validated(scalars["val/acc"], max(c[3] / c[4] for c in p.curve if c[1] == "val"))
+    if p.curve:  # else it pretrains
+        display.validated(scalars["val/acc"], max(c[3] / c[4] for c in p.curve if c[1] == "val"))
     if p.seconds:
         scalars |= {"perf/steps_per_s": p.step / p.seconds, "perf/tokens_per_s": p.tokens / p.seconds}
     if log:

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
 from lra.machine import PeakMemory, StopSignals
 from lra.records.record import finite
+from lra.registry import load_task
 from lra.training import checkpoint
-from lra.training.batches import Batches, collate, example_lengths
+from lra.training.batches import MASKED, UNASKED, Batches, collate, example_lengths
 from lra.training.config import Run, cell_sections
 from lra.training.distributed import gradient_sync
-from lra.training.evaluate import Counts, Where, attention_report, autocast, evaluate, to_device
+from lra.training.evaluate import Counts, Where, attention_report, autocast, by_group, evaluate, summed_loss, to_device
 from lra.training.log import RunLog
 from tasks.base import Batch, Optim
 from tasks.store.prepared import Prepared
@@ -46,6 +46,7 @@ class Progress:
     window: list[float] = field(default_factory=lambda: [0.0, 0, 0])
     curve: list[list] = field(default_factory=list)  # [step, split, loss, n_correct, n]
     middle_sha256: str = ""  # of the checkpoint in the middle, once it is kept
+    pretrain: list[list] = field(default_factory=list)  # [step, mean loss since the entry before], without labels
 
 
 class Training:
@@ -74,6 +75,7 @@ class Training:
     eval_every: int
     save_every: int
     predictions: int  # of one step
+    turn = 0  # the step at which the labels begin: self-pretraining comes before; 0: there is none
     middle = 0  # the step whose weights and optimizer are kept in the run's folder for V2; 0: of none
     memory: PeakMemory
     model: nn.Module
@@ -121,16 +123,16 @@ class Trainer(Training):
         self.run, self.prepared, self.where, self.optim = run, prepared, where, run.recipe.train
         self.title, self.command = f"{run.meta.name} {run.attention}", run.command
         self.digest, self.seed, self.sources = run.digest, run.seed, run.sources
-        self.steps, self.predictions = self.optim.steps, self.optim.batch
+        self.steps = self.optim.steps
         self.eval_every = self.save_every = self.optim.eval_every
-        self.middle = middle_step(self.optim)
+        self.turn, self.middle = run.turn, middle_step(run)
         self.memory = PeakMemory(where.device)
         self.model = run.build_model().to(where.device).train()
-        self.forward = where.world.data_parallel(torch.compile(self.model) if where.compiled else self.model)
+        compiled = torch.compile(self.model) if where.compiled else self.model
+        self.forward = where.world.data_parallel(compiled, unused=self.turn > 0)
         where.world.reseed(run.seed)
         self.optimizer = build_optimizer(self.model, self.optim)
-        data = prepared.splits["train"]
-        self.batches = Batches(data, run.meta.towers, size=self.optim.batch, seed=run.seed)
+        self.batches = Batches(prepared.splits["train"], run.meta.towers, size=self.optim.batch, seed=run.seed)
         self.progress = Progress()
 
     def step(self, step: int) -> Step:
@@ -142,9 +144,12 @@ class Trainer(Training):
             attention.before_step(step)
         if step % o.eval_every == 0:
             world.check_equal("weights or projections", lambda: checkpoint.tensors_sha256(self.model.state_dict()))
+        if step == self.turn > 0:
+            self.optimizer = build_optimizer(self.model, o)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, o)
-        batch = self.batches.batch(step)
+            group["lr"] = learning_rate(step, o, self.turn)
+        batch = self.batches.batch(step, MASKED[self.run.meta.reads] if step < self.turn else 0)
+        self.predictions = int((batch.labels_B != UNASKED).sum())
         self.progress.tokens += batch.tokens_BTN.numel()
         mine = to_device(world.shard(batch), device)
         loss, correct, norm = update(self.forward, self.optimizer, mine, o, self.where.precision)
@@ -156,9 +161,13 @@ class Trainer(Training):
         self.progress.window = [total + loss, right + correct, steps + 1]
 
     def validate(self) -> dict[str, float]:
-        """Keep the weights of the step with most validation examples correct, the earliest on a tie."""
+        """Keep the weights of the step with most validation examples correct, the earliest on a tie. While
+        pretraining: keep the mean loss alone, because the head is as it was drawn."""
         p, towers, val = self.progress, self.run.meta.towers, self.prepared.splits["val"]
         (loss_sum, correct, steps), p.window = p.window, [0.0, 0, 0]
+        if p.step <= self.turn:
+            p.pretrain.append([p.step, loss_sum / steps])
+            return {"pretrain/loss": loss_sum / steps}
         p.curve.append([p.step, "train", loss_sum / steps, correct, steps * self.optim.batch])
         counts = self.evaluate(validation_split(self.run))
         p.curve.append([p.step, "val", finite(counts.loss), counts.n_correct, counts.n])
@@ -188,6 +197,7 @@ class Trainer(Training):
         result = {"n_correct": tested.n_correct, "n_test": tested.n}
         result |= {"val_n_correct": selected[3], "n_val": selected[4], "curve": p.curve}
         result["predictions_sha256"] = hashlib.sha256(tested.predictions.tobytes()).hexdigest()
+        result |= by_group(load_task(self.run.meta.name), self.prepared.splits["test"], tested.predictions)
         result["probe"] = probe(self.run, self.prepared)
         result["chain"] = {"middle": None, "final_sha256": checkpoint.tensors_sha256(self.best)}
         if p.middle_sha256 and (folder / MIDDLE).exists():
@@ -202,9 +212,9 @@ class Trainer(Training):
 
     def sections(self, peak: int | None) -> dict[str, Any]:
         """Of the cell, and of this run of it."""
-        run, training = self.run, self.training_section(self.optim.batch)
+        run, p, training = self.run, self.progress, self.training_section(self.optim.batch)
         training |= {"recipe": asdict(self.optim), "budget": run.recipe.budget, "overrides": run.overrides}
-        training["selected_step"] = self.progress.best_step
+        training |= {"selected_step": p.best_step} | ({"pretrain": p.pretrain} if p.pretrain else {})
         return cell_sections(run) | {"training": training, "cost": self.cost_section(peak)}
 
     def hparams(self) -> dict[str, Any]:
@@ -232,11 +242,13 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(0.9, optim.beta2), eps=1e-6, fused=fused)
 
 
-def learning_rate(step: int, optim: Optim) -> float:
-    """Of optimizer step 0, 1, ...: linear to the peak over `warmup` steps, then half a cosine to zero at `steps`."""
+def learning_rate(step: int, optim: Optim, turn: int = 0) -> float:
+    """Of optimizer step 0, 1, ...: linear to the peak over `warmup` steps, then half a cosine to zero at `steps`; once
+    up to `turn`, and once more after it."""
+    step, steps = (step, turn) if step < turn else (step - turn, optim.steps - turn)
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
-    done = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
+    done = (step - optim.warmup) / max(1, steps - optim.warmup)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -246,13 +258,12 @@ def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim,
     device, examples, parts = batch.labels_B.device, len(batch.labels_B), optim.accumulate
     optimizer.zero_grad(set_to_none=True)
     loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
-    masks = [None] * parts if batch.mask_BTN is None else batch.mask_BTN.chunk(parts)
-    micro_batches = zip(batch.tokens_BTN.chunk(parts), masks, batch.labels_B.chunk(parts), strict=True)
-    for number, (tokens_BTN, mask_BTN, labels_B) in enumerate(micro_batches, 1):
+    pieces = [[None] * parts if part is None else part.chunk(parts) for part in vars(batch).values()]
+    for number, (tokens_BTN, mask_BTN, labels_B, asked_BTK) in enumerate(zip(*pieces, strict=True), 1):
         with gradient_sync(forward, last=number == parts):
             with autocast(device, precision):
-                logits_BC = forward(tokens_BTN, mask_BTN)
-            part_loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum") / examples
+                logits_BC = forward(tokens_BTN, mask_BTN, asked_BTK)
+            part_loss = summed_loss(logits_BC, labels_B) / examples
             part_loss.backward()
         loss += part_loss.detach()
         correct += (logits_BC.argmax(-1) == labels_B).sum()
@@ -261,10 +272,11 @@ def update(forward: nn.Module, optimizer: Optimizer, batch: Batch, optim: Optim,
     return loss, correct, norm
 
 
-def middle_step(optim: Optim) -> int:
-    """The first validation in the second half of a run; 0 where that is the last one."""
-    step = -(-optim.steps // (2 * optim.eval_every)) * optim.eval_every
-    return step if step < optim.steps else 0
+def middle_step(run: Run) -> int:
+    """The first validation in the second half of the steps with labels; 0 where that is the last one."""
+    steps, every = run.recipe.train.steps, run.recipe.train.eval_every
+    step = -(-(run.turn + steps) // (2 * every)) * every
+    return step if step < steps else 0
 
 
 def probe(run: Run, prepared: Prepared, middle: Path | None = None) -> dict[str, Any]:
@@ -274,7 +286,7 @@ def probe(run: Run, prepared: Prepared, middle: Path | None = None) -> dict[str,
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        start = middle_step(run.recipe.train) if middle else 0
+        start = middle_step(run) if middle else 0
         run = replace(run, recipe=replace(run.recipe, train=small))
         trainer = Trainer(run, prepared, Where(torch.device("cpu")))
         if middle:

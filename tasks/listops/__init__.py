@@ -135,6 +135,13 @@ def generate(count: int, *, seed: int, workers: int = 1, **limits: int) -> tuple
                     raise SourceError(f"found {len(trees)} of {count} examples: widen {limits} or ask less")
 
 
+def longer(data: Data, test: Split, factor: int) -> Split:
+    """As many expressions as in `test`, each of factor / 2 to `factor` times seq_len tokens: all are longer than any
+    in train."""
+    limits = data.options | dict(min_length=factor * data.seq_len // 2, max_length=factor * data.seq_len + 1)
+    return Split.of(*generate(len(test.labels), seed=data.seed + factor, workers=1, **limits))
+
+
 def decode(tokens: np.ndarray) -> str:
     """The symbols separated by spaces, padding left out: `[MAX 3 [MIN 5 1 X X`."""
     return " ".join(SYMBOLS[token] for token in tokens if token)
