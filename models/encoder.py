@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         elif self.positions == "rotary":
             tables["cos_ND"], tables["sin_ND"] = rotary(max_len + (self.pooling == "cls"), width // self.heads)
         for name, table in tables.items():
-            self.register_buffer(name, table.to(self.embed.weight.device), persistent=False)
+            self.register_buffer(name, table.to(self.embed.weight), persistent=False)
 
     def lengthen(self, max_len: int) -> None:
         """Take up to `max_len` tokens from now on, with the weights as they are. ValueError where these end at the

@@ -99,10 +99,10 @@ def fields(table: Table) -> dict[Column, dict[int, Cell]]:
     found: dict[Column, dict[int, Cell]] = {}
     for (row, column), cell in table.cells.items():
         if row[1] == "local" and cell.ok and all(part.startswith("attention.window=") for part in row[2]):
-            config = cell.runs[0].config
-            if config.get("attention.shape", "sliding") == "sliding" and config.get("attention.sinks", "0") == "0":
-                field = 1 + 2 * int(config["encoder.layers"]) * int(config["attention.window"])
-                found.setdefault(column, {})[min(field, column.seq_len)] = cell
+            options = {"attention.shape": "sliding", "attention.sinks": "0"} | cell.runs[0].config
+            layers, window = (int(options.get(key, 0)) for key in ("encoder.layers", "attention.window"))
+            if layers and (options["attention.shape"], options["attention.sinks"]) == ("sliding", "0"):
+                found.setdefault(column, {})[min(1 + 2 * layers * window, column.seq_len)] = cell
     return {column: dict(sorted(cells.items())) for column, cells in found.items() if len(cells) > 1}
 
 

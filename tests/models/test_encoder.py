@@ -278,6 +278,26 @@ def test_a_sequence_beyond_max_len_is_refused():
         encoder()(tokens(B, MAX_LEN + 1))
 
 
+@pytest.mark.parametrize("positions", ["sinusoidal", "rotary", "alibi"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_lengthened_encoder_is_the_same_on_what_it_took_before_and_takes_more(positions, pooling):
+    model = encoder(positions=positions, pooling=pooling)
+    long = encoder(positions=positions, pooling=pooling, max_len=2 * MAX_LEN)
+    long.load_state_dict(model.state_dict())
+    tokens_BN = tokens(B, 2 * MAX_LEN)
+    before = model(tokens_BN[:, :MAX_LEN])
+    model.lengthen(2 * MAX_LEN)
+    assert torch.allclose(model(tokens_BN[:, :MAX_LEN]), before, atol=1e-6)
+    assert torch.allclose(model(tokens_BN), long(tokens_BN), atol=1e-6)  # as if it had been made for that length
+
+
+@pytest.mark.parametrize("name, positions", [("softmax", "learned"), ("linformer", "rotary")])
+def test_what_has_a_fixed_length_is_not_lengthened(name, positions):
+    model = encoder(name, positions=positions)
+    with pytest.raises(ValueError, match=f"{model.max_len}"):
+        model.lengthen(2 * model.max_len)
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="width 12 is not a multiple of 5 heads"):
         encoder(heads=5)

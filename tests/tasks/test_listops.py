@@ -12,7 +12,7 @@ from scipy import stats
 
 from lra.__main__ import main
 from tasks import listops
-from tasks.base import SourceError, majority
+from tasks.base import SourceError, Split, majority
 from tasks.listops import META, RECIPES, decode, generate
 from tasks.listops.expressions import SYMBOLS, read_tsv, write_tsv
 from tasks.store.prepare import prepare
@@ -295,6 +295,17 @@ def test_smoke_splits_are_disjoint_deterministic_and_fit():
     assert np.array_equal(bigger.splits["test"].tokens, built.splits["test"].tokens)
     other = build(shrink(recipe, seed=1))
     assert not np.array_equal(other.splits["test"].labels, built.splits["test"].labels)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_longer_expressions_are_right_and_longer_than_any_in_train(factor):
+    data = replace(RECIPES["small"].data, test=53)
+    split = listops.longer(data, Split.of([np.ones(3, np.uint16)] * 53, np.zeros(53, np.uint8)), factor)
+    lengths = np.diff(split.offsets)
+    assert len(split.labels) == 53 and lengths.min() > factor * data.seq_len // 2 >= data.seq_len
+    assert 0.8 * factor * data.seq_len < lengths.max() <= factor * data.seq_len
+    assert [listops.evaluate(split.sequence(i)) for i in range(53)] == split.labels.tolist()
+    assert not np.array_equal(split.tokens, listops.longer(replace(data, seed=1), split, factor).tokens)
 
 
 def test_published_floors():

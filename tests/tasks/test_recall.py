@@ -7,7 +7,7 @@ import pytest
 
 from lra.__main__ import main
 from tasks.base import Optim, Recipe, SourceError, Split
-from tasks.recall import KEY, META, RECIPES, VALUE, build, commonest, decode
+from tasks.recall import KEY, META, RECIPES, VALUE, build, commonest, decode, groups, longer
 from tasks.store.prepared import load
 
 SMOKE = RECIPES["smoke"]
@@ -82,6 +82,29 @@ def test_a_seed_gives_the_same_splits_and_a_larger_train_the_same_test(splits):
     for other, same in ((made(test=1000), True), (made(test=1000, train=50), True), (made(test=1000, seed=1), False)):
         assert np.array_equal(other.splits["test"].tokens, splits["test"].tokens) == same
     assert np.array_equal(made(test=1000).splits["train"].tokens, splits["train"].tokens)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_longer_examples_keep_pairs_query_and_order_among_more_filler(splits, factor):
+    test = splits["test"]
+    split = longer(SMOKE.data, test, factor)
+    assert np.array_equal(split.labels, test.labels)
+    assert np.array_equal(np.diff(split.offsets), factor * np.diff(test.offsets))
+    share = []
+    for old, new, length in zip(each(test), each(split), np.diff(test.offsets), strict=True):
+        assert [pair[1:] for pair in new[0]] == [pair[1:] for pair in old[0]] and new[2] == old[2]
+        share.append((len(new[1]) - len(old[1])) / ((factor - 1) * length))
+    assert abs(np.mean(share) - 0.5) < 0.02  # the other half are blanks
+    ahead = np.mean([new[0][0][0] / n for new, n in zip(each(split), np.diff(split.offsets), strict=True)])
+    assert 0.1 < ahead < 0.3  # filler comes before the first pair as well
+    assert not np.array_equal(split.tokens, longer(SMOKE.data, test, factor + 1).tokens[: len(split.tokens)])
+    assert np.array_equal(split.tokens, longer(SMOKE.data, test, factor).tokens)
+
+
+def test_groups_are_numbers_of_pairs(splits):
+    for split in splits.values():
+        by, values = groups(split)
+        assert by == "pairs" and values.tolist() == [len(pairs) for pairs, *_ in each(split)]
 
 
 def test_commonest_shares_its_guess_among_values_that_tie():

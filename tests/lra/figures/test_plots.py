@@ -1,5 +1,6 @@
 """Figures: what is drawn from which records, that nothing is drawn from nothing, and names as text."""
 
+import json
 import re
 import xml.etree.ElementTree as ET
 
@@ -12,8 +13,10 @@ from lra.__main__ import main
 from lra.figures import plots, style
 from lra.records import measured
 from lra.records.cells import build
+from lra.records.stats import over_seeds
 from tests.lra.builders import FIVE, LINEAR, QUADRATIC, answer, bench, point, put
-from tests.lra.figures.builders import HOSTILE, fill, give_curve, texts
+from tests.lra.figures.builders import HOSTILE, fill, give_curve, label_boxes, outside, overlapping, texts
+from tests.lra.records.test_columns import windows
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +158,55 @@ def test_ring_of_the_crossover_lies_on_the_baselines_curve(tmp_path):
         times = plots.scaling(measured.attention(tmp_path)).axes[0]
     ring = next(line for line in times.lines if line.get_markersize() == 11)
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == pytest.approx((1536, 9))
+
+
+def grouped(results, attention, seed, shares, by="pairs"):
+    """A record of recall whose groups have these shares of 1,000 right."""
+    path = put(results, "recall", attention, seed, correct=sum(shares.values()), n=1000 * len(shares))
+    record = json.loads(path.read_text())
+    counts = [[value, right, 1000] for value, right in shares.items()]
+    record["result"]["groups"] = {"by": by, "counts": counts}
+    path.write_text(json.dumps(record))
+
+
+def test_accuracy_by_groups_is_a_line_per_method_of_means_over_seeds_with_their_intervals(tmp_path):
+    for seed, more in enumerate((0, 100)):
+        grouped(tmp_path, "softmax", seed, {2: 900, 4: 800 + more, 8: 600})
+        grouped(tmp_path, "constant", seed, {2: 550, 4: 400, 8: 300})
+    put(tmp_path, "listops")  # has no groups, so no panel
+    (table,) = build(tmp_path)
+    with style.drawing():
+        figure = plots.groups(table, plots.shown_rows(table))
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert set(lines) == {"softmax", "constant"} and list(lines["softmax"].get_xdata()) == [2, 4, 8]
+    assert lines["softmax"].get_ydata() == pytest.approx([90, 85, 60])
+    expected = over_seeds([0.8, 0.9], 1000)
+    bars = [bar.lines[2][0].get_segments()[1] for bar in axes.containers]  # at 4 pairs, constant's first
+    (_, low), (_, high) = bars[1]
+    assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high))
+    assert axes.get_xlabel() == "pairs"
+    title = figure.get_suptitle().replace("\n", " ")
+    assert title == "small: recall, 2 to 8 pairs: constant 55 to 30% and softmax 90 to 60%"
+    boxes = label_boxes(axes)
+    assert not overlapping(boxes) and not outside(boxes, figure.bbox)
+
+
+def test_receptive_fields_are_a_line_beside_softmax_and_constant(tmp_path, capsys):
+    windows(tmp_path)
+    put(tmp_path, attention="softmax", correct=960)
+    put(tmp_path, attention="constant", correct=700)
+    (table,) = build(tmp_path)
+    with style.drawing():
+        figure = plots.field(table, ())
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert list(lines["local"].get_xdata()) == [5, 13, 29, 100]
+    assert lines["local"].get_ydata() == pytest.approx([22.75, 23.25, 24.25, 38.5])
+    assert lines["softmax"].get_ydata() == pytest.approx([24.0] * 2)
+    title = figure.get_suptitle().replace("\n", " ")
+    assert title == "small: fewest tokens with which local is within a point of softmax: listops 13 of 100"
+    boxes = label_boxes(axes)
+    assert len(boxes) == 3 and not overlapping(boxes) and not outside(boxes, figure.bbox)
+    found, _ = drawn(tmp_path, capsys)
+    assert "small-field" in found and "small-groups" not in found

@@ -475,6 +475,12 @@ FORGERIES = {
     "a processor that is no GPU": (field("cost", "device", to="cuda"), "env.gpu is None"),
     "the protocol": (field("task", "protocol", to="open"), "task.protocol is open"),
     "the command": (field("command", to="rm -rf ."), "command is rm -rf ."),
+    "pretraining that was none": (
+        field("training", "overrides", to={"pretrain.share": "0.4"}), "training.pretrain: its steps"
+    ),
+    "a share of all steps": (field("training", "overrides", to={"pretrain.share": "1e300"}), "1e300 is no share"),
+    "a share that is no number": (field("training", "overrides", to={"pretrain.share": "inf"}), "inf is no share"),
+    "losses of no pretraining": (field("training", "pretrain", to=[[4, 1.0]]), "training.pretrain: its steps"),
     # steps and curve
     "fewer steps than the recipe": (field("training", "steps", to=11), "training.steps is 11"),
     "steps beyond the recipe": (field("training", "steps", to=13), "training.steps is 13"),
@@ -494,6 +500,12 @@ FORGERIES = {
     "more right than there are": (curve(lambda c: c[1].__setitem__(3, 14)), "result.curve: val at step 4"),
     "a loss that so many errors exceed": (curve(lambda c: c[0].__setitem__(2, 0.001)), "result.curve: train at step 4"),
     "no loss": (curve(lambda c: c[1].__setitem__(2, None)), "at loss None"),
+    # groups
+    "a group that has more right": (
+        field("result", "groups", "counts", to=lambda v: [[k, r + (k == 1), n] for k, r, n in v]),
+        "the sums of result.groups is",
+    ),
+    "a group twice": (field("result", "groups", "counts", to=lambda v: [v[0], *v]), "the values of result.groups is"),
     # answers
     "a flipped answer, raw": (
         lambda f: f.write(answers=f.answers ^ (np.arange(23) == 3)), "does not match the sha256 in its record"

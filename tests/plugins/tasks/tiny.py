@@ -42,3 +42,17 @@ def build(recipe: Recipe, *, source: str, data_dir: Path | None, workers: int, s
         sequences = [rng.integers(1, META.vocab, length) for length in lengths]
         splits[name] = Split.of(sequences, [int((s == 1).sum() > (s == 2).sum()) for s in sequences])
     return Built(splits=splits, dataset="tiny", source=source, revision="1", licence="none", files=files)
+
+
+def longer(data: Data, test: Split, factor: int) -> Split:
+    """As many random sequences as in test, the longest of `factor` times seq_len tokens."""
+    rng = np.random.default_rng(data.seed + factor)
+    lengths = rng.integers(data.seq_len + 1, factor * data.seq_len + 1, len(test.labels))
+    lengths[-1] = factor * data.seq_len
+    sequences = [rng.integers(1, META.vocab, length) for length in lengths]
+    return Split.of(sequences, [int((s == 1).sum() > (s == 2).sum()) for s in sequences])
+
+
+def groups(split: Split) -> tuple[str, np.ndarray]:
+    """Tens of tokens."""
+    return "tens", np.diff(split.offsets) // 10
