@@ -149,7 +149,7 @@ class Trainer(Training):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, o, self.turn)
         batch = self.batches.batch(step, MASKED[self.run.meta.reads] if step < self.turn else 0)
-        self.predictions = int((batch.labels_B != UNASKED).sum())
+        self.predictions = np.count_nonzero(batch.labels_B.numpy() != UNASKED)
         self.progress.tokens += batch.tokens_BTN.numel()
         mine = to_device(world.shard(batch), device)
         loss, correct, norm = update(self.forward, self.optimizer, mine, o, self.where.precision)
