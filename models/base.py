@@ -147,6 +147,29 @@ class AttentionBase(nn.Module):
         """
         raise ValueError(f"{self.name} has no recurrent form")
 
+    @torch.no_grad()
+    def state_after(
+        self,
+        k_BHND: torch.Tensor,
+        v_BHND: torch.Tensor,
+        mask_BN: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> Any:
+        """The state of `step` after these first tokens of a sequence, without gradients. ValueError as in `step`."""
+        scale = self.head_dim**-0.5 if scale is None else scale
+        mask_BN = torch.ones_like(k_BHND[:, 0, :, 0], dtype=torch.bool) if mask_BN is None else mask_BN
+        k, v = (x.masked_fill(~mask_BN[:, None, :, None], 0) for x in (k_BHND, v_BHND))
+        with torch.autocast(v.device.type, enabled=False):
+            return self.gather(*(x if self.half else x.to(wide(x.dtype)) for x in (k, v)), mask_BN, scale)
+
+    def gather(self, k_BHND, v_BHND, mask_BN, scale: float) -> Any:
+        """`state_after`, on k and v 0 at padding: token by token here, in one pass where a method defines it."""
+        state = None
+        for k_BHD, v_BHD, real_B in zip(k_BHND.unbind(2), v_BHND.unbind(2), mask_BN.unbind(1), strict=True):
+            _, state = self.step(k_BHD, k_BHD, v_BHD, state, real_B, scale=scale)
+        return state
+
     def flops(self, B: int, H: int, N: int, D: int) -> int:
         """Floating-point operations of the matrix products of one forward pass; a multiply-add counts as two."""
         raise NotImplementedError
@@ -218,8 +241,8 @@ def real_first(mask_BN: torch.Tensor) -> torch.Tensor:
 
 
 def take(x_BHND: torch.Tensor, index_BN: torch.Tensor) -> torch.Tensor:
-    """The tokens of each row in the order of `index`."""
-    return x_BHND.gather(2, index_BN[:, None, :, None].expand_as(x_BHND))
+    """The tokens of each row in the order of `index`, or those of them that it names."""
+    return x_BHND.gather(2, index_BN[:, None, :, None].expand(-1, x_BHND.shape[1], -1, x_BHND.shape[3]))
 
 
 def packed(attend: Callable, mask_BN: torch.Tensor | None, *tensors_BHND: torch.Tensor) -> torch.Tensor:

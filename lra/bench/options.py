@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lra.options import DATA, DEVICE, PRESET, RUNS, THREADS, Command, at_least, option, writable
+from lra.options import DATA, DEVICE, PRESET, RUNS, THREADS, Command, at_least, numbers, option, writable
 
 REPORT = option("--results", "folder whose bench/ gets the report", writable, "results")
 SIZE = option("--features", "features, landmarks, projected positions or window M", at_least(1), 256)
@@ -33,6 +33,19 @@ ENCODER = (
     PRECISION,
     SIZE,
 )
+DECODE = (
+    option(
+        "--model",
+        "shape of the model; with its weights where --data has them",
+        ("gemma-3-270m", "tiny"),
+        "gemma-3-270m",
+    ),
+    option("--contexts", "tokens before the one that is timed", numbers(int, 1, True), "256,1024,4096,16384"),
+    option("--window", "tokens of the window of each replaced layer", at_least(1), 64),
+    option("--sinks", "first tokens that each of them sees", at_least(0), 1),
+    option("--features", "random features M", at_least(1), 256),
+    DATA,
+)
 TASKS = (
     PRESET,
     option("--tasks", "comma-separated names", default="all"),
@@ -53,6 +66,7 @@ def bench(action: str, options: tuple, help: str) -> tuple[str, Command]:
 COMMANDS = dict(
     (
         bench("attention", (*ATTENTION, *timing(4)), "time and memory against length, beside packages"),
+        bench("decode", (*DECODE, *timing(6)), "time of the next token and bytes of the cache against context"),
         bench("encoder", (*ENCODER, *timing(3)), "training step with each attention, beside packages"),
         bench("gpu", GPU, "check and measure this suite on an NVIDIA GPU, row by row"),
         bench("tasks", (*TASKS, *timing(20)), "training step of each attention on prepared data, for the tables"),

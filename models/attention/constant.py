@@ -34,6 +34,9 @@ class Attention(Recurrence):
         total, count = state[0] + v_BHD, state[1] + torch.ones_like(v_BHD[:, :1, :1])
         return total / count, (total, count)
 
+    def gather(self, k_BHND, v_BHND, mask_BN, scale):
+        return v_BHND.sum(2), mask_BN.sum(1)[:, None, None].to(v_BHND.dtype)
+
     def flops(self, B, H, N, D):
         return 2 * B * H * N * D
 

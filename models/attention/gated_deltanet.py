@@ -55,7 +55,7 @@ class Attention(Recurrence):
         q, k, log_decay_BHN, share_BHN = self._parts(q_BHND, k_BHND, v_BHND, scale)
         if mask_BN is not None:
             log_decay_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0)
-        return turned(delta(*(turned(x, causal) for x in (q, k, v_BHND, log_decay_BHN, share_BHN))), causal)
+        return turned(delta(*(turned(x, causal) for x in (q, k, v_BHND, log_decay_BHN, share_BHN)))[0], causal)
 
     def advance(self, q_BHD, k_BHD, v_BHD, state, scale):
         parts = self._parts(*(x[:, :, None] for x in (q_BHD, k_BHD, v_BHD)), scale)
@@ -63,6 +63,10 @@ class Attention(Recurrence):
         S_BHDD = log_decay_BH[..., None, None].exp() * (state[0] + torch.zeros_like(outer(k, v_BHD)))
         S_BHDD = S_BHDD + outer(k, share_BH[..., None] * (v_BHD - product(k, S_BHDD)))
         return product(q, S_BHDD), (S_BHDD,)
+
+    def gather(self, k_BHND, v_BHND, mask_BN, scale):
+        q, k, log_decay_BHN, share_BHN = self._parts(k_BHND, k_BHND, v_BHND, scale)
+        return (delta(q, k, v_BHND, log_decay_BHN.masked_fill(~mask_BN[:, None], 0), share_BHN)[1],)
 
     def _parts(self, q, k, v, scale):
         """q and k as the state meets them, log a and b, for q, k, v of (B, H, N, D)."""
@@ -80,7 +84,7 @@ class Attention(Recurrence):
 
 
 def delta(q_BHND, k_BHND, v_BHND, log_decay_BHN, share_BHN):
-    """The recurrence of the class by chunks: q S, with k of length 1."""
+    """The recurrence of the class by chunks: q S of each token and S after the last, with k of length 1."""
     N = q_BHND.shape[2]
     q, k, v, share = (chunked(x) for x in (q_BHND, k_BHND, v_BHND, share_BHN[..., None]))
     total_BHJL = chunked(log_decay_BHN).cumsum(-1)
@@ -90,10 +94,10 @@ def delta(q_BHND, k_BHND, v_BHND, log_decay_BHN, share_BHN):
     known = share * (v if q.shape[2] == 1 else torch.cat([v, held], -1))
     u = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     weight = left_BHJLL * (q @ k.transpose(-1, -2))
-    if q.shape[2] == 1:
-        return (weight @ u).flatten(2, 3)[:, :, :N]
-    u, w = u.chunk(2, -1)  # u - w S solves the system for a chunk that starts from S
     fading = (k * (total_BHJL[..., -1:] - total_BHJL)[..., None].exp()).transpose(-1, -2)
+    if q.shape[2] == 1:
+        return (weight @ u).flatten(2, 3)[:, :, :N], (fading @ u)[:, :, 0]
+    u, w = u.chunk(2, -1)  # u - w S solves the system for a chunk that starts from S
     leap = total_BHJL[..., -1, None, None].exp()
     state, news, reads = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1]), [], []
     for j in range(q.shape[2]):
@@ -101,7 +105,7 @@ def delta(q_BHND, k_BHND, v_BHND, log_decay_BHN, share_BHN):
         reads.append(q[:, :, j] @ state)
         state = leap[:, :, j] * state + fading[:, :, j] @ news[-1]
     out = weight @ torch.stack(news, 2) + total_BHJL[..., None].exp() * torch.stack(reads, 2)
-    return out.flatten(2, 3)[:, :, :N]
+    return out.flatten(2, 3)[:, :, :N], state
 
 
 def naive_gated_deltanet(attention, q, k, v, mask_BN=None, *, scale=None, causal=False):

@@ -27,7 +27,7 @@ class Attention(FeatureAttention):
         super().__init__(config, **shape)
         self.w_HMD = nn.Parameter(self.gaussian())
 
-    def maps(self, k_BHND, scale):
+    def maps(self, k_BHND, scale, *, moved=False):
         a_HMD, (x_BHND, square_BHN) = scale**0.5 * self.w_HMD.to(k_BHND.dtype), half_square(k_BHND)
         return Maps(a_HMD, a_HMD, x_BHND, -scale * square_BHN, a_HMD.new_zeros(a_HMD.shape[:2]))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.base import AttentionBase, alibi, option, packed, require
-from models.features.memory import Memory, extended
+from models.features.memory import extended, of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,10 @@ class Attention(AttentionBase):
 
     def step(self, q_BHD, k_BHD, v_BHD, state=None, mask_B=None, *, scale=None):
         B, H, D = q_BHD.shape
-        K, S = self.config.window * (2 if self.config.shape == "blocks" else 1), self.config.sinks
         if state is None:
-            ring, first = k_BHD.new_zeros(B, H, K, D), k_BHD.new_zeros(B, H, S, D)
-            count_B = torch.zeros(B, dtype=torch.int64, device=k_BHD.device)
-            state = Memory(None, ring, ring, first, first, count_B)
+            none_BHND, none_BN = k_BHD.new_zeros(B, H, 0, D), torch.zeros(B, 0, dtype=torch.bool, device=k_BHD.device)
+            state = self.gather(none_BHND, none_BHND, none_BN, scale)
+        K, S = state.k_BHKD.shape[2], self.config.sinks
         k_BH1D, v_BH1D, count_B1 = k_BHD[:, :, None], v_BHD[:, :, None], state.count_B[:, None]
         # The sinks, the last K tokens, oldest first, and the new one behind them.
         k = torch.cat([state.sink_k_BHSD, state.k_BHKD, k_BH1D], 2)
@@ -111,6 +110,10 @@ class Attention(AttentionBase):
         out_BH1D = F.scaled_dot_product_attention(q_BHD[:, :, None], k, v, attn_mask=allowed, scale=scale)
         real_B = torch.ones_like(state.count_B, dtype=torch.bool) if mask_B is None else mask_B
         return out_BH1D[:, :, 0], extended(state, k_BH1D, v_BH1D, real_B)
+
+    def gather(self, k_BHND, v_BHND, mask_BN, scale):
+        ring = self.config.window * (2 if self.config.shape == "blocks" else 1)
+        return of(None, k_BHND, v_BHND, mask_BN, ring, self.config.sinks)
 
     def _keys(self, N):
         """Blocks, tokens and keys of each."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.features.recurrent import CHUNK, Gate, Recurrence, naive_recurrence, outer, product, scan, turned
@@ -45,6 +46,12 @@ class Attention(Recurrence):
         step_BH1, log_decay_BH1 = self.gate(v_BHD[:, :, None])
         S_BHDD = log_decay_BH1[..., None].exp() * state[0] + outer(step_BH1 * k_BHD, v_BHD)
         return scale * product(q_BHD, S_BHDD) + self.skip_H.to(v_BHD.dtype)[:, None] * v_BHD, (S_BHDD,)
+
+    def gather(self, k_BHND, v_BHND, mask_BN, scale):
+        step_BHN, log_decay_BHN = self.gate(v_BHND)
+        since_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0).flip(-1).cumsum(-1)[..., :-1]
+        left_BHN = F.pad(since_BHN, (1, 0)).flip(-1).exp()  # of what token n brought, after the last one
+        return ((k_BHND * (left_BHN * step_BHN)[..., None]).mT @ v_BHND,)
 
     def flops(self, B, H, N, D):
         L = min(CHUNK, N)

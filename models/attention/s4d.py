@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.base import option, packed
+from models.base import option, packed, take
 from models.features.recurrent import Recurrence
 
 CHUNK = 64  # tokens between two states
@@ -102,6 +102,16 @@ class Attention(Recurrence):
         state = tuple(x + new for x, new in zip(times(leap, state), (v_BE1, torch.zeros_like(v_BE1)), strict=True))
         read_BHD = times(gain, state)[0].sum(-1).view_as(v_BHD)
         return read_BHD + self.skip_E.to(v_BHD.dtype).view(v_BHD.shape[1:]) * v_BHD, state
+
+    def gather(self, k_BHND, v_BHND, mask_BN, scale):
+        v, L = take(v_BHND, mask_BN.argsort(dim=1, stable=True)), min(CHUNK, v_BHND.shape[2])  # zeros first: no time
+        v_JBEL = F.pad(v, (0, 0, -v.shape[2] % L, 0)).unflatten(2, (-1, L)).permute(2, 0, 1, 4, 3).flatten(2, 3)
+        power = powers(*self._discrete(v.dtype)[0], L + 1)
+        state = 0.0, 0.0
+        for v_BEL in v_JBEL:
+            new = (torch.einsum("bel,esl->bes", v_BEL, x[..., :L].flip(-1)) for x in power)
+            state = tuple(x + y for x, y in zip(times([x[..., L] for x in power], state), new, strict=True))
+        return state
 
     def flops(self, B, H, N, D):
         L = min(CHUNK, N)

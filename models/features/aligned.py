@@ -96,27 +96,28 @@ class AlignedAttention(FeatureAttention):
                 self.register_buffer(name, torch.eye(D).repeat(H, 1, 1))
 
     def aligned(self, x_BHND: torch.Tensor, side: Literal["q", "k"]) -> torch.Tensor:
-        """G T (x - mean), (B, H, N, feature_dim): the vectors that features are taken of, but for scale^1/2."""
+        """G T (x - mean)."""
         if self.centres:
             x_BHND = x_BHND - getattr(self, f"mean_{side}_HD")[:, None].to(x_BHND.dtype)
         if self.transforms:
             x_BHND = x_BHND @ getattr(self, f"T{side}_HDD").mT.to(x_BHND.dtype)
         return x_BHND if self.G_HDD is None else x_BHND @ self.G_HDD.mT.to(x_BHND.dtype)
 
-    def maps(self, k_BHND, scale):
+    def maps(self, k_BHND, scale, *, moved=False):
         dtype = k_BHND.dtype
         ak_HMD, (x_BHND, square_BHN) = scale**0.5 * self.w_HMD.to(dtype), half_square(self.aligned(k_BHND, "k"))
-        aq_HMD = ak_HMD if self.G_HDD is None else ak_HMD @ self.G_HDD.to(dtype)
-        if self.transforms:
+        aq_HMD = ak_HMD if moved or self.G_HDD is None else ak_HMD @ self.G_HDD.to(dtype)
+        if self.transforms and not moved:
             aq_HMD = aq_HMD @ self.Tq_HDD.to(dtype)
         bias_HM = aq_HMD.new_zeros(aq_HMD.shape[:2]) if self.b_HM is None else self.b_HM.to(dtype)
         key_bias_BHN = -scale * square_BHN
         if self.centres:
             mean_q_HD1 = self.mean_q_HD.to(dtype)[..., None]
             key_bias_BHN = key_bias_BHN + scale * (k_BHND @ mean_q_HD1)[..., 0]
-            bias_HM = bias_HM - (aq_HMD @ mean_q_HD1)[..., 0]
+            bias_HM = bias_HM if moved else bias_HM - (aq_HMD @ mean_q_HD1)[..., 0]
         if self.feature_dim < self.head_dim:  # fused kernels want one width
             ak_HMD, x_BHND = (F.pad(t, (0, self.head_dim - self.feature_dim)) for t in (ak_HMD, x_BHND))
+            aq_HMD = ak_HMD if moved else aq_HMD
         return Maps(aq_HMD, ak_HMD, x_BHND, key_bias_BHN, bias_HM)
 
     def log_norm(self, q_BHND, scale):

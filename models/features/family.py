@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from models.base import AttentionBase, naive_average, option, packed, real_rows, require, wide
 from models.features import memory
@@ -76,9 +77,14 @@ class FeatureAttention(AttentionBase):
         if config.window:
             self.register_buffer("far_H", torch.zeros(self.heads))
 
-    def maps(self, k_BHND: torch.Tensor, scale: float) -> Maps:
-        """The method: called outside of autocast with keys in fp32 at least."""
+    def maps(self, k_BHND: torch.Tensor, scale: float, *, moved: bool = False) -> Maps:
+        """The method: called outside of autocast with keys in fp32 at least. `moved`: aq is for queries that `aligned`
+        has moved, which costs less where there are fewer queries than features."""
         raise NotImplementedError
+
+    def aligned(self, x_BHND: torch.Tensor, side: Literal["q", "k"]) -> torch.Tensor:
+        """The vectors that features are taken of, but for scale^1/2, (B, H, N, feature_dim), of queries or keys."""
+        return x_BHND
 
     def log_norm(self, q_BHND: torch.Tensor, scale: float) -> torch.Tensor:
         """What the log of the estimated mass of query i has beside the lse of the two softmaxes, (B, H, N)."""
@@ -134,20 +140,31 @@ class FeatureAttention(AttentionBase):
         q, k, v = (x.to(wide(v_BHD.dtype))[:, :, None] for x in (q_BHD, k_BHD, v_BHD))
         real_B = torch.ones_like(q[:, 0, 0, 0], dtype=torch.bool) if mask_B is None else mask_B
         with torch.autocast(q.device.type, enabled=False):
-            maps = self.maps(k, scale)
+            maps = self.maps(k, scale, moved=True)
+            moved = self.aligned(q, "q")
+            moved = F.pad(moved, (0, maps.aq_HMD.shape[-1] - moved.shape[-1]))
             if not window:
                 new = state_of(maps.ak_HMD, maps.x_BHND, v, hidden(maps.key_bias_BHN, real_B[:, None]))
                 state = new if state is None else joined(state, new)
-                out, _ = read(q, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
+                out, _ = read(moved, maps.aq_HMD, state, maps.feature_bias_HM, mass=False)
                 real_B = state.L_BHM.amax((1, 2)) > NEVER / 2  # before the first real token there is nothing to see
             else:
                 before = memory.empty(maps, v, window, sinks) if state is None else state
-                before = memory.absorbed(before, real_B, window, sinks, lambda k: self.maps(k, scale))
-                far, lse = read(q, maps.aq_HMD, before.far, maps.feature_bias_HM)
+                before = memory.absorbed(before, real_B, window, sinks, lambda k: self.maps(k, scale, moved=True))
+                far, lse = read(moved, maps.aq_HMD, before.far, maps.feature_bias_HM)
                 exact = flash(scale * q, *memory.near_keys(before, k, v, window))
                 out = merge(exact, (far, lse + self.far_H[:, None] + self.log_norm(q, scale)))
                 state = memory.extended(before, k, v, real_B)
         return out[:, :, 0].where(real_B[:, None, None], 0).to(v_BHD.dtype), state
+
+    def gather(self, k_BHND, v_BHND, mask_BN, scale):
+        k, v = (x.to(wide(v_BHND.dtype)) for x in (k_BHND, v_BHND))
+        maps, window, sinks, far_BN = self.maps(k, scale, moved=True), self.config.window, self.config.sinks, mask_BN
+        if window:  # far: what `step` has absorbed before the last token
+            place_BN, count_B1 = mask_BN.cumsum(1) - 1, mask_BN.sum(1, keepdim=True)
+            far_BN = mask_BN & (place_BN >= sinks) & (place_BN < ((count_B1 - 1) // window - 1) * window)
+        far = state_of(maps.ak_HMD, maps.x_BHND, v, hidden(maps.key_bias_BHN, far_BN))
+        return memory.of(far, k, v, mask_BN, 2 * window, sinks) if window else far
 
     @torch.no_grad()
     def calibrate(self, q_BHND, k_BHND, mask_BN=None, *, scale=None):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from models.base import real_first, take
 from models.features.blocks import State, joined, state_of
 from models.features.flash import NEVER
 
@@ -29,6 +31,14 @@ def empty(maps, v_BH1D: Tensor, window: int, sinks: int) -> Memory:
     L_BHM = v_BH1D.new_full((B, *maps.feature_bias_HM.shape), NEVER)
     far = State(L_BHM, torch.zeros_like(L_BHM)[..., None] * v_BH1D)
     return Memory(far, near, near, first, first, torch.zeros(B, dtype=torch.int64, device=v_BH1D.device))
+
+
+def of(far: State | None, k_BHND: Tensor, v_BHND: Tensor, mask_BN: Tensor, ring: int, sinks: int) -> Memory:
+    """After all of these tokens: the last `ring` and the first `sinks` real ones."""
+    last_BK, first_BS = mask_BN.argsort(dim=1, stable=True)[:, -ring:], real_first(mask_BN)[:, :sinks]
+    near = (F.pad(take(x, last_BK), (0, 0, ring - last_BK.shape[1], 0)) for x in (k_BHND, v_BHND))
+    first = (F.pad(take(x, first_BS), (0, 0, 0, sinks - first_BS.shape[1])) for x in (k_BHND, v_BHND))
+    return Memory(far, *near, *first, mask_BN.sum(1))
 
 
 def absorbed(memory: Memory, real_B: Tensor, window: int, sinks: int, maps_of) -> Memory:

@@ -59,6 +59,10 @@ class FeatureMap(Recurrence):
         state = state[0] + outer(k, v_BHD), state[1] + k
         return divide(product(q, state[0]), (q * state[1]).sum(-1, keepdim=True)), state
 
+    def gather(self, k_BHND, v_BHND, mask_BN, scale):
+        k = self.features(k_BHND, scale).masked_fill(~mask_BN[:, None, :, None], 0)
+        return k.mT @ v_BHND, k.sum(2)
+
 
 def divide(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """total / weight, and 0 where there is no weight because there is no real token."""

@@ -13,7 +13,7 @@ The switch takes two registrations. transformers gives an attention without a ma
 function here is that of flash attention, which passes the padding mask (B, S) on; this file adds causality and windows.
 
 Shapes: queries (B, H, L, D); keys and values (B, H / groups, S, D), rotated and normalised; S >= L while decoding.
-S counts keys, L queries; the other letters are those of models/base.py.
+S counts keys, L queries; the other letters are those of models/base.py. What layers keep between passes is in cache.py.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from models.base import AttentionBase
+from models.gemma.cache import Handed, prepare
 
 NAME = "lra"
 CHUNK = 256  # queries of a layer with a window whose logits exist at a time
@@ -83,7 +83,7 @@ def attach(
     random-feature method has a window).
 
     Raises TypeError for a `build` that cannot be called, such as a name, and ValueError for
-    * a kernel without a causal form,
+    * a kernel without a causal form, or with a window longer than the model has positions,
     * a soft-capped model (Gemma 2: tanh is no exponential kernel), unless the kernel is exact or `ignore_softcap`,
     * a model with bidirectional attention, attention dropout or no attention interface.
     """
@@ -105,7 +105,7 @@ def attach(
     if config._attn_implementation != NAME:
         raise ValueError(f"{type(model).__name__} has no attention interface: transformers 5 Gemma models do")
     if not hasattr(model, BEFORE):
-        setattr(model, BEFORE, (before, model.model.register_forward_pre_hook(keep_keys, with_kwargs=True)))
+        setattr(model, BEFORE, (before, model.model.register_forward_pre_hook(prepare, with_kwargs=True)))
     attached, cap = [], getattr(config, "attn_logit_softcapping", None)
     for index in layers:
         module = found[index].self_attn
@@ -113,6 +113,8 @@ def attach(
         kernel = build(layer=index, heads=heads, head_dim=module.head_dim, max_len=config.max_position_embeddings)
         if not kernel.causal:
             raise ValueError(f"{kernel.name} has no causal form, and Gemma is causal")
+        if (window := getattr(kernel.config, "window", 0)) > config.max_position_embeddings:
+            raise ValueError(f"window {window} exceeds the {config.max_position_embeddings} positions of the model")
         if cap and not kernel.exact and not ignore_softcap:
             refused = f"this model caps its attention logits at {cap:g}, which {kernel.name} cannot express"
             raise ValueError(f"{refused}: use --ignore-softcap to replace them without the cap")
@@ -199,53 +201,33 @@ def watch(model: nn.Module, tokens_BN: torch.Tensor, taps: dict[int, Tap]) -> No
 
 def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **_):
     """What transformers calls in every layer. Returns (output (B, L, H, D), None: no attention weights)."""
-    H, L, S = query.shape[1], query.shape[2], key.shape[2]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None and attention_mask.shape != (query.shape[0], S):
-        way_out = "use a dynamic cache and a two-dimensional attention_mask"
-        raise ValueError(f"the bridge takes a padding mask (B, {S}), not {tuple(attention_mask.shape)}; {way_out}")
-    k_BHSD, v_BHSD = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
+    state, key = (key.layer, key.keys) if isinstance(key, Handed) else (None, key)
+    (B, H, L, D), K = query.shape, key.shape[2]
+    S, scale = K if state is None else state.tokens, D**-0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        mask_BK = attention_mask[:, -K:]  # a state wants to know of new tokens alone
+        if mask_BK.shape != (B, K) or state is None and attention_mask.shape[1] != K:
+            way_out = "use a dynamic cache and a two-dimensional attention_mask"
+            raise ValueError(f"the bridge takes a padding mask (B, {S}), not {tuple(attention_mask.shape)}; {way_out}")
+        attention_mask = mask_BK
+    k_BHKD, v_BHKD = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
     socket: Socket | None = getattr(module, "socket", None)
     if socket is not None and socket.tap is not None:
-        socket.tap(query, k_BHSD, v_BHSD, attention_mask, scale)
+        socket.tap(query, k_BHKD, v_BHKD, attention_mask, scale)
     window, cap = sliding_window, softcap
     if socket is not None and not socket.exact:
         check_window(socket, window, S)
         window = None if socket.ignore_window or (window or S) >= S else window
         cap = None if socket.ignore_softcap else cap
-    if socket is None or socket.exact or (socket.kernel.exact and not (window is None and cap is None)):
-        return exact(query, k_BHSD, v_BHSD, attention_mask, scale, window, cap).transpose(1, 2), None
-    if L < S and not (socket.kernel.recurrent or socket.kernel.exact):
+    limited = not (window is None and cap is None and L == S)
+    if socket is None or socket.exact or (socket.kernel.exact and limited):
+        return exact(query, k_BHKD, v_BHKD, attention_mask, scale, window, cap).transpose(1, 2), None
+    if state is not None:
+        return state.attend(query, k_BHKD, v_BHKD, attention_mask, scale).transpose(1, 2), None
+    if L < S:
         raise ValueError(f"{socket.kernel.name} cannot decode from cached keys alone: use_cache=False")
-    # While decoding, the L queries belong to the last keys. Zeros stand for earlier queries: outputs dropped.
-    q_BHSD = F.pad(query, (0, 0, S - L, 0))
-    out_BHSD = socket.kernel(q_BHSD, k_BHSD, v_BHSD, attention_mask, causal=True, scale=scale)
-    return out_BHSD[:, :, S - L :].transpose(1, 2), None
-
-
-def keep_keys(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Before each pass of the decoder: its cache holds the keys of earlier tokens and no empty places.
-
-    Where a kernel ignores windows, every layer of the cache keeps every key: one mask serves all layers of a kind.
-    Raises ValueError for a cache that cannot do so.
-    """
-    cache = kwargs.get("past_key_values")
-    ignored = any(hasattr(x.self_attn, "socket") and x.self_attn.socket.ignore_window for x in decoder.layers)
-    if cache is None:
-        used = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-        fresh = ignored and used and not decoder.training
-        return (args, kwargs | {"past_key_values": DynamicCache()}) if fresh else None
-    kinds = {type(cache), *map(type, getattr(cache, "layers", ()))}
-    others = sorted(kind.__name__ for kind in kinds - {DynamicCache, DynamicLayer, DynamicSlidingWindowLayer})
-    if others or cache.offloading:
-        names = ", ".join(others) or "one that is offloaded"
-        raise ValueError(f"the bridge decodes from a DynamicCache or with use_cache=False; got {names}")
-    for i, layer in enumerate(cache.layers if ignored else ()):
-        if type(layer) is DynamicSlidingWindowLayer:
-            if layer.is_initialized:
-                raise ValueError("this cache has dropped keys beyond a window: start with an empty one after `attach`")
-            cache.layers[i] = DynamicLayer()
-    return None
+    out_BHLD = socket.kernel(query, k_BHKD, v_BHKD, attention_mask, causal=True, scale=scale)
+    return out_BHLD.transpose(1, 2), None
 
 
 def check_window(socket: Socket, window: int | None, tokens: int) -> None:

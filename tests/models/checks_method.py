@@ -118,6 +118,12 @@ def steps_equal_the_causal_form(case: Case, setting: Setting) -> None:
         leaves = dict(q=q, k=k, v=v, **dict(attention.named_parameters()))
         got = outputs_and_gradients(torch.stack(outs, 2), mask, **leaves)
         assert_same(got, run(attention, q, k, v, mask), 1e-9)
+        first = max(1, setting.size[2] // 2)
+        state = attention.state_after(*(x[:, :, :first] for x in (k, v)), None if mask is None else mask[:, :first])
+        for i in range(first, setting.size[2]):
+            real = None if mask is None else mask[:, i]
+            out, state = attention.step(q[:, :, i], k[:, :, i], v[:, :, i], state, real)
+            assert_same({f"{i} after {first} at once": out}, {f"{i} after {first} at once": outs[i]}, 1e-9)
 
 
 # 10-12 State, cost, compilation

@@ -6,57 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers.cache_utils import DynamicLayer
-from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
-from lra.registry import attention_class, attention_names, build_attention
+from lra.registry import attention_class, attention_names
 from models.gemma import bridge, saved
+from tests.models.gemma.builders import WINDOW, gemma, plug, prompt
 
-WINDOW = 7
-SHAPE = dict(
-    vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=10, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-)  # fmt: skip
-WINDOWS = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
-DECODING = [
-    n for n in attention_names() if attention_class(n).causal and (attention_class(n).recurrent or n == "softmax")
-]
 CAUSAL = [n for n in attention_names() if attention_class(n).causal]
-
-
-def gemma(kind, **changes):
-    """A random model whose logits depend strongly on what its attention does."""
-    config, model = {
-        "gemma1": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
-        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
-        "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
-    }[kind]
-    torch.manual_seed(5)
-    cap = {"attn_logit_softcapping": 0.1} if kind == "gemma2" else {}
-    shape = SHAPE | ({} if kind == "gemma1" else WINDOWS | {"query_pre_attn_scalar": 16}) | cap | changes
-    made = model(config(**shape, attn_implementation="eager")).eval()
-    with torch.no_grad():
-        for layer in made.model.layers:
-            layer.self_attn.q_proj.weight.mul_(20)
-            layer.self_attn.o_proj.weight.mul_(20)
-    return made
-
-
-def plug(model, name="softmax", layers="all", ignore_window=None, ignore_softcap=False, **config):
-    def build(**shape):
-        return build_attention(name, seed=3, **shape, **config)
-
-    chosen = bridge.select_layers(model, layers)
-    return bridge.attach(model, build, chosen, ignore_window=ignore_window, ignore_softcap=ignore_softcap)
-
-
-def prompt(length=17):
-    """Tokens and a left-padded mask."""
-    ids = torch.randint(3, 53, (3, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    mask[2, :11] = 0
-    return ids.masked_fill(mask == 0, 0), mask
 
 
 @pytest.mark.parametrize("kind", ["gemma1", "gemma2", "gemma3"])
@@ -104,16 +59,6 @@ def test_generate_with_a_cache_is_eager_generate(kind):
     assert torch.equal(model.generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("name", DECODING)
-def test_generate_with_a_cache_is_generate_without_one(name):
-    ids, mask = prompt()
-    options = dict(attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    model = gemma("gemma3")
-    plug(model, name)
-    cached = model.generate(ids, use_cache=True, **options)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
-
-
 @pytest.mark.parametrize(
     "kind, name",
     [("gemma3", n) for n in CAUSAL] + [(k, n) for k in ("gemma1", "gemma2") for n in ("softmax", "performer")],
@@ -128,17 +73,6 @@ def test_later_tokens_change_no_earlier_logit(kind, name):
     before, after = model(ids).logits, model(changed).logits
     torch.testing.assert_close(after[:, :9], before[:, :9], atol=1e-5, rtol=0)
     assert (after[:, 9:] - before[:, 9:]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", sorted(set(CAUSAL) - set(DECODING)))
-def test_what_needs_earlier_queries_refuses_to_decode_from_a_cache(name):
-    ids, mask = prompt()
-    model = gemma("gemma3")
-    plug(model, name)
-    options = dict(attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, **options)
-    assert model.generate(ids, use_cache=False, **options).shape == (3, 20)
 
 
 @pytest.mark.parametrize("name", [n for n in CAUSAL if n != "random"])  # its logits belong to places, not tokens
@@ -170,46 +104,13 @@ def test_only_kernels_see_gradients_when_the_rest_is_frozen_and_taps_see_the_exa
         ("gemma3", dict(layers="first"), "give all, full, or indices"),
         ("gemma3", dict(name="linformer"), "no causal form"),
         ("gemma2", dict(name="constant"), "--ignore-softcap"),
+        ("gemma3", dict(name="performer", window=65), "window 65 exceeds the 64 positions of the model"),
+        ("gemma3", dict(name="performer", window=4, sinks=5), "sinks must be at most the window, 4 tokens; got 5"),
     ],
 )
 def test_bad_input_is_one_line_with_the_way_out(kind, options, message):
     with pytest.raises(ValueError, match=message):
         plug(gemma(kind), **options)
-
-
-@pytest.mark.parametrize("name", ["softmax", "performer"])
-def test_every_kind_of_cache_that_transformers_offers_is_right_or_refused(name):
-    ids, mask = prompt()
-    options = dict(attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    model = gemma("gemma3")
-    plug(model, name, ignore_window=True)
-    expected, outcomes = model.generate(ids, use_cache=False, **options), {}
-    for kind in ALL_CACHE_IMPLEMENTATIONS:
-        try:
-            outcomes[kind] = torch.equal(model.generate(ids, cache_implementation=kind, **options), expected)
-        except (ValueError, AssertionError, ImportError) as error:  # AssertionError: offloading wants CUDA
-            outcomes[kind] = str(error)
-    assert outcomes["dynamic"] is True and False not in outcomes.values()
-    assert all("use_cache=False; got Static" in outcomes[kind] for kind in ("static", "offloaded_static"))
-
-
-@torch.no_grad()
-def test_a_cache_given_by_hand_is_right_or_refused():
-    ids, _ = prompt()
-    model = gemma("gemma3")
-    filled = model(ids, use_cache=True).past_key_values
-    plug(model, "performer")
-    expected = model(ids).logits[:, -1]
-    for cache in (None, transformers.DynamicCache(), transformers.DynamicCache(config=model.config)):
-        cache = model(ids[:, :-3], past_key_values=cache, use_cache=True).past_key_values
-        found = model(ids[:, -3:], past_key_values=cache).logits[:, -1]
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    offloaded, quantized = transformers.DynamicCache(), transformers.DynamicCache()
-    offloaded.offloading, quantized.layers = True, [type("Quantized", (DynamicLayer,), {})()]
-    wrong = {"dropped keys": filled, "got one that is offloaded": offloaded, "got Quantized": quantized}
-    for message, cache in wrong.items():
-        with pytest.raises(ValueError, match=message):
-            model(ids[:, -1:], past_key_values=cache)
 
 
 @pytest.mark.parametrize("layers", ["all", "full"])
