@@ -142,11 +142,11 @@ def crossing(rows: Mapping[str, Mapping[int, float]]) -> str:
 def grid(rows: Mapping[str, Mapping[int, float]], unit: float, form: str) -> str:
     """A table of a row's values at each context, and how they grow from FLAT to the longest."""
     contexts = list(rows[BASELINE])
-    growth = FLAT in contexts[:-1]
-    header = ["attention", *(f"N {N:,}" for N in contexts)] + [f"{contexts[-1]:,} / {FLAT:,}"] * growth
+    ends = [(contexts[-1], FLAT)] if FLAT in contexts[:-1] else []
+    header = ["attention", *(f"N {N:,}" for N in contexts), *(f"{long:,} / {short:,}" for long, short in ends)]
     cells = [
-        [name, *(form.format(x * unit) for x in row.values())] + [f"{row[contexts[-1]] / row[FLAT]:.2f}"] * growth
-        for name, row in rows.items()
+        [n, *(form.format(x * unit) for x in row.values()), *(f"{row[long] / row[short]:.2f}" for long, short in ends)]
+        for n, row in rows.items()
     ]
     return markdown([Grid(header, cells)])
 

@@ -117,9 +117,10 @@ def prepare(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         raise ValueError(f"the bridge decodes from a DynamicCache or with use_cache=False; got {names}")
     # A cache without a config makes its layers as late as they are needed.
     cache.layers += [DynamicLayer() for _ in range(len(cache.layers), len(decoder.layers))]
-    stepping = {i: s.kernel for i, s in plugged.items() if s.kernel.recurrent and not s.exact}
+    replaced = {i: socket for i, socket in plugged.items() if not socket.exact}
+    stepping = {i: socket.kernel for i, socket in replaced.items() if socket.kernel.recurrent}
     # One mask serves all layers of a kind: where one of them sees beyond its window, all keep every key.
-    beyond = any(s.ignore_window and i not in stepping for i, s in plugged.items())
+    beyond = any(s.ignore_window and i not in stepping for i, s in replaced.items())
     for i, layer in enumerate(cache.layers):
         kernel, sliding = stepping.get(i), type(layer) is DynamicSlidingWindowLayer
         if layer.is_initialized:
