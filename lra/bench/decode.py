@@ -184,7 +184,7 @@ def figure(seconds: Rows, held: Rows):
     for axes, rows, unit in zip(panels, (seconds, held), (1e3, 1e-6), strict=True):
         for name, row in rows.items():
             axes.plot(list(row), [x * unit for x in row.values()], label=name, **style.look(name))
-    style.message(drawn, f"A token of the hybrids is faster than exact attention with its cache: {crossing(seconds)}")
+    style.message(drawn, f"Contexts at which a token takes less time than with exact attention: {crossing(seconds)}")
     style.log_axes(panels[0], 2, xlabel="tokens of context", ylabel="milliseconds a token")
     style.log_axes(panels[1], 2, xlabel="tokens of context", ylabel="cache, MB")
     for axes in panels:
