@@ -66,7 +66,7 @@ class Attention(Recurrence):
 
     def gather(self, k_BHND, v_BHND, mask_BN, scale):
         q, k, log_decay_BHN, share_BHN = self._parts(k_BHND, k_BHND, v_BHND, scale)
-        return (delta(q, k, v_BHND, log_decay_BHN.masked_fill(~mask_BN[:, None], 0), share_BHN)[1],)
+        return (delta(q, k, v_BHND, log_decay_BHN.where(mask_BN[:, None], 0), share_BHN)[1],)
 
     def _parts(self, q, k, v, scale):
         """q and k as the state meets them, log a and b, for q, k, v of (B, H, N, D)."""

@@ -49,7 +49,7 @@ class Attention(Recurrence):
 
     def gather(self, k_BHND, v_BHND, mask_BN, scale):
         step_BHN, log_decay_BHN = self.gate(v_BHND)
-        since_BHN = log_decay_BHN.masked_fill(~mask_BN[:, None], 0).flip(-1).cumsum(-1)[..., :-1]
+        since_BHN = log_decay_BHN.where(mask_BN[:, None], 0).flip(-1).cumsum(-1)[..., :-1]
         left_BHN = F.pad(since_BHN, (1, 0)).flip(-1).exp()  # of what token n brought, after the last one
         return ((k_BHND * (left_BHN * step_BHN)[..., None]).mT @ v_BHND,)
 
