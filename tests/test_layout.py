@@ -285,6 +285,15 @@ def text_files_are_utf_8(sources):
                 yield f"{name}:{node.lineno}: {ast.unparse(node.func)}"
 
 
+def nothing_is_decomposed_by_lu(sources):
+    """MKL 2024.2 can hang in it with two threads: inverses and determinants of symmetric matrices go through eigh."""
+    decomposed = re.compile(r"(linalg\.|torch\.|\.)(inv|pinv|solve|det|slogdet|logdet|inverse|lu\w*)\(")
+    for name, text in sources.items():
+        for number, line in enumerate(text.splitlines(), 1):
+            if "torch" in tops(imported(text)) and decomposed.search(line):
+                yield f"{name}:{number}"
+
+
 LONG = "x = 1\n" * 301
 FUNCTION = '"""Doc."""\ndef f():\n    """Doc."""\n' + "    x = 1\n" * 60
 LAZY = "def f():\n    import "
@@ -304,6 +313,7 @@ IMPOSTORS = {  # rule: files that break it
     public_things_have_docstrings: {"lra/new.py": '"""Doc."""\ndef f():\n    pass'},
     shape_suffixes_are_in_the_legend: {"lra/new.py": "q_BZ = 1"},
     nothing_is_unpickled_or_executed: {"lra/new.py": "import numpy as np\nnp.load(file)"},
+    nothing_is_decomposed_by_lu: {"models/new.py": "import torch\nx = torch.linalg.inv(S)"},
     text_files_are_utf_8: {"lra/new.py": "path.write_text(text)"},
     no_file_names_a_path_of_one_machine: {"tests/new.py": "open('/home/me/x')"},
 }

@@ -126,7 +126,7 @@ class FeatureAttention(AttentionBase):
                 lse = lse + self.far_H[:, None] + self.log_norm(q.to(lse.dtype), scale)
             parts.append((out, lse))
         if window:
-            parts += near(scale * q, k, v, dead, B, sinks, causal=causal)
+            parts += near(scale * q.to(wide(q.dtype)), k, v, dead, B, sinks, causal=causal)
         else:
             past = torch.full_like(maps.feature_bias_HM, NEVER).expand(len(q), -1, -1) if far is None else far.L_BHM
             shared = maps.aq_HMD, maps.ak_HMD, key_bias, maps.feature_bias_HM

@@ -231,6 +231,9 @@ def test_calibration_sets_the_mass_of_the_far_keys():
     for attention in (few, many):
         attention.calibrate(q, k)
     assert (few.far_H > 0).all() and many.far_H.abs().max() < 0.05
+    wanted, mask = few.far_H.clone(), torch.arange(64 + 7).repeat(len(q), 1) < 64
+    few.calibrate(*(torch.nn.functional.pad(x, (0, 0, 0, 7), value=3.0) for x in (q, k)), mask)
+    torch.testing.assert_close(few.far_H, wanted, rtol=0, atol=1e-12)
     assert "far_H" in few.state_dict() and "far_H" not in build_attention("performer", **SHAPE).state_dict()
 
 
