@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes, too; two threads of each that share two cores wait for one another
+
 import torch
 
 import models.attention
@@ -28,7 +32,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    """One thread and a fixed seed in every test, whatever the one before it did."""
+    """One thread and a fixed seed in every test, whatever the one before it did. A fixture of more than one test begins
+    before this."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

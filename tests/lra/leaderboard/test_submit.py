@@ -155,6 +155,7 @@ def different(lab, inbox, n):
         labels = np.frombuffer(gzip.decompress(labels_path(lab.results, sha256).read_bytes()), np.uint8)
         answers = (labels ^ (np.arange(len(labels)) >= n)).astype(np.uint8).tobytes()
         record["result"] |= {"n_correct": n, "predictions_sha256": hashlib.sha256(answers).hexdigest()}
+        del record["result"]["groups"]
         for point in record["result"]["curve"]:
             point[2] += n + 1
         record["started"] = f"{record['started'][:20]}{1000 * n + record['training']['seed']:06}+00:00"
