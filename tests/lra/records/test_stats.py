@@ -176,7 +176,8 @@ def test_accuracies_at_the_spreads_of_the_records_are_held_as_often_as_said(m):
         middle = (seen + z * z / (2 * n)) / (1 + z * z / n)
         side = np.where(p < seen, seen - (middle - edge), middle + edge - seen) / z
         held = (abs(seen - p) <= halves(side, [seeds.std(0, ddof=1)], m)).mean()
-        assert BOUNDS[m][0] <= held <= BOUNDS[m][1], (p, n, sd, held)
+        most = 1 if p + 3 * sd > 1 else BOUNDS[m][1]  # near 100% the noise of seeds has one side: more is held
+        assert BOUNDS[m][0] <= held <= most, (p, n, sd, held)
 
 
 def coverage(m, ratio, other, draws=40_000):
