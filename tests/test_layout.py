@@ -285,6 +285,13 @@ def text_files_are_utf_8(sources):
                 yield f"{name}:{node.lineno}: {ast.unparse(node.func)}"
 
 
+def builders_alone_are_shared_by_tests(sources):
+    """No file of tests is imported by another."""
+    for name, text in sources.items():
+        if name.startswith("tests/") and any(re.search(r"^tests\..*\btest_", target) for target in imported(text)):
+            yield name
+
+
 def nothing_is_decomposed_by_lu(sources):
     """MKL 2024.2 can hang in it with two threads: inverses and determinants of symmetric matrices go through eigh."""
     decomposed = re.compile(r"(linalg\.|torch\.|\.)(inv|pinv|solve|det|slogdet|logdet|inverse|lu\w*)\(")
@@ -313,6 +320,7 @@ IMPOSTORS = {  # rule: files that break it
     public_things_have_docstrings: {"lra/new.py": '"""Doc."""\ndef f():\n    pass'},
     shape_suffixes_are_in_the_legend: {"lra/new.py": "q_BZ = 1"},
     nothing_is_unpickled_or_executed: {"lra/new.py": "import numpy as np\nnp.load(file)"},
+    builders_alone_are_shared_by_tests: {"tests/lra/test_new.py": "from tests.lra.test_cli import words"},
     nothing_is_decomposed_by_lu: {"models/new.py": "import torch\nx = torch.linalg.inv(S)"},
     text_files_are_utf_8: {"lra/new.py": "path.write_text(text)"},
     no_file_names_a_path_of_one_machine: {"tests/new.py": "open('/home/me/x')"},
@@ -323,7 +331,7 @@ IMPOSTORS[a_run_is_read_in_sixteen_files] |= {f"lra/{m}.py": "" for m in ("cli",
 @pytest.mark.parametrize("rule", IMPOSTORS, ids=lambda rule: rule.__name__)
 def test_source_keeps_the_rule(rule):
     sources = SOURCES
-    if rule is no_file_names_a_path_of_one_machine:
+    if rule in (no_file_names_a_path_of_one_machine, builders_alone_are_shared_by_tests):
         pages = [p for p in ROOT.iterdir() if p.suffix in (".sh", ".toml", ".txt", ".md")]
         pages += [*(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".ci").iterdir()]
         sources = SOURCES | {p.relative_to(ROOT).as_posix(): p.read_text() for p in pages}

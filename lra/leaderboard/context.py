@@ -55,7 +55,8 @@ class Context:
             self.claims[tree, subject, key][value] += 1
 
     def agrees(self, tree: Path, place: Path, path: Path, record: dict[str, Any]) -> None:
-        """Raise Rejected for a copy or for other facts of the same data, Unchecked for a gap of seeds.
+        """Raise Rejected for a copy or for other facts of the same data, Unchecked for a gap of seeds or one attention
+        under two names, as whoever starts from a copy of a file has it: such runs stay in tables, without a level.
         `path` is where the record is now, with its predictions beside it."""
         # Of facts the owner's records decide; where there are none of these data, most of the tree.
         for subject, key, value in _claims(record):
@@ -84,6 +85,8 @@ class Context:
                 if what == "predictions" and (own and other.attention != me.attention or not _telling(path, record)):
                     continue
                 where = (other.tree / other.place).relative_to(self.owner)
+                if what == "curve" and own and tree == self.owner and other.attention != me.attention:
+                    raise Unchecked(f"its curve is that of {where}: one attention under two names, or a copy of a run")
                 way_out = "one run is one record" if own else "take other seeds than theirs"
                 raise Rejected(f"its {what} is that of {where}, so it is a copy, or cannot be told from one: {way_out}")
 

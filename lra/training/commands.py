@@ -21,6 +21,7 @@ from lra.training.evaluate import Where
 from lra.training.train import WEIGHTS, Interrupted, check_unfinished, run_folder
 from lra.training.train import train as train_run
 from tasks.store.files import sha256_file
+from tasks.store.prepare import check_unedited
 from tasks.store.prepare import prepare as prepare_task
 from tasks.store.prepared import load
 
@@ -55,6 +56,7 @@ def train(args: Namespace) -> int:
     if state == "changed" and not args.again:
         raise UsageError(edited)
     if state == "missing" or args.again:
+        check_unedited(registry.load_task(args.task), args.data / args.task / args.preset, prepared)
         check_unfinished(args.runs, run)
     with distributed.process_group(device, optim.batch, optim.accumulate) as (world, device):
         if world.is_main:

@@ -54,7 +54,7 @@ def prepare(
     request = {"task": name, "version": meta.version, **asdict(recipe.data), **origin}
     code, parts = source_sha256(task), folder.with_name(f".parts.{preset}")
     with _locked(folder):
-        if not again and (existing := _reusable(folder, request, code)):
+        if not again and (existing := _reusable(task, folder, request)):
             return existing, True
         with archives.opened(task, recipe.data, data_dir, folder.with_name(f".{preset}.raw")) as (raw, files):
             built = task.build(recipe, source=source, data_dir=raw, workers=workers, scratch=parts / code[:16])
@@ -79,7 +79,17 @@ def prepare(
         return load(folder), False
 
 
-def _reusable(folder: Path, request: dict[str, Any], code: str) -> Prepared | None:
+def check_unedited(task: ModuleType, folder: Path, prepared: Prepared) -> None:
+    """Raise SourceError if the source of the task is no longer the one that made the data in `folder`."""
+    request, code = prepared.manifest["request"], source_sha256(task)
+    if prepared.manifest.get("source_sha256", code) != code:
+        data_dir = request["data_dir"]
+        again = command(folder, *(("--data-dir", data_dir) if data_dir else ("--source", request["source"])), "--again")
+        problem = f"the source code of task {request['task']} has changed since {folder} was prepared"
+        raise SourceError(f"{problem}: `{again}` prepares anew and keeps the old folder beside the new one")
+
+
+def _reusable(task: ModuleType, folder: Path, request: dict[str, Any]) -> Prepared | None:
     """The data in `folder` if they answer the request, None if they have to be built (again)."""
     try:
         existing = load(folder)
@@ -94,11 +104,7 @@ def _reusable(folder: Path, request: dict[str, Any], code: str) -> Prepared | No
         raise SourceError(f"{folder} holds data from {held}, and {asked} was asked for: {way_out}")
     if before != request:
         return None
-    if existing.manifest.get("source_sha256", code) != code:
-        data_dir = request["data_dir"]
-        again = command(folder, *(("--data-dir", data_dir) if data_dir else ("--source", request["source"])), "--again")
-        problem = f"the source code of task {request['task']} has changed since {folder} was prepared"
-        raise SourceError(f"{problem}: `{again}` prepares anew and keeps the old folder beside the new one")
+    check_unedited(task, folder, existing)
     return existing
 
 

@@ -6,8 +6,10 @@ import json
 import numpy as np
 
 from lra.records.record import SCHEMA, record_path, write_labels, write_record
+from lra.scaling.calibration import Machine
 
 FIVE = ("listops", "text", "retrieval", "image", "pathfinder")
+MACHINE = Machine({"operations": 1e-5, "flops": 1e-11, "bytes": 1e-10}, 1.0, 10**8, 10**7, 1.5)
 DATASETS = {"text": "IMDb", "retrieval": "AAN", "image": "CIFAR-10"}
 
 
@@ -115,3 +117,14 @@ def point(name, n, seconds, peak=None):
 
 QUADRATIC = [point("softmax", n, (n / 512) ** 2, n * n) for n in (512, 1024, 2048)]
 LINEAR = [point("performer", n, 3 * n / 512, 2048 * n) for n in (512, 1024, 2048)]
+
+
+def windows(results, task="listops", sizes=(1, 3, 7, 64), default=64, **facts):
+    """Records of local with two layers, by window."""
+    for window in sizes:
+        overrides = {} if window == default else {"attention.window": str(window)}
+        path = put(results, task, "local", overrides=overrides, config={"window": window}, correct=900 + 10 * window)
+        record = json.loads(path.read_text())
+        record["model"]["encoder"]["layers"] = 2
+        record["model"]["attention_config"] |= facts
+        path.write_text(json.dumps(record))

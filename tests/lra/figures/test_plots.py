@@ -14,9 +14,8 @@ from lra.figures import plots, style
 from lra.records import measured
 from lra.records.cells import build
 from lra.records.stats import over_seeds
-from tests.lra.builders import FIVE, LINEAR, QUADRATIC, answer, bench, point, put
+from tests.lra.builders import FIVE, LINEAR, QUADRATIC, answer, bench, point, put, windows
 from tests.lra.figures.builders import HOSTILE, fill, give_curve, label_boxes, outside, overlapping, texts
-from tests.lra.records.test_columns import windows
 
 
 @pytest.fixture(autouse=True)

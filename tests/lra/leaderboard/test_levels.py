@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import models.attention
 from lra.__main__ import main
 from lra.leaderboard.consistency import Places, identity
 from lra.leaderboard.context import Context
@@ -47,6 +48,24 @@ def change(lab, *keys, to):
 def test_an_unchanged_record_reaches_every_level_that_needs_no_one_else(lab):
     found = outcome(lab, 3)
     assert found.levels == (0, 1, 2, 3) and found.reason == ""
+
+
+def test_a_copied_attention_stays_in_the_table_without_a_level(lab, tmp_path, monkeypatch, capsys):
+    """Who brings an attention begins with a copy of one. Its runs are equal, bit for bit, to those of the other."""
+    (first,) = lab.records()
+    name = read_record(first)["model"]["attention"]
+    (tmp_path / "plugin").mkdir()
+    shutil.copy(ROOT / "models" / "attention" / f"{name}.py", tmp_path / "plugin" / "mine.py")
+    monkeypatch.setattr(models.attention, "__path__", [*models.attention.__path__, str(tmp_path / "plugin")])
+    lab.train(attention="mine", seed=read_record(first)["training"]["seed"])
+    capsys.readouterr()
+    assert main(["table", "--results", str(lab.results), "--preset=smoke"]) == 0
+    assert {name, "mine"} <= {
+        line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "|" in line
+    }
+    for path in lab.records():
+        found = outcome(lab, path=path)
+        assert found.levels == (0,) and "one attention under two names" in found.reason
 
 
 def test_a_failed_run_carries_its_curve_and_probe_and_is_consistent(lab):

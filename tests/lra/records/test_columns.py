@@ -8,7 +8,7 @@ from lra.options import UsageError
 from lra.records import columns, table
 from lra.records.cells import build
 from lra.records.stats import over_seeds
-from tests.lra.builders import grid, put
+from tests.lra.builders import grid, put, windows
 
 WEIGHTS = "5" * 64
 
@@ -71,17 +71,6 @@ def test_counts_that_make_no_sense_are_one_line(tmp_path, points, changes):
     with pytest.raises(UsageError, match="is not usable") as error:
         table.render(tmp_path, "long")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def windows(results, task="listops", sizes=(1, 3, 7, 64), default=64, **facts):
-    """Records of local with two layers, by window."""
-    for window in sizes:
-        overrides = {} if window == default else {"attention.window": str(window)}
-        path = put(results, task, "local", overrides=overrides, config={"window": window}, correct=900 + 10 * window)
-        record = json.loads(path.read_text())
-        record["model"]["encoder"]["layers"] = 2
-        record["model"]["attention_config"] |= facts
-        path.write_text(json.dumps(record))
 
 
 def test_receptive_fields_are_rows_in_order_between_constant_and_softmax(tmp_path):

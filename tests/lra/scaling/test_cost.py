@@ -15,9 +15,9 @@ from lra.training.config import resolve
 from models.features import flash
 from tasks.store.prepared import load
 from tests.conftest import ROOT
+from tests.lra.builders import MACHINE
 
 SIZES = {"encoder.width": "20", "encoder.ffn": "28", "encoder.max_len": "67", "train.batch": "3"}
-MACHINE = Machine({"operations": 1e-5, "flops": 1e-11, "bytes": 1e-10}, 1.0, 10**8, 10**7, 1.5)
 
 
 def sample(attention="softmax", batch=3, padded=True, **sets):

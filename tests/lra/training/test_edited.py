@@ -11,6 +11,7 @@ import lra.records.record
 import lra.scaling.sweep
 import lra.training.config
 import models.attention
+import tasks.store.prepare
 from lra.cli import main
 from lra.records.record import predictions_path, suite_facts
 from lra.scaling.jobs import Outcome
@@ -54,16 +55,16 @@ def test_edited_attention_is_not_done_and_again_keeps_the_old_record(lab, plugin
     assert main(["leaderboard", "verify", str(path), "--device=cpu", *lab.places]) == 0  # V0 knows the fields
 
 
-def test_edited_task_is_not_done(lab, monkeypatch, error_line):
+def test_edited_task_is_not_done_and_nothing_is_trained_on_its_old_data(lab, monkeypatch, error_line):
     lab.train()
     original = lra.training.config.source_sha256
     edited = {"tasks.tiny": "0" * 64}
-    monkeypatch.setattr(
-        lra.training.config,
-        "source_sha256",
-        lambda module, *shared: edited.get(module.__name__) or original(module, *shared),
-    )
+    for module in (lra.training.config, tasks.store.prepare):
+        monkeypatch.setattr(module, "source_sha256", lambda m, *shared: edited.get(m.__name__) or original(m, *shared))
     assert "the source of task tiny has changed" in error_line(*lab.words())
+    for words in ([*lab.words(), "--again"], lab.words(seed=1), lab.words(attention="constant")):
+        assert "the source code of task tiny has changed since" in error_line(*words)
+    assert len(lab.records()) == 1
 
 
 def test_record_that_holds_no_hash_counts_as_unchanged(lab, plugin, capsys):

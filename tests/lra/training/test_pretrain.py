@@ -19,7 +19,7 @@ from lra.training.trainer import Trainer, Where, learning_rate
 from tasks.base import PAD, Batch, Split
 from tasks.store.prepared import load
 from tests.conftest import timeless
-from tests.lra.scaling.test_cost import MACHINE
+from tests.lra.builders import MACHINE
 
 CPU = Where(torch.device("cpu"))
 SHARE = "pretrain.share=0.4"  # of 12 steps 5
